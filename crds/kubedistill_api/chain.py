@@ -1,0 +1,77 @@
+"""The spec and status of a DistillationChain: stages, each taught by the one before."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+from kubedistill_api.base import ApiModel, cel, rules
+from kubedistill_api.job import ModelSource, ObjectName
+from kubedistill_api.status import Conditions
+
+PARTIAL_MARK = "x-kubedistill-partial-job-spec"
+STAGE_MARK = "x-kubedistill-stage"
+PartialJobSpec = Annotated[dict[str, Any], Field(json_schema_extra={PARTIAL_MARK: True})]
+"""Any part of a DistillationJob's spec. It is merged first and checked as a whole afterwards."""
+
+
+class InitialTeacher(ApiModel):
+    """The teacher of the first stage that has none of its own."""
+
+    model: ModelSource = Field(description="A model folder in S3.")
+
+
+class Stage(ApiModel):
+    """One stage: a name, and what differs from the template (any part of a job's spec)."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra={STAGE_MARK: True})
+    name: ObjectName = Field(
+        max_length=40, description="Name of the stage; its job is <chain>-<name>."
+    )
+
+    def job_part(self) -> dict[str, Any]:
+        """Merged over the template by JSON merge patch (RFC 7386)."""
+        return dict(self.model_extra or {})
+
+
+class DistillationChainSpec(ApiModel):
+    """A progressive sequence of DistillationJobs."""
+
+    model_config = rules(
+        [
+            cel(
+                "self.stages.all(a, self.stages.exists_one(b, b.name == a.name))",
+                "two stages have the same name: names of stages must differ",
+                ".stages",
+            )
+        ]
+    )
+    initial_teacher: InitialTeacher | None = Field(
+        None, description="Teacher of the first stage that distils."
+    )
+    template: PartialJobSpec = Field({}, description="What all stages share: part of a job's spec.")
+    stages: list[Stage] = Field(min_length=1, max_length=32, description="Stages, in order.")
+    suspend: bool = Field(False, description="True: suspend the running stage, start no other.")
+
+
+class StageStatus(ApiModel):
+    """One stage as observed."""
+
+    name: str = Field(max_length=50, description="Name of the stage.")
+    job_name: str = Field("", max_length=63, description="Its DistillationJob.")
+    state: str = Field("", max_length=64, description="Reason of that job's Succeeded condition.")
+    model: str = Field("", max_length=2048, description="URI of its model.")
+    perplexity: float | None = Field(None, description="Held-out perplexity of its model.")
+    parameters: int = Field(0, description="Parameters of its model.")
+
+
+class DistillationChainStatus(ApiModel):
+    """Observed state of a DistillationChain."""
+
+    observed_generation: int = Field(0, description="Generation of the spec that was looked at.")
+    conditions: Conditions = Field([], description="Conditions by type; Succeeded is the summary.")
+    current_stage: str = Field("", max_length=64, description='Such as "13b 2/5".')
+    progress: int = Field(0, description="Percent of all stages' steps, each stage alike.")
+    estimated_remaining: str = Field("", max_length=32, description="Of the running stage.")
+    stages: list[StageStatus] = Field([], max_length=32, description="Stages, in order.")

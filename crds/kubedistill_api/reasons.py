@@ -1,0 +1,113 @@
+"""Condition types and reasons: constants, each with what a person does about it.
+
+`Succeeded` is the summary condition; its reason is the STATE column of `kubectl get`.
+"""
+
+from __future__ import annotations
+
+# Condition types, in the order in which they come true.
+SUCCEEDED = "Succeeded"
+VALIDATED = "Validated"
+DEPENDENCIES_READY = "DependenciesReady"
+TEACHER_READY = "TeacherReady"
+RUNNING = "Running"
+CHECKPOINT_CURRENT = "CheckpointCurrent"
+SUSPENDED = "Suspended"
+
+CONDITION_TYPES = (
+    SUCCEEDED,
+    VALIDATED,
+    DEPENDENCIES_READY,
+    TEACHER_READY,
+    RUNNING,
+    CHECKPOINT_CURRENT,
+    SUSPENDED,
+)
+CHAIN_CONDITION_TYPES = (SUCCEEDED, VALIDATED, RUNNING, SUSPENDED)
+
+# Reasons.
+PENDING = "Pending"
+VALIDATING = "Validating"
+VALID = "Valid"
+WAITING_FOR_DEPENDENCY = "WaitingForDependency"
+DEPENDENCY_NOT_FOUND = "DependencyNotFound"
+DEPENDENCY_FAILED = "DependencyFailed"
+DEPENDENCY_CYCLE = "DependencyCycle"
+DEPENDENCIES_MET = "DependenciesMet"
+NOT_NEEDED = "NotNeeded"
+GENERATING = "Generating"
+SHARDS_COMMITTED = "ShardsCommitted"
+STREAM_COMPLETE = "StreamComplete"
+TEACHER_FAILED = "TeacherFailed"
+STARTING = "Starting"
+UNSCHEDULABLE = "Unschedulable"
+POD_NOT_STARTING = "PodNotStarting"
+TRAINING = "Training"
+EVALUATING = "Evaluating"
+RESTARTING = "Restarting"
+IS_SUSPENDED = "Suspended"
+NOT_SUSPENDED = "NotSuspended"
+NO_CHECKPOINT_YET = "NoCheckpointYet"
+COMMITTED = "Committed"
+CHECKPOINT_REJECTED = "CheckpointRejected"
+COMPLETED = "Completed"
+INVALID_SPEC = "InvalidSpec"
+UNREADABLE_INPUT = "UnreadableInput"
+SECRET_NOT_FOUND = "SecretNotFound"  # noqa: S105 - a reason, not a secret
+OUT_OF_MEMORY = "OutOfMemory"
+STORAGE_UNAVAILABLE = "StorageUnavailable"
+STALLED = "Stalled"
+PEER_LOST = "PeerLost"
+INTERRUPTED = "Interrupted"
+DISRUPTED = "Disrupted"
+FENCED = "Fenced"
+GRACEFUL_CHECKPOINT = "GracefulCheckpoint"
+ERROR = "Error"
+DEADLINE_EXCEEDED = "DeadlineExceeded"
+BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
+STAGE_FAILED = "StageFailed"
+STAGE_RUNNING = "StageRunning"
+
+WHAT_TO_DO: dict[str, str] = {
+    PENDING: "Nothing: the operator has not looked at the object yet. If it stays, check that the operator runs.",
+    VALIDATING: "Nothing: a small pod checks storage, data, tokenizer and sizes before GPUs are asked for.",
+    VALID: "Nothing.",
+    WAITING_FOR_DEPENDENCY: "Wait, or look at the job that the message names.",
+    DEPENDENCY_NOT_FOUND: "Create the job that the message names in the same namespace, or correct the name.",
+    DEPENDENCY_FAILED: "Mend the job that the message names, delete and apply it again; this one continues by itself.",
+    DEPENDENCY_CYCLE: "Break the circle that the message prints: one of these jobs needs a model of its own.",
+    DEPENDENCIES_MET: "Nothing.",
+    NOT_NEEDED: "Nothing.",
+    GENERATING: "Nothing: the teacher writes its stream.",
+    SHARDS_COMMITTED: "Nothing: the student can start on what is there.",
+    STREAM_COMPLETE: "Nothing.",
+    TEACHER_FAILED: "Read the message and the logs of the teacher's pods.",
+    STARTING: "Nothing: the pods start.",
+    UNSCHEDULABLE: "Ask for less in spec.workers, free capacity, or add nodes; the scheduler's message says what is short.",
+    POD_NOT_STARTING: "Read the message: an image, a Secret or a volume is missing.",
+    TRAINING: "Nothing.",
+    EVALUATING: "Nothing.",
+    RESTARTING: "Nothing: the next attempt resumes from the newest commit. status.attempts says why the last one ended.",
+    IS_SUSPENDED: "Set spec.suspend to false to go on from the newest commit.",
+    NOT_SUSPENDED: "Nothing.",
+    NO_CHECKPOINT_YET: "Nothing: the first commit comes after spec.checkpoint.intervalSteps steps.",
+    COMMITTED: "Nothing.",
+    CHECKPOINT_REJECTED: "Check the store: a committed shard did not verify, and an older commit was used.",
+    COMPLETED: "Nothing: status.model says where the model is.",
+    INVALID_SPEC: "Correct the field that the message names.",
+    UNREADABLE_INPUT: "Correct the data, model or stream that the message names.",
+    SECRET_NOT_FOUND: "Create the Secret that the message names, with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; the job goes on by itself.",
+    OUT_OF_MEMORY: "Lower training.microBatchSize or data.sequenceLength, raise training.deepSpeed.zeroStage, or give more memory.",
+    STORAGE_UNAVAILABLE: "Check the object store and spec.storage.endpoint.",
+    STALLED: "Look at the pods' logs of that attempt; raise stallTimeoutSeconds when steps are really that slow.",
+    PEER_LOST: "Look at the other pods of that attempt: one ended first.",
+    INTERRUPTED: "Raise the pods' termination grace when this repeats.",
+    DISRUPTED: "Nothing: a pod was evicted or preempted; the retry is free.",
+    FENCED: "Nothing: a newer attempt owns the run.",
+    GRACEFUL_CHECKPOINT: "Nothing: the attempt committed before it stopped.",
+    ERROR: "Read the logs of the pod that the message names.",
+    DEADLINE_EXCEEDED: "Raise activeDeadlineSeconds and apply the job again.",
+    BACKOFF_LIMIT_EXCEEDED: "Read status.attempts, mend the cause, raise backoffLimit.",
+    STAGE_FAILED: "Mend the stage that the message names.",
+    STAGE_RUNNING: "Nothing.",
+}

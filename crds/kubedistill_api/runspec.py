@@ -1,0 +1,128 @@
+"""What the operator hands the trainer (`run.json`), and what the trainer hands back.
+
+Back come two documents: `ProgressReport` from rank 0's /progress while it runs, and `Outcome` as
+the container's termination message (at most 4096 bytes), which outlives the container and needs no
+permission but to read pods.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from kubedistill_api.base import ApiModel
+from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.status import (
+    CheckpointStatus,
+    Metric,
+    ModelStatus,
+    Resolved,
+    TeacherStreamStatus,
+)
+
+TERMINATION_MESSAGE_PATH = "/dev/termination-log"
+TERMINATION_MESSAGE_BYTES = 4096
+
+
+class Rendezvous(ApiModel):
+    """Where the ranks of a gang meet: static, rank 0's pod."""
+
+    host: str
+    port: int
+    nodes: int = 1
+    ranks_per_node: int = 1
+
+
+class ResolvedModel(ApiModel):
+    """A model whose place is known: of the spec, or of a finished job (then with its digest)."""
+
+    uri: str
+    digest: str = ""
+    job: str = ""
+
+
+class RunSpec(ApiModel):
+    """One container's whole knowledge of its run."""
+
+    namespace: str
+    name: str
+    uid: str
+    chain: str = ""
+    stage: str = ""
+    role: Literal["preflight", "teacher", "student"]
+    attempt: int = 0
+    fence: int = 0
+    spec: DistillationJobSpec
+    inputs_digest: str = Field(
+        description="Digest of what determines the result; pins a checkpoint."
+    )
+    teacher_model: ResolvedModel | None = None
+    student_model: ResolvedModel | None = None
+    rendezvous: Rendezvous | None = None
+    memory_limit_bytes: int | None = Field(
+        None, description="Memory limit of a student's container, if it has one."
+    )
+    termination_grace_seconds: int = 30
+
+
+class ProgressReport(ApiModel):
+    """Rank 0's /progress. Times are Unix seconds."""
+
+    phase: Literal["Starting", "Generating", "Training", "Evaluating", "Exporting", "Done"] = (
+        "Starting"
+    )
+    attempt: int = 0
+    step: int = 0
+    total_steps: int = 0
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    estimated_remaining_seconds: float | None = None
+    last_step_time: float | None = None
+    resumed_from_step: int | None = None
+    checkpoint: CheckpointStatus | None = None
+    rejected_checkpoints: list[str] = []
+    teacher_stream: TeacherStreamStatus | None = None
+    save_seconds: float | None = Field(None, description="Longest save of a checkpoint so far.")
+    step_seconds: float | None = Field(None, description="99th percentile of a step's time.")
+
+
+class Problem(ApiModel):
+    """One thing wrong with the inputs, in words that a person can act on."""
+
+    field: str = Field(description="Path in the object, such as spec.data.sources[0].uri.")
+    found: str
+    expected: str
+
+    def sentence(self) -> str:
+        return f"{self.field}: found {self.found}; {self.expected}"
+
+
+class Outcome(ApiModel):
+    """The last word of a container."""
+
+    reason: str
+    message: str = ""
+    problems: list[Problem] = []
+    resolved: Resolved | None = None
+    progress: ProgressReport | None = None
+    model: ModelStatus | None = None
+    metrics: list[Metric] = []
+
+    def to_termination_message(self) -> str:
+        """JSON within the kubelet's limit: long texts are shortened, never the structure."""
+        text_limit = 1500
+        value = self
+        while True:
+            text = value.model_dump_json(by_alias=True, exclude_none=True, exclude_defaults=True)
+            if len(text.encode()) <= TERMINATION_MESSAGE_BYTES or text_limit < 50:
+                return text
+            value = self._shortened(text_limit)
+            text_limit //= 2
+
+    def _shortened(self, limit: int) -> Outcome:
+        problems = [
+            Problem(field=p.field[:limit], found=p.found[:limit], expected=p.expected[:limit])
+            for p in self.problems[:4]
+        ]
+        return self.model_copy(update={"message": self.message[:limit], "problems": problems})

@@ -1,0 +1,131 @@
+"""What the operator reports: conditions, progress, checkpoint, model, attempts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kubedistill_api.base import ApiModel
+
+
+class Condition(ApiModel):
+    """One condition, as in metav1.Condition."""
+
+    type: str = Field(max_length=64, description="Name of the condition.")
+    status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
+    reason: str = Field("", max_length=64, description="One word for why.")
+    message: str = Field("", max_length=4096, description="The same for people.")
+    last_transition_time: str = Field("", max_length=64, description="When status last changed.")
+    observed_generation: int = Field(0, description="Generation of the spec that it speaks of.")
+
+
+Conditions = Annotated[
+    list[Condition],
+    Field(
+        max_length=16,
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    ),
+]
+
+
+class Progress(ApiModel):
+    """How far training is."""
+
+    step: int = Field(0, description="Optimizer steps done.")
+    total_steps: int = Field(0, description="Optimizer steps in all.")
+    percentage: int = Field(0, description="Steps done, in percent.")
+    tokens_per_second: float | None = Field(
+        None, description="Tokens that all ranks take a second."
+    )
+    loss: float | None = Field(None, description="Mean loss a token of the latest step.")
+    loss_text: str = Field("", max_length=32, description="The loss, for the table.")
+    estimated_remaining: str = Field("", max_length=32, description="Time left, such as 3h12m.")
+    last_updated_time: str = Field("", max_length=64, description="When rank 0 last said so.")
+
+
+class CheckpointStatus(ApiModel):
+    """The newest commit."""
+
+    uri: str = Field("", max_length=2048, description="Prefix of its shards.")
+    step: int = Field(0, description="Optimizer steps that it holds.")
+    time: str = Field("", max_length=64, description="When it was committed.")
+    digest: str = Field("", max_length=128, description="SHA-256 of its record.")
+
+
+class ModelStatus(ApiModel):
+    """The finished model."""
+
+    uri: str = Field("", max_length=2048, description="Folder in Hugging Face layout.")
+    digest: str = Field("", max_length=128, description="SHA-256 over its files.")
+    parameters: int = Field(0, description="Number of parameters.")
+
+
+class Metric(ApiModel):
+    """One figure of the evaluation."""
+
+    name: str = Field(max_length=64, description="Such as perplexity or perplexityRatio.")
+    value: float = Field(description="Its value.")
+
+
+class Attempt(ApiModel):
+    """One run of the gang."""
+
+    number: int = Field(description="Counts from 1.")
+    fence: int = Field(0, description="Fencing epoch: a commit with a lower one is refused.")
+    start_time: str = Field("", max_length=64, description="When its Job was asked for.")
+    end_time: str = Field("", max_length=64, description="When its last pod ended.")
+    reason: str = Field("", max_length=64, description="Why it ended.")
+    message: str = Field("", max_length=1024, description="The same for people.")
+    charged: bool = Field(False, description="Whether it counts against backoffLimit.")
+    resumed_from_step: int | None = Field(
+        None, description="Step of the commit that it began with."
+    )
+    last_step: int = Field(0, description="Last step that it reported.")
+
+
+class TeacherStreamStatus(ApiModel):
+    """What the teacher wrote."""
+
+    uri: str = Field("", max_length=2048, description="Prefix of the stream.")
+    digest: str = Field("", max_length=128, description="Digest of what made it.")
+    payload: str = Field("", max_length=32, description="Sparse or Hidden.")
+    bytes: int = Field(0, description="Bytes committed.")
+    tokens: int = Field(0, description="Tokens committed.")
+    complete: bool = Field(False, description="Whether all of it is there.")
+
+
+class Resolved(ApiModel):
+    """What the preflight found out about the inputs."""
+
+    inputs_digest: str = Field("", max_length=128, description="Digest of the inputs checked.")
+    student_parameters: int = Field(0, description="Parameters of the student.")
+    total_steps: int = Field(0, description="Optimizer steps in all.")
+    training_tokens: int = Field(0, description="Tokens of one epoch.")
+    data_digest: str = Field("", max_length=128, description="Digest of the data.")
+    stream_uri: str = Field("", max_length=2048, description="Where the stream is or will be.")
+    stream_complete: bool = Field(False, description="Whether the stream was there already.")
+
+
+class DistillationJobStatus(ApiModel):
+    """Observed state of a DistillationJob."""
+
+    observed_generation: int = Field(0, description="Generation of the spec that was looked at.")
+    conditions: Conditions = Field([], description="Conditions by type; Succeeded is the summary.")
+    start_time: str | None = Field(
+        None, max_length=64, description="When inputs were accepted; from here they are fixed."
+    )
+    completion_time: str | None = Field(None, max_length=64, description="When it ended.")
+    fence: int = Field(0, description="Fencing epoch of the newest attempt.")
+    student_summary: str = Field("", max_length=64, description="The student, for the table.")
+    teacher_summary: str = Field("", max_length=64, description="The teacher, for the table.")
+    gpus: int = Field(0, description="GPUs of the gang, for the table.")
+    restarts: int = Field(0, description="Attempts after the first.")
+    failures: int = Field(0, description="Charged attempts since the last progress.")
+    resolved: Resolved | None = Field(None, description="What the preflight found out.")
+    progress: Progress | None = Field(None, description="How far training is.")
+    checkpoint: CheckpointStatus | None = Field(None, description="The newest commit.")
+    model: ModelStatus | None = Field(None, description="The finished model.")
+    metrics: list[Metric] = Field([], max_length=64, description="Figures of the evaluation.")
+    attempts: list[Attempt] = Field([], max_length=10, description="The last ten attempts.")
+    teacher_stream: TeacherStreamStatus | None = Field(None, description="The teacher's stream.")

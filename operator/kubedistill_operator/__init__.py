@@ -1,0 +1,1 @@
+"""The control plane: watches resources, plans purely, acts thinly."""

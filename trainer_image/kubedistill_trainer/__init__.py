@@ -1,0 +1,1 @@
+"""The data plane: distils, checkpoints and reports inside the pods of a gang."""

@@ -1,0 +1,242 @@
+"""A bucket and a prefix, with the few operations that the trainer needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kubedistill_trainer.store.connection import MIB, Connection, Limits
+from kubedistill_trainer.store.errors import NotFound, StoreError
+from kubedistill_trainer.store.metrics import BYTES
+from kubedistill_trainer.store.translate import BROKEN_BODY, translated
+from kubedistill_trainer.store.uri import S3Uri, check_endpoint, check_key
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
+
+__all__ = ["Limits", "ObjectInfo", "Store"]
+
+_DELETE_BATCH = 1000  # the most that DeleteObjects takes
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a store says of an object; `key` is relative to the Store that was asked."""
+
+    key: str
+    size_bytes: int
+    etag: str
+    last_modified: datetime
+
+
+class Store:
+    """One bucket and prefix. Thread-safe; children share the connection.
+
+    Keys are relative to the prefix and hold no empty, `.` or `..` part. Credentials come from
+    boto3's chain (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, …). Every method may raise the
+    errors of `kubedistill_trainer.store.errors`; each request ends within `limits`.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        endpoint: str = "",
+        region: str = "us-east-1",
+        limits: Limits | None = None,
+    ) -> None:
+        """`uri` is s3://bucket/prefix; `endpoint` is empty for AWS. Nothing is sent yet."""
+        self._at = S3Uri.parse(uri)
+        self._connection = Connection(check_endpoint(endpoint), region, limits or Limits())
+
+    @property
+    def uri(self) -> str:
+        """s3://bucket/prefix, without a trailing slash."""
+        return str(self._at)
+
+    @property
+    def bucket(self) -> str:
+        return self._at.bucket
+
+    @property
+    def prefix(self) -> str:
+        """Without a leading or trailing slash; empty for the whole bucket."""
+        return self._at.prefix
+
+    @property
+    def endpoint(self) -> str:
+        """Empty for AWS."""
+        return self._connection.endpoint
+
+    @property
+    def limits(self) -> Limits:
+        return self._connection.limits
+
+    def __repr__(self) -> str:
+        return f"Store({self.uri!r}, endpoint={self.endpoint!r})"
+
+    def child(self, suffix: str) -> Store:
+        """The store at `suffix` below this one."""
+        child = Store.__new__(Store)
+        child._at = self._at.join(check_key(suffix.strip("/")))
+        child._connection = self._connection
+        return child
+
+    def uri_of(self, key: str) -> str:
+        """The s3:// address of a key."""
+        return str(self._at.join(key))
+
+    def get(self, key: str) -> bytes:
+        """The whole object. Raises NotFound."""
+        return self._fetch(key, None)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """`length` bytes from `start`, fewer where the object ends. Raises NotFound."""
+        if length <= 0:
+            return b""
+        return self._fetch(key, f"bytes={start}-{start + length - 1}")
+
+    def put(self, key: str, data: bytes, *, only_if_absent: bool = False) -> None:
+        """Write a whole object in one request (at most 5 GiB).
+
+        With `only_if_absent` raises PreconditionFailed when the key exists; the object there may
+        be the caller's own, written by an attempt whose answer was lost.
+        """
+        condition: dict[str, Any] = {"IfNoneMatch": "*"} if only_if_absent else {}
+        with translated("put", self.uri_of(key), self.endpoint):
+            self._connection.client.put_object(
+                Bucket=self.bucket, Key=self._full(key), Body=data, **condition
+            )
+        BYTES.labels("put").inc(len(data))
+
+    def head(self, key: str) -> ObjectInfo | None:
+        """Size and time of an object, or None. A missing bucket also gives None (S3 says 404)."""
+        try:
+            with translated("head", self.uri_of(key), self.endpoint):
+                answer = self._connection.client.head_object(
+                    Bucket=self.bucket, Key=self._full(key)
+                )
+        except NotFound:
+            return None
+        return ObjectInfo(
+            key, answer["ContentLength"], answer["ETag"].strip('"'), answer["LastModified"]
+        )
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Objects whose key starts with `prefix`, sorted by key."""
+        whole = f"{self.prefix}/" if self.prefix else ""
+        found: list[ObjectInfo] = []
+        with translated("list", self.uri_of(prefix), self.endpoint):
+            pages = self._connection.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=whole + prefix
+            )
+            for page in pages:
+                found.extend(
+                    ObjectInfo(
+                        item["Key"].removeprefix(whole),
+                        item["Size"],
+                        item["ETag"].strip('"'),
+                        item["LastModified"],
+                    )
+                    for item in page.get("Contents", [])
+                )
+        # Stores on file systems list folder by folder, which is not the order of the keys.
+        return iter(sorted(found, key=lambda info: info.key))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects; one that is not there is no error."""
+        remaining = iter(keys)
+        while batch := list_of(islice(remaining, _DELETE_BATCH)):
+            with translated("delete", self.uri_of(batch[0]), self.endpoint):
+                answer = self._connection.client.delete_objects(
+                    Bucket=self.bucket,
+                    Delete={"Objects": [{"Key": self._full(key)} for key in batch], "Quiet": True},
+                )
+            for failure in answer.get("Errors", []):
+                raise StoreError(
+                    "delete",
+                    f"s3://{self.bucket}/{failure.get('Key', '?')}",
+                    f"refused ({failure.get('Code')}: {failure.get('Message')}); "
+                    "check that the keys in storage.secretRef may delete here",
+                )
+
+    def upload_file(self, key: str, path: Path) -> None:
+        """Write a file, in parts when it is big. Raises OSError when the file cannot be read."""
+        size_bytes = path.stat().st_size
+        with (
+            translated("upload", self.uri_of(key), self.endpoint),
+            self._connection.transfer_within(size_bytes) as futures,
+        ):
+            futures.append(
+                self._connection.transfers.upload(str(path), self.bucket, self._full(key))
+            )
+            futures[0].result()
+        BYTES.labels("upload").inc(size_bytes)
+
+    def download_file(self, key: str, path: Path) -> None:
+        """Write an object to `path`, which appears only when it is whole. Raises NotFound."""
+        info = self.head(key)
+        if info is None:
+            raise NotFound("download", self.uri_of(key), "no such object")
+        with (
+            translated("download", self.uri_of(key), self.endpoint),
+            self._connection.transfer_within(info.size_bytes) as futures,
+        ):
+            futures.append(
+                self._connection.transfers.download(self.bucket, self._full(key), str(path))
+            )
+            futures[0].result()
+        BYTES.labels("download").inc(info.size_bytes)
+
+    def _full(self, key: str) -> str:
+        return self._at.join(check_key(key)).prefix
+
+    def _fetch(self, key: str, byte_range: str | None) -> bytes:
+        """GET, body included. botocore retries the request only, so a broken body is ours."""
+        span: dict[str, Any] = {"Range": byte_range} if byte_range else {}
+        with translated("get", self.uri_of(key), self.endpoint):
+
+            def once() -> bytes:
+                answer = self._connection.client.get_object(
+                    Bucket=self.bucket, Key=self._full(key), **span
+                )
+                return self._read(answer)
+
+            data = _again(once, self.limits.attempts)
+        BYTES.labels("get").inc(len(data))
+        return data
+
+    def _read(self, answer: GetObjectOutputTypeDef) -> bytes:
+        size_bytes = answer["ContentLength"]
+        deadline = time.monotonic() + self.limits.deadline_seconds(size_bytes)
+        body, parts = answer["Body"], bytearray()
+        # read1-like pieces: a store that drips must meet the deadline, not only the socket's.
+        for piece in iter(lambda: body.read(MIB), b""):
+            parts += piece
+            if time.monotonic() > deadline:
+                body.close()
+                raise TimeoutError(f"{len(parts)} of {size_bytes} bytes by the deadline")
+        return bytes(parts)
+
+
+def list_of(keys: Iterable[str]) -> list[str]:
+    """`list`, whose name the method of Store takes."""
+    return list(keys)
+
+
+def _again(once: Callable[[], bytes], attempts: int) -> bytes:
+    """Call until the body is whole; the last failure is raised. A time-out is not repeated."""
+    for _ in range(attempts - 1):
+        try:
+            return once()
+        except TimeoutError:
+            raise
+        except BROKEN_BODY as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+    return once()

@@ -1,0 +1,111 @@
+"""The boto3 client and transfer manager that all stores of one endpoint share."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import boto3
+from boto3.s3.transfer import TransferConfig, create_transfer_manager
+from botocore.config import Config
+
+from kubedistill_trainer.store.translate import count_failures, retry_more
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+    from s3transfer.futures import TransferFuture
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a request may take before it counts as failed."""
+
+    connect_timeout_seconds: float = 5
+    read_timeout_seconds: float = 60
+    """The longest silence in an answer."""
+    attempts: int = 5
+    """Of one request, the first included."""
+    deadline_floor_seconds: float = 120
+    """Every transfer gets this long …"""
+    slowest_bytes_per_second: float = MIB
+    """… plus its size at this speed: silence is not the only way for a store to stall."""
+
+    def deadline_seconds(self, size_bytes: int) -> float:
+        """Seconds after which moving `size_bytes` is given up."""
+        return self.deadline_floor_seconds + size_bytes / self.slowest_bytes_per_second
+
+
+class Connection:
+    """One endpoint and one set of credentials. Thread-safe."""
+
+    def __init__(self, endpoint: str, region: str, limits: Limits) -> None:
+        self.endpoint = endpoint
+        self.region = region
+        self.limits = limits
+        self.client: S3Client = boto3.session.Session().client(
+            "s3", endpoint_url=endpoint or None, region_name=region, config=_config(endpoint, limits)
+        )
+        events = self.client.meta.events
+        # First, because botocore's own handler answers "no" to what it does not know.
+        events.register_first("needs-retry.s3", partial(retry_more, limit=limits.attempts))
+        events.register("response-received.s3", count_failures)
+        self.transfers: Any = create_transfer_manager(self.client, _transfer_config())
+
+    @contextmanager
+    def transfer_within(self, size_bytes: int) -> Iterator[list[TransferFuture]]:
+        """Cancel the transfers put into the yielded list once the deadline for the size is over.
+
+        Raises TimeoutError in place of whatever a cancelled transfer raised.
+        """
+        futures: list[TransferFuture] = []
+        seconds = self.limits.deadline_seconds(size_bytes)
+        expired = threading.Event()
+
+        def give_up() -> None:
+            expired.set()
+            for future in futures:
+                future.cancel()
+
+        timer = threading.Timer(seconds, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield futures
+        except Exception as error:
+            if expired.is_set():
+                raise TimeoutError(f"not done after {seconds:.0f} s") from error
+            raise
+        finally:
+            timer.cancel()
+
+
+def _config(endpoint: str, limits: Limits) -> Config:
+    return Config(
+        connect_timeout=limits.connect_timeout_seconds,
+        read_timeout=limits.read_timeout_seconds,
+        retries={"mode": "standard", "total_max_attempts": limits.attempts},
+        max_pool_connections=32,
+        s3={"addressing_style": "path" if endpoint else "auto"},
+        # Compatible stores often reject the trailing checksums that boto adds by default. Without
+        # them it signs the SHA-256 of every body, so the store still refuses a garbled one, and
+        # what is read back is checked against hashes of our own.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+
+
+def _transfer_config() -> TransferConfig:
+    return TransferConfig(
+        multipart_threshold=32 * MIB,
+        multipart_chunksize=16 * MIB,
+        max_concurrency=max(4, min(10, os.cpu_count() or 4)),
+        # "auto" may take the CRT client, which ignores endpoint_url.
+        preferred_transfer_client="classic",
+    )

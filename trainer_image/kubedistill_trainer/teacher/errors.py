@@ -1,0 +1,71 @@
+"""What can go wrong with a teacher stream, in words for the person who has to mend it."""
+
+# ruff: noqa: N818  (names say what happened: a stream is corrupt, stalled, closed)
+
+from __future__ import annotations
+
+
+class StreamError(Exception):
+    """Base of every error of this package."""
+
+
+class ShardCorrupt(StreamError):
+    """A shard's bytes are not what its writer wrote.
+
+    `shard` names the shard, `sample` the sample id that was asked for (None when the fault is in
+    the shard's frame), `found` what was seen.
+    """
+
+    def __init__(self, shard: str, sample: int | None, found: str) -> None:
+        super().__init__(shard, sample, found)
+        self.shard = shard
+        self.sample = sample
+        self.found = found
+
+    def __str__(self) -> str:
+        where = "" if self.sample is None else f", sample {self.sample}"
+        return f"shard {self.shard}{where}: {self.found}"
+
+
+class StreamCorrupt(StreamError):
+    """Data of the stream stays wrong after bounded re-reads from the store."""
+
+    def __init__(self, uri: str, found: str) -> None:
+        super().__init__(uri, found)
+        self.uri = uri
+        self.found = found
+
+    def __str__(self) -> str:
+        return (
+            f"{self.uri}: {self.found}. Delete the stream's prefix to have it written again; "
+            "nothing of it was used"
+        )
+
+
+class StreamMismatch(StreamError):
+    """A stream, or one of its samples, was made from something else than what is wanted."""
+
+    def __init__(self, field: str, found: object, wanted: object) -> None:
+        super().__init__(field, found, wanted)
+        self.field = field
+        self.found = found
+        self.wanted = wanted
+
+    def __str__(self) -> str:
+        return f"teacher stream does not match: {self.field} is {self.found}, wanted {self.wanted}"
+
+
+class StreamStalled(StreamError):
+    """No new commit of a partition within the deadline."""
+
+
+class StreamClosed(StreamError):
+    """The reader was closed while it waited."""
+
+
+class SampleMissing(StreamError):
+    """The stream has ended and the sample is not in it."""
+
+
+class PartitionContested(StreamError):
+    """Another live writer keeps committing to this writer's partition."""

@@ -1,0 +1,288 @@
+"""A student's view of a teacher stream: outputs by sample, in any order, as soon as they exist.
+
+The reader may start before the writer. It knows the samples that training will ask for and fetches
+and decodes them ahead; when a sample's shard is not committed yet it waits, counts the time, and
+gives up only when the sample's partition shows no commit for a whole deadline.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from kubedistill_trainer.store.client import Store
+from kubedistill_trainer.store.errors import StoreUnavailable
+from kubedistill_trainer.teacher.codec import decode_outputs
+from kubedistill_trainer.teacher.errors import (
+    SampleMissing,
+    StreamClosed,
+    StreamCorrupt,
+    StreamStalled,
+)
+from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity, read_manifest
+from kubedistill_trainer.teacher.metrics import DATA_WAIT, STREAM_LAG
+from kubedistill_trainer.teacher.partition_log import LogRecord, PartitionLog
+from kubedistill_trainer.teacher.payload import TeacherOutputs
+from kubedistill_trainer.teacher.shard_cache import ShardCache
+
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderSettings:
+    """How far ahead a reader works and how long it waits."""
+
+    ahead_samples: int = 8
+    """Samples decoded before training asks for them; each costs its decoded size in memory."""
+    cache_bytes: int = 4 << 30
+    """Local disk for shards."""
+    stall_seconds: float = 1800.0
+    """A partition without a new commit for so long is stalled."""
+    poll_seconds: float = 0.2
+    """First wait between two looks at a partition's log; it doubles up to `poll_limit_seconds`."""
+    poll_limit_seconds: float = 5.0
+    dtype: torch.dtype = torch.float32
+    """Of the hidden states that `get` returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamProgress:
+    """What the reader knows to be committed; `ended` when every partition has its END."""
+
+    size_bytes: int
+    tokens: int
+    samples: int
+    ended: bool
+
+
+class StreamReader:
+    """Reads one stream. `get` may be called from one thread; `store` is at the storage URI.
+
+    `cache` is a local folder that no other reader uses. Waits in the constructor until the stream
+    has a manifest (StreamStalled after the deadline, StreamMismatch for another identity).
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        identity: StreamIdentity,
+        *,
+        cache: Path,
+        settings: ReaderSettings | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings or ReaderSettings()
+        self._identity = identity
+        self._clock = clock
+        self._closed = threading.Event()
+        self._store = store.child(identity.address)
+        self._wait_seconds = 0.0
+        self._read_samples: set[int] = set()
+        self._scheduled: dict[int, deque[Future[tuple[int, TeacherOutputs]]]] = {}
+        self._order: Iterator[tuple[int, int]] = iter(())
+        self._ahead = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="teacher-stream")
+        started = clock()
+        self.manifest: Manifest = self._await(
+            lambda: read_manifest(store, identity),
+            lambda: "no writer has published a manifest",
+        )
+        self._waited(started)
+        count = self.manifest.partitions
+        self._logs = [PartitionLog(self._store, partition) for partition in range(count)]
+        self._log_locks = [threading.Lock() for _ in range(count)]
+        self._moved = [clock()] * count
+        self._cache = ShardCache(
+            self._store,
+            identity.digest(),
+            cache,
+            self._settings.cache_bytes,
+            pause=self._closed.wait,
+        )
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds that the caller spent inside this reader, in total."""
+        return self._wait_seconds
+
+    def prefetch(self, order: Iterable[tuple[int, int]]) -> None:
+        """Work ahead along `order`: (sample id, token hash) as training will ask for them.
+
+        Consumed lazily, so it may be endless. A new order replaces the rest of the old one.
+        """
+        for futures in self._scheduled.values():
+            for future in futures:
+                future.cancel()
+        self._scheduled.clear()
+        self._ahead = 0
+        self._order = iter(order)
+        self._fill()
+
+    def get(self, sample: int, token_hash: int) -> TeacherOutputs:
+        """The teacher's outputs for `sample`; waits until they are committed.
+
+        Raises StreamStalled when its partition stops committing, SampleMissing when the stream
+        ended without it, StreamMismatch when it was made from other tokens, StreamCorrupt when its
+        bytes stay wrong, StreamClosed when `close` is called meanwhile.
+        """
+        started = self._clock()
+        try:
+            outputs = self._take(sample, token_hash)
+        finally:
+            self._waited(started)
+            self._fill()
+        self._read_samples.add(sample)
+        self._report_lag()
+        return outputs
+
+    def refresh(self) -> StreamProgress:
+        """Look at every partition's log once, then `progress`."""
+        for partition in range(self.manifest.partitions):
+            self._refresh(partition)
+        self._report_lag()
+        return self.progress()
+
+    def progress(self) -> StreamProgress:
+        """What is known to be committed, without asking the store."""
+        shards = [shard for log in self._logs for shard in log.shards]
+        return StreamProgress(
+            size_bytes=sum(shard.size_bytes for shard in shards),
+            tokens=sum(shard.tokens for shard in shards),
+            samples=sum(shard.count for shard in shards),
+            ended=all(log.ended for log in self._logs),
+        )
+
+    def close(self) -> None:
+        """Stop working ahead and wake whoever waits. Harmless when repeated."""
+        self._closed.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if hasattr(self, "_cache"):
+            self._cache.close()
+
+    def __enter__(self) -> StreamReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _take(self, sample: int, token_hash: int) -> TeacherOutputs:
+        queue = self._scheduled.get(sample)
+        if queue:
+            future = queue.popleft()
+            if not queue:
+                del self._scheduled[sample]
+            self._ahead -= 1
+            # one that has not begun may stand behind a sample nobody can have yet
+            if not future.cancel():
+                found, outputs = future.result()
+                if found == token_hash:
+                    return outputs
+        # not begun, not foreseen, or foreseen with a hash that differs: `_load` tells which is wrong
+        return self._load(sample, token_hash)[1]
+
+    def _fill(self) -> None:
+        """Keep `ahead_samples` of the order scheduled."""
+        while self._ahead < self._settings.ahead_samples and not self._closed.is_set():
+            upcoming = next(self._order, None)
+            if upcoming is None:
+                return
+            future = self._pool.submit(self._load, *upcoming)
+            self._scheduled.setdefault(upcoming[0], deque()).append(future)
+            self._ahead += 1
+
+    def _load(self, sample: int, token_hash: int) -> tuple[int, TeacherOutputs]:
+        if not 0 <= sample < self.manifest.samples:
+            raise SampleMissing(
+                f"sample {sample} is not one of the stream's 0…{self.manifest.samples - 1}"
+            )
+        partition = self.manifest.partition_of(sample)
+        position = sample // self.manifest.partitions
+        entry = self._await(
+            lambda: self._find(partition, position),
+            lambda: self._last_commit(partition),
+            lambda: self._moved[partition],
+        )
+        record = self._await(
+            lambda: self._cache.record(entry, sample, token_hash),
+            lambda: f"shard {entry.key} cannot be fetched",
+        )
+        try:
+            outputs = decode_outputs(record, self._identity.payloads, self._settings.dtype)
+        except ValueError as error:
+            raise StreamCorrupt(
+                self._store.uri_of(entry.key), f"record of sample {sample}: {error}"
+            ) from error
+        return token_hash, outputs
+
+    def _find(self, partition: int, position: int) -> LogRecord | None:
+        log = self._logs[partition]
+        if (known := log.shard_of(position)) is not None:
+            return known
+        self._refresh(partition)
+        found = log.shard_of(position)
+        if found is None and log.ended:
+            raise SampleMissing(
+                f"partition {partition} ended after {log.committed} samples; "
+                f"position {position} is not in it"
+            )
+        return found
+
+    def _refresh(self, partition: int) -> None:
+        with self._log_locks[partition]:
+            if self._logs[partition].refresh():
+                self._moved[partition] = self._clock()
+
+    def _last_commit(self, partition: int) -> str:
+        shards = self._logs[partition].shards
+        if not shards:
+            return f"partition {partition} has no commit yet"
+        return (
+            f"partition {partition} committed {self._logs[partition].committed} samples, "
+            f"the last shard being {shards[-1].key}"
+        )
+
+    def _await(
+        self,
+        look: Callable[[], _Found | None],
+        describe: Callable[[], str],
+        moved: Callable[[], float] | None = None,
+    ) -> _Found:
+        """What `look` finds. A store that does not answer counts as no news.
+
+        Raises StreamStalled `stall_seconds` after the later of now and `moved()`.
+        """
+        started, delay, trouble = self._clock(), self._settings.poll_seconds, ""
+        cause: StoreUnavailable | None = None
+        while True:
+            try:
+                if (found := look()) is not None:
+                    return found
+                trouble, cause = "", None
+            except StoreUnavailable as error:
+                trouble, cause = f" ({error})", error
+            since = max(started, moved()) if moved else started
+            if self._clock() - since >= self._settings.stall_seconds:
+                raise StreamStalled(
+                    f"{self._store.uri_of('')}: nothing new for "
+                    f"{self._settings.stall_seconds:g} s: {describe()}{trouble}"
+                ) from cause
+            if self._closed.wait(delay):
+                raise StreamClosed("the reader was closed while it waited for the teacher")
+            delay = min(2 * delay, self._settings.poll_limit_seconds)
+
+    def _waited(self, started: float) -> None:
+        seconds = max(self._clock() - started, 0.0)
+        self._wait_seconds += seconds
+        DATA_WAIT.inc(seconds)
+
+    def _report_lag(self) -> None:
+        read = len(self._read_samples) * self._identity.sequence_length
+        STREAM_LAG.set(max(self.progress().tokens - read, 0))
