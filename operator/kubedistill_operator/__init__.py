@@ -1,1 +1,1 @@
-"""The control plane: watches resources, plans purely, acts thinly."""
+"""The control plane: reconciles DistillationJobs and DistillationChains."""

@@ -1,7 +1,5 @@
 """What can go wrong with a teacher stream, in words for the person who has to mend it."""
 
-# ruff: noqa: N818  (names say what happened: a stream is corrupt, stalled, closed)
-
 from __future__ import annotations
 
 

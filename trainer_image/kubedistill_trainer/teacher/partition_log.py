@@ -54,7 +54,7 @@ class LogRecord(BaseModel):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-class SlotTaken(Exception):  # noqa: N818  (it says what happened, and is no fault)
+class SlotTaken(Exception):
     """Another writer's record is in the slot."""
 
     def __init__(self, record: LogRecord) -> None:

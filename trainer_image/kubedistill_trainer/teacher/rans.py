@@ -19,16 +19,15 @@ from numpy.typing import NDArray
 
 PROB_BITS = 12
 PROB_TOTAL = 1 << PROB_BITS
-MAX_RAW_BITS = 19  # PROB_BITS + raw bits must stay within the 31 bits below the lower bound
+MAX_RAW_BITS = 18  # PROB_BITS + raw bits must stay within the 30 bits below the lower bound
 
-_U64 = np.uint64
-_LOW = _U64(1 << 31)
-_WORD = _U64(32)
-_WORD_MASK = _U64(0xFFFFFFFF)
-_P = _U64(PROB_BITS)
-_P_MASK = _U64(PROB_TOTAL - 1)
+_I64 = np.int64
+_LOW = _I64(1 << 30)
+_WORD = _I64(32)
+_WORD_MASK = _I64(0xFFFFFFFF)
+_P = _I64(PROB_BITS)
+_P_MASK = _I64(PROB_TOTAL - 1)
 
-U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
 
@@ -36,14 +35,14 @@ I64 = NDArray[np.int64]
 class Model:
     """Frequencies of `symbols` symbols in each of `contexts` contexts, scaled to 2^12.
 
-    `frequency` and `start` are uint64 [contexts · symbols], `lookup` is int64
+    `frequency` and `start` are int64 [contexts · symbols], `lookup` is int64
     [contexts · 2^12] and gives the flat index context · symbols + symbol of a slot.
     """
 
     contexts: int
     symbols: int
-    frequency: U64
-    start: U64
+    frequency: I64
+    start: I64
     lookup: I64
 
     @staticmethod
@@ -60,7 +59,7 @@ class Model:
         start = np.cumsum(frequency, axis=1) - frequency
         flat = frequency.reshape(-1)
         lookup = np.repeat(np.arange(flat.size, dtype=np.int64), flat)
-        return Model(contexts, symbols, flat.astype(_U64), start.reshape(-1).astype(_U64), lookup)
+        return Model(contexts, symbols, flat.astype(_I64), start.reshape(-1).astype(_I64), lookup)
 
     def to_bytes(self) -> bytes:
         """The table, compressed; its shape is not in it."""
@@ -108,17 +107,17 @@ class Encoder:
 
     def __init__(self, lanes: int) -> None:
         self._lanes = lanes
-        self._steps: list[tuple[U64, U64, U64, U64]] = []
+        self._steps: list[tuple[I64, I64, I64, I64]] = []
 
-    def step(self, frequency: U64, start: U64, raw: U64, bits: U64) -> None:
-        """One symbol for each of the first `len(frequency)` lanes; all arguments uint64 [n]."""
+    def step(self, frequency: I64, start: I64, raw: I64, bits: I64) -> None:
+        """One symbol for each of the first `len(frequency)` lanes; all arguments int64 [n]."""
         self._steps.append((frequency, start, raw, bits))
 
-    def finish(self) -> tuple[U64, NDArray[np.uint32]]:
-        """Final states uint64 [lanes] and the words uint32 [any] in reading order."""
-        state = np.full(self._lanes, _LOW, dtype=_U64)
+    def finish(self) -> tuple[I64, NDArray[np.uint32]]:
+        """Final states int64 [lanes] and the words uint32 [any] in reading order."""
+        state = np.full(self._lanes, _LOW, dtype=_I64)
         emitted: list[NDArray[np.uint32]] = []
-        top = _U64(63 - PROB_BITS)
+        top = _I64(62 - PROB_BITS)
         for frequency, start, raw, bits in reversed(self._steps):
             x = state[: len(frequency)]
             full = np.flatnonzero(x >= frequency << (top - bits))
@@ -133,30 +132,46 @@ class Encoder:
 class Decoder:
     """Takes symbols back in the order in which `Encoder.step` was called."""
 
-    def __init__(self, states: U64, words: NDArray[np.uint32]) -> None:
-        self._state = states.astype(_U64)
-        self._words = words.astype(_U64)
+    def __init__(self, states: I64, words: NDArray[np.uint32]) -> None:
+        self._state = states.astype(_I64)
+        self._words = words.astype(_I64)
         self._read = 0
 
-    def step(self, model: Model, bits_of: U64, context: I64) -> tuple[I64, U64]:
-        """Next symbol of the first n = len(context) lanes.
+    def step(self, model: Model, context: I64) -> I64:
+        """Flat table indices int64 [n] of the next symbol of the first n = len(context) lanes.
 
-        `bits_of` uint64 [contexts · symbols] gives the raw bits that follow each symbol. Returns
-        the flat table indices int64 [n] and the raw values uint64 [n]. ValueError when the words
-        run out.
+        ValueError when the words run out.
         """
         x = self._state[: len(context)]
         slot = x & _P_MASK
-        index = model.lookup[(context << PROB_BITS) + slot.astype(np.int64)]
+        index: I64 = model.lookup[(context << _P) + slot]
+        x >>= _P
+        x *= model.frequency[index]
+        x += slot - model.start[index]
+        self._refill(x)
+        return index
+
+    def step_with_bits(self, model: Model, bits_of: I64, context: I64) -> tuple[I64, I64]:
+        """As `step`, for symbols with raw bits: also their values int64 [n].
+
+        `bits_of` int64 [contexts · symbols] gives the number of raw bits of each symbol.
+        """
+        x = self._state[: len(context)]
+        slot = x & _P_MASK
+        index: I64 = model.lookup[(context << _P) + slot]
         bits = bits_of[index]
-        high = x >> _P
-        quotient = high >> bits
-        raw: U64 = high - (quotient << bits)
-        x[:] = quotient * model.frequency[index] + slot - model.start[index]
-        low = np.flatnonzero(x < _LOW)
+        x >>= _P
+        high = x >> bits
+        raw: I64 = x - (high << bits)
+        high *= model.frequency[index]
+        x[:] = high + (slot - model.start[index])
+        self._refill(x)
+        return index, raw
+
+    def _refill(self, x: I64) -> None:
+        (low,) = (x < _LOW).nonzero()
         end = self._read + len(low)
         if end > len(self._words):
             raise ValueError("entropy-coded data ends before its last symbol")
         x[low] = (x[low] << _WORD) | self._words[self._read : end]
         self._read = end
-        return index, raw

@@ -185,7 +185,7 @@ class StreamReader:
                 found, outputs = future.result()
                 if found == token_hash:
                     return outputs
-        # not begun, not foreseen, or foreseen with a hash that differs: `_load` tells which is wrong
+        # not begun, not foreseen, or foreseen with another hash: `_load` tells which is wrong
         return self._load(sample, token_hash)[1]
 
     def _fill(self) -> None:
@@ -271,7 +271,7 @@ class StreamReader:
             since = max(started, moved()) if moved else started
             if self._clock() - since >= self._settings.stall_seconds:
                 raise StreamStalled(
-                    f"{self._store.uri_of('')}: nothing new for "
+                    f"{self._store.uri}: nothing new for "
                     f"{self._settings.stall_seconds:g} s: {describe()}{trouble}"
                 ) from cause
             if self._closed.wait(delay):

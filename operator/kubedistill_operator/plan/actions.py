@@ -1,0 +1,114 @@
+"""What a plan asks the reconciler to do. All of it may be done twice without harm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kubedistill_api.runspec import ResolvedModel
+from kubedistill_api.status import DistillationChainStatus, DistillationJobStatus
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Models whose place is known, and the digest of all that determines the result."""
+
+    digest: str
+    teacher: ResolvedModel | None = None
+    student: ResolvedModel | None = None
+
+
+@dataclass(frozen=True)
+class CreatePreflight:
+    """The preflight's ConfigMap and Job."""
+
+    inputs: Inputs
+    tries: int = 0
+
+
+@dataclass(frozen=True)
+class CreateTeacher:
+    """The teacher writers' ConfigMap and Job."""
+
+
+@dataclass(frozen=True)
+class CreateGang:
+    """The Service, ConfigMap and Job of an attempt that status.attempts already holds."""
+
+    attempt: int
+    fence: int
+
+
+@dataclass(frozen=True)
+class DeleteBatchJob:
+    """Delete a Job and, before it counts as gone, its pods."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class DeleteConfigMap:
+    name: str
+
+
+@dataclass(frozen=True)
+class SuspendBatchJob:
+    name: str
+    suspend: bool
+
+
+@dataclass(frozen=True)
+class CreateStageJob:
+    """A stage's DistillationJob."""
+
+    stage: str
+    spec: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SuspendStageJob:
+    name: str
+    suspend: bool
+
+
+Action = (
+    CreatePreflight
+    | CreateTeacher
+    | CreateGang
+    | DeleteBatchJob
+    | DeleteConfigMap
+    | SuspendBatchJob
+    | CreateStageJob
+    | SuspendStageJob
+)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of the story that `kubectl describe` tells."""
+
+    reason: str
+    message: str
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The status to write first, then what to do, then what to tell, and when to look again."""
+
+    status: DistillationJobStatus
+    actions: tuple[Action, ...] = ()
+    events: tuple[Event, ...] = ()
+    requeue_after: float | None = None
+
+
+@dataclass(frozen=True)
+class ChainPlan:
+    """The same for a chain."""
+
+    status: DistillationChainStatus
+    actions: tuple[Action, ...] = ()
+    events: tuple[Event, ...] = ()
+    requeue_after: float | None = None
+    stage_states: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,128 @@
+"""Which pod's end explains an attempt's end, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from kubedistill_api import reasons
+from kubedistill_api.exit_codes import ExitCode, policy
+from kubedistill_api.runspec import Outcome
+
+from kubedistill_operator.plan.views import PodView
+
+_SIGKILL, _SIGTERM = 137, 143
+_CONSEQUENCES = frozenset(
+    {ExitCode.PEER_LOST, ExitCode.FENCED, ExitCode.GRACEFUL_CHECKPOINT, ExitCode.INTERRUPTED}
+)
+"""Ends that follow from another end: of a peer, of the Job, of a newer attempt."""
+_LATEST = datetime.max.replace(tzinfo=UTC)
+_MESSAGE_LIMIT = 1000
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why an attempt ended, whether another may follow, and whether it is charged for."""
+
+    reason: str
+    message: str
+    retry: bool
+    charged: bool
+
+
+def judge(pods: Sequence[PodView], job_message: str = "") -> Verdict:
+    """The verdict over a gang whose attempt did not succeed. `pods` include those that are gone."""
+    for pod in pods:
+        if pod.disrupted and pod.exit_code != 0:
+            text = f"pod {pod.name} was evicted or preempted"
+            return Verdict(reasons.DISRUPTED, _with(text, pod), retry=True, charged=False)
+    ended = [pod for pod in pods if pod.exit_code not in (None, 0)]
+    if ended:
+        return _of_pod(min(ended, key=_rank))
+    for pod in pods:
+        if pod.phase == "Failed":
+            text = f"pod {pod.name} failed: {pod.end_reason or 'no reason given'}"
+            return Verdict(reasons.ERROR, _with(text, pod), retry=True, charged=True)
+    for pod in pods:
+        if pod.gone or pod.deleting:
+            text = f"pod {pod.name} was deleted or its node was lost"
+            return Verdict(reasons.ERROR, text, retry=True, charged=True)
+    text = job_message or "the attempt's Job or pods were deleted before they said why they ended"
+    return Verdict(reasons.ERROR, text[:_MESSAGE_LIMIT], retry=True, charged=True)
+
+
+def judge_stopped(pods: Sequence[PodView], reason: str, message: str, *, charged: bool) -> Verdict:
+    """The verdict over a gang that the operator itself stopped."""
+    if reason == reasons.INTERRUPTED and any(
+        pod.exit_code == ExitCode.GRACEFUL_CHECKPOINT for pod in pods
+    ):
+        reason, message = reasons.GRACEFUL_CHECKPOINT, f"{message}; its state is committed"
+    return Verdict(reason, message, retry=True, charged=charged)
+
+
+def _rank(pod: PodView) -> tuple[bool, datetime, int]:
+    killed = pod.exit_code in (_SIGKILL, _SIGTERM) and pod.end_reason != "OOMKilled"
+    consequence = killed or pod.exit_code in _CONSEQUENCES
+    return consequence, pod.finished_at or _LATEST, pod.index
+
+
+def _of_pod(pod: PodView) -> Verdict:
+    code: int | None = pod.exit_code
+    if pod.end_reason == "OOMKilled":
+        code = ExitCode.OUT_OF_MEMORY
+    rule = policy(code)
+    text = f"pod {pod.name} ended with exit code {pod.exit_code}"
+    if pod.end_reason == "OOMKilled":
+        text = f"pod {pod.name} was killed: out of memory"
+    elif pod.exit_code in (_SIGKILL, _SIGTERM):
+        text = f"pod {pod.name} was killed (exit code {pod.exit_code})"
+    return Verdict(rule.reason, _with(text, pod), retry=rule.retry, charged=rule.charged)
+
+
+def _with(text: str, pod: PodView) -> str:
+    last = last_words(pod)
+    return (f"{text}: {last}" if last else text)[:_MESSAGE_LIMIT]
+
+
+def last_words(pod: PodView) -> str:
+    """What the pod said at its end, as sentences."""
+    outcome = pod.outcome()
+    if outcome is None:
+        return pod.end_message.strip()[:500]
+    return outcome_text(outcome)
+
+
+def outcome_text(outcome: Outcome) -> str:
+    """Problems as sentences, or else the message."""
+    return "; ".join(p.sentence() for p in outcome.problems) or outcome.message
+
+
+def pod_trouble(pods: Sequence[PodView]) -> tuple[str, str] | None:
+    """(reason, message) of a pod that cannot start, if there is one."""
+    for pod in pods:
+        if pod.active and pod.unschedulable:
+            return reasons.UNSCHEDULABLE, f"pod {pod.name}: {pod.unschedulable}"
+    for pod in pods:
+        if pod.active and pod.waiting_reason in _NOT_STARTING:
+            text = f"pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}"
+            return reasons.POD_NOT_STARTING, text
+    return None
+
+
+_NOT_STARTING = frozenset(
+    {
+        "ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull",
+        "CreateContainerConfigError", "CreateContainerError", "RunContainerError",
+    }
+)  # fmt: skip
+
+
+def secret_missing(pods: Sequence[PodView]) -> bool:
+    """Whether a pod waits for a Secret (or a key of it) that is not there."""
+    return any(
+        pod.active
+        and pod.waiting_reason == "CreateContainerConfigError"
+        and ("secret" in pod.waiting_message.lower())
+        for pod in pods
+    )

@@ -1,0 +1,160 @@
+"""The spec: is it valid, what is it called, what digest stands for its inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.runspec import Problem, ResolvedModel
+from pydantic import ValidationError
+
+IMMUTABLE_PARTS = (
+    "distill", "fineTune", "teacher", "student", "data", "training", "workers", "storage",
+    "checkpoint",
+)  # fmt: skip
+_TEACHER_SOURCES = ("model", "fromJob")
+_STUDENT_STARTS = ("model", "fromJob", "fromTeacher", "config")
+_FOUND_LIMIT = 80
+
+
+def parse_spec(raw: Mapping[str, Any]) -> tuple[DistillationJobSpec | None, list[Problem]]:
+    """The spec, or everything wrong with it. Never raises."""
+    try:
+        spec = DistillationJobSpec.model_validate(raw)
+    except ValidationError as error:
+        return None, [_problem(dict(detail), raw) for detail in error.errors()]
+    problems = rule_problems(spec)
+    return (None if problems else spec), problems
+
+
+def _problem(detail: dict[str, Any], raw: Mapping[str, Any]) -> Problem:
+    path = "spec"
+    for part in detail["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    expected = detail["msg"][:1].lower() + detail["msg"][1:]
+    found = "nothing" if detail["type"] == "missing" else _shown(detail.get("input"))
+    if detail["type"] == "missing":
+        expected = "it is required"
+    elif detail["type"] == "extra_forbidden":
+        expected = "there is no such field; remove it or correct its name"
+    elif detail["type"] in ("float_parsing", "float_type"):
+        expected = "write a number such as 2.0e-5 (YAML reads 1e-5 without a point as text)"
+    return Problem(field=path, found=found, expected=expected)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _FOUND_LIMIT else text[:_FOUND_LIMIT] + "…"
+
+
+def rule_problems(spec: DistillationJobSpec) -> list[Problem]:
+    """What the schema's CEL rules say too; stages of a chain are checked before they are sent."""
+    found: list[Problem] = []
+
+    def refuse(field: str, what: str, expected: str) -> None:
+        found.append(
+            Problem(field=f"spec.{field}" if field else "spec", found=what, expected=expected)
+        )
+
+    if (spec.distill is None) == (spec.fine_tune is None):
+        refuse(
+            "", "both methods" if spec.distill else "no method",
+            "give exactly one method: either `distill: {}` or `fineTune: {}`",
+        )  # fmt: skip
+    elif (spec.distill is None) != (spec.teacher is None):
+        refuse(
+            "teacher", "a teacher" if spec.teacher else "no teacher",
+            "a `distill` job needs a `teacher` (`model: {uri: s3://…}` or `fromJob: {name: …}`), "
+            "and a `fineTune` job has none",
+        )  # fmt: skip
+    _source_problems(spec, refuse)
+    ranks = ranks_of(spec)
+    if spec.training.global_batch_size % ranks:
+        refuse(
+            "training.globalBatchSize", str(spec.training.global_batch_size),
+            f"a multiple of the {ranks} ranks (workers.nodes × workers.gpusPerNode)",
+        )  # fmt: skip
+    return found
+
+
+def _source_problems(spec: DistillationJobSpec, refuse: Any) -> None:
+    teacher, student = spec.teacher, spec.student
+    if teacher is not None and (teacher.model is None) == (teacher.from_job is None):
+        refuse(
+            "teacher", "two sources" if teacher.model else "no source",
+            "give exactly one of `model: {uri: s3://…}` and `fromJob: {name: …}`",
+        )  # fmt: skip
+    starts = [
+        student.model is not None, student.from_job is not None,
+        student.from_teacher is not None, student.config is not None,
+    ]  # fmt: skip
+    if sum(starts) != 1:
+        refuse(
+            "student", f"{sum(starts)} starts",
+            "give exactly one of `model`, `fromJob`, `fromTeacher` and `config`",
+        )  # fmt: skip
+    if student.from_teacher is not None and teacher is None:
+        refuse("student.fromTeacher", "no teacher", "use `config`, `model` or `fromJob`")
+    if student.config is not None and teacher is None and spec.data.tokenizer is None:
+        refuse("data.tokenizer", "nothing", "give `tokenizer: {uri: s3://…}`: there is no teacher")
+    if teacher and teacher.model and student.model and teacher.model.uri == student.model.uri:
+        refuse("student.model.uri", student.model.uri, "another model than the teacher")
+
+
+def ranks_of(spec: DistillationJobSpec) -> int:
+    """Ranks of the gang: one a GPU, or one a pod on the CPU."""
+    return spec.workers.nodes * max(1, spec.workers.gpus_per_node)
+
+
+def inputs_digest(
+    spec: DistillationJobSpec, teacher: ResolvedModel | None, student: ResolvedModel | None
+) -> str:
+    """SHA-256 over what cannot change once a job has started, and the digests of its models."""
+    wire = spec.to_wire()
+    parts: dict[str, Any] = {name: wire[name] for name in IMMUTABLE_PARTS if name in wire}
+    parts["models"] = [m.to_wire() if m else None for m in (teacher, student)]
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def student_summary(spec: DistillationJobSpec) -> str:
+    """The student in a few characters, for the table."""
+    student = spec.student
+    if student.from_teacher:
+        return f"teacher, {student.from_teacher.layers} layers"[:64]
+    if student.from_job:
+        return f"from {student.from_job.name}"[:64]
+    if student.model:
+        return last_part(student.model.uri)
+    config = student.config or {}
+    kind = str(config.get("model_type", "config"))
+    width = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
+    layers = config.get("num_hidden_layers") or config.get("n_layer")
+    return (f"{kind} {width}×{layers}" if width and layers else kind)[:64]
+
+
+def teacher_summary(spec: DistillationJobSpec) -> str:
+    """The teacher in a few characters; empty where there is none."""
+    if spec.teacher is None:
+        return ""
+    if spec.teacher.from_job:
+        return f"from {spec.teacher.from_job.name}"[:64]
+    return last_part(spec.teacher.model.uri) if spec.teacher.model else ""
+
+
+def last_part(uri: str) -> str:
+    """The last path segment of a URI."""
+    return uri.rstrip("/").rsplit("/", 1)[-1][:64]
+
+
+def dependency_names(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """Jobs whose models this spec needs, of a spec that may be invalid."""
+    found = []
+    for part in ("teacher", "student"):
+        reference = (raw.get(part) or {}).get("fromJob") or {}
+        if isinstance(reference, Mapping) and isinstance(reference.get("name"), str):
+            found.append(reference["name"])
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,141 @@
+"""The plan for a DistillationJob: from its spec to a finished student, one pass at a time."""
+
+from __future__ import annotations
+
+from kubedistill_api import reasons
+from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.names import ROLE_STUDENT, ROLE_TEACHER, teacher_name
+
+from kubedistill_operator.plan import dependencies, gang, preflight, teacher
+from kubedistill_operator.plan.actions import DeleteBatchJob, Plan
+from kubedistill_operator.plan.draft import Draft, Observed, Pass, Timing
+from kubedistill_operator.plan.inputs import parse_spec, student_summary, teacher_summary
+from kubedistill_operator.plan.times import seconds_since
+
+_LIFTED_BY_EDIT = (reasons.BACKOFF_LIMIT_EXCEEDED, reasons.DEADLINE_EXCEEDED)
+"""Failures that a larger limit in the spec undoes."""
+
+
+def plan_job(seen: Observed, timing: Timing) -> Plan:
+    """What follows from what was seen. Pure: the same input gives the same plan."""
+    draft = Draft(seen, timing)
+    spec = _parsed(draft)
+    if spec is not None:
+        step = Pass(draft, spec)
+        _summaries(step)
+        if _finished(draft):
+            _clean_up(draft)
+            _refresh_after_end(draft)
+        else:
+            _advance(step)
+            if draft.conditions[reasons.SUCCEEDED].status != "Unknown":
+                _wind_down_all(draft)
+            _clean_up(draft)
+    return draft.plan()
+
+
+def _parsed(draft: Draft) -> DistillationJobSpec | None:
+    spec, problems = parse_spec(draft.seen.spec)
+    if spec is None:
+        message = "; ".join(problem.sentence() for problem in problems)
+        draft.set(reasons.VALIDATED, "False", reasons.INVALID_SPEC, message)
+        draft.fail(reasons.INVALID_SPEC, message)
+    return spec
+
+
+def _finished(draft: Draft) -> bool:
+    """Whether the job has ended, for this generation of its spec."""
+    condition = draft.conditions[reasons.SUCCEEDED]
+    if condition.status == "True":
+        return True
+    if condition.status == "Unknown" or condition.reason == reasons.DEPENDENCY_CYCLE:
+        return False
+    if condition.observed_generation == draft.seen.generation:
+        return True
+    return draft.status.start_time is not None and condition.reason not in _LIFTED_BY_EDIT
+
+
+def _refresh_after_end(draft: Draft) -> None:
+    attempt = draft.attempt
+    if attempt is not None and not attempt.end_time:
+        _wind_down_all(draft)
+
+
+def _summaries(step: Pass) -> None:
+    workers = step.spec.workers
+    step.draft.update(
+        student_summary=student_summary(step.spec),
+        teacher_summary=teacher_summary(step.spec),
+        gpus=workers.nodes * workers.gpus_per_node,
+    )
+
+
+def _advance(step: Pass) -> None:
+    draft = step.draft
+    lifted = draft.conditions[reasons.SUCCEEDED].reason in _LIFTED_BY_EDIT
+    if draft.status.start_time is None:
+        if step.spec.suspend:
+            _suspended_before_start(draft)
+            return
+        inputs = dependencies.resolve(step)
+        if inputs is None or not preflight.check(step, inputs):
+            _not_suspended(draft)
+            return
+    if _past_deadline(step):
+        return
+    if lifted:
+        draft.update(completion_time=None)
+        draft.summary(reasons.RESTARTING, "a limit in the spec was raised")
+    ready = teacher.run_teacher(step)
+    if draft.conditions[reasons.SUCCEEDED].status == "False":
+        return
+    gang.run_gang(step, teacher_ready=ready)
+
+
+def _suspended_before_start(draft: Draft) -> None:
+    draft.set(reasons.SUSPENDED, "True", reasons.IS_SUSPENDED, "spec.suspend is true")
+    draft.summary(reasons.IS_SUSPENDED, "spec.suspend is true")
+
+
+def _not_suspended(draft: Draft) -> None:
+    draft.set(reasons.SUSPENDED, "False", reasons.NOT_SUSPENDED)
+
+
+def _past_deadline(step: Pass) -> bool:
+    limit = step.spec.active_deadline_seconds
+    if limit is None:
+        return False
+    left = limit - seconds_since(step.draft.status.start_time, step.draft.now)
+    if left > 0:
+        step.draft.look_again(left + 1)
+        return False
+    step.draft.fail(
+        reasons.DEADLINE_EXCEEDED,
+        f"not finished {limit} s after its start (activeDeadlineSeconds)",
+    )
+    return True
+
+
+def _wind_down_all(draft: Draft) -> None:
+    """The job has ended: nothing of it goes on running."""
+    condition = draft.conditions[reasons.SUCCEEDED]
+    gang.stop_attempt(draft, condition.reason, condition.message)
+    gang.wind_down(draft)
+    writers = draft.seen.batch_jobs.get(teacher_name(draft.seen.name))
+    if writers is not None and not writers.finished and not writers.deleting_since:
+        draft.act(DeleteBatchJob(writers.name))
+
+
+def _clean_up(draft: Draft) -> None:
+    """Keep the last two attempts' Jobs: the running one, and the last ended one for its logs."""
+    if draft.attempt is None:
+        return
+    for batch_job in draft.seen.batch_jobs.values():
+        old = batch_job.role == ROLE_STUDENT and batch_job.attempt < draft.attempt.number - 1
+        if old and not batch_job.deleting_since:
+            draft.act(DeleteBatchJob(batch_job.name))
+    if draft.conditions[reasons.SUCCEEDED].status != "Unknown":
+        for batch_job in draft.seen.batch_jobs.values():
+            left = batch_job.role in (ROLE_STUDENT, ROLE_TEACHER) and not batch_job.finished
+            if left and not batch_job.deleting_since:
+                draft.act(DeleteBatchJob(batch_job.name))

@@ -1,0 +1,125 @@
+"""One small pod checks storage, data, tokenizer and sizes before anything is paid for."""
+
+from __future__ import annotations
+
+from kubedistill_api import reasons
+from kubedistill_api.exit_codes import ExitCode, policy
+from kubedistill_api.names import ROLE_PREFLIGHT, SECRET_KEYS, preflight_name
+from kubedistill_api.runspec import Outcome
+
+from kubedistill_operator.plan.actions import CreatePreflight, DeleteBatchJob, Inputs
+from kubedistill_operator.plan.draft import Pass
+from kubedistill_operator.plan.exits import judge, outcome_text, pod_trouble, secret_missing
+from kubedistill_operator.plan.restart import backoff_seconds
+from kubedistill_operator.plan.times import format_time
+from kubedistill_operator.plan.views import BatchJobView, PodView
+
+_CHECKS = "a small pod checks storage, data, tokenizer and sizes"
+_FINAL = (ExitCode.BAD_CONFIGURATION, ExitCode.UNREADABLE_INPUT)
+
+
+def check(step: Pass, inputs: Inputs) -> bool:
+    """True when the inputs are accepted (in this pass); else the conditions say what is missing."""
+    draft, seen = step.draft, step.seen
+    name = preflight_name(seen.name, inputs.digest)
+    for other in seen.batch_jobs.values():
+        if other.role == ROLE_PREFLIGHT and other.name != name and not other.deleting_since:
+            draft.act(DeleteBatchJob(other.name))
+    batch_job = seen.batch_jobs.get(name)
+    if batch_job is None:
+        draft.act(CreatePreflight(inputs, draft.status.failures + 1))
+        _validating(step, _CHECKS)
+        return False
+    if batch_job.deleting_since:
+        return False
+    pods = [
+        p for p in seen.pods_of(ROLE_PREFLIGHT, batch_job.tries) if p.name.startswith(f"{name}-")
+    ]
+    if batch_job.complete:
+        return _accepted(step, inputs, batch_job, pods)
+    if batch_job.failed or any(p.failed for p in pods):
+        _refused(step, batch_job, pods)
+        return False
+    _waiting(step, pods)
+    return False
+
+
+def _validating(step: Pass, message: str) -> None:
+    step.draft.set(reasons.VALIDATED, "Unknown", reasons.VALIDATING, message)
+    step.draft.summary(reasons.VALIDATING, message)
+
+
+def _accepted(step: Pass, inputs: Inputs, batch_job: BatchJobView, pods: list[PodView]) -> bool:
+    draft = step.draft
+    outcome = next((o for p in pods if (o := p.outcome())), None)
+    if outcome is None or outcome.resolved is None:
+        if not pods or all(p.gone for p in pods):
+            # Its pod was removed before its words were read: ask again.
+            draft.act(DeleteBatchJob(batch_job.name))
+        else:
+            draft.look_again(2.0)
+        return False
+    draft.update(
+        resolved=outcome.resolved.model_copy(update={"inputs_digest": inputs.digest}),
+        start_time=format_time(draft.now),
+        failures=0,
+    )
+    draft.set(reasons.VALIDATED, "True", reasons.VALID)
+    draft.tell("Validated", "the preflight accepted the inputs; from here they are fixed")
+    return True
+
+
+def _refused(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> None:
+    draft = step.draft
+    if batch_job.generation < step.seen.generation and batch_job.failed:
+        # Another generation's failure: the person changed something, so it is checked again.
+        draft.act(DeleteBatchJob(batch_job.name))
+        draft.update(failures=0)
+        _validating(step, "the changed spec is checked")
+        return
+    failed = next((p for p in pods if p.exit_code not in (None, 0)), None)
+    if failed is not None and failed.exit_code in _FINAL:
+        reason = policy(failed.exit_code).reason
+        message = outcome_text(failed.outcome() or Outcome(reason=reason))
+        message = message or failed.end_message or f"pod {failed.name} gave no message"
+        draft.set(reasons.VALIDATED, "False", reason, message)
+        draft.fail(reason, message)
+        return
+    if not batch_job.failed:
+        return
+    verdict = judge(pods, batch_job.failure_message)
+    tries, limit = batch_job.tries, step.spec.backoff_limit
+    draft.update(failures=tries)
+    if tries > limit:
+        message = f"the preflight failed {tries} times; the last time: {verdict.message}"
+        draft.set(reasons.VALIDATED, "False", verdict.reason, message)
+        draft.fail(reasons.BACKOFF_LIMIT_EXCEEDED, message)
+        return
+    draft.set(reasons.VALIDATED, "Unknown", verdict.reason, verdict.message)
+    draft.summary(verdict.reason, f"the preflight is tried again: {verdict.message}")
+    wait = backoff_seconds(step.seen.uid, tries, tries, draft.timing)
+    passed = (draft.now - (batch_job.finished_at or draft.now)).total_seconds()
+    if passed >= wait:
+        draft.act(DeleteBatchJob(batch_job.name))
+    else:
+        draft.look_again(wait - passed)
+
+
+def _waiting(step: Pass, pods: list[PodView]) -> None:
+    secret = step.spec.storage.secret_ref
+    if secret is not None and secret_missing(pods):
+        message = (
+            f"Secret {secret.name} with {' and '.join(SECRET_KEYS)} is not in namespace "
+            f"{step.seen.namespace}: create it, or correct spec.storage.secretRef.name; "
+            "the job goes on by itself"
+        )
+        if step.draft.set(reasons.VALIDATED, "False", reasons.SECRET_NOT_FOUND, message):
+            step.draft.tell(reasons.SECRET_NOT_FOUND, message, warning=True)
+        step.draft.summary(reasons.SECRET_NOT_FOUND, message)
+        return
+    trouble = pod_trouble(pods)
+    if trouble:
+        step.draft.set(reasons.VALIDATED, "Unknown", *trouble)
+        step.draft.summary(*trouble)
+        return
+    _validating(step, _CHECKS)

@@ -1,0 +1,106 @@
+"""The teacher's own pods: needed or not, and far enough for the student to start."""
+
+from __future__ import annotations
+
+from kubedistill_api import reasons
+from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.names import ROLE_TEACHER, teacher_name
+from kubedistill_api.status import DistillationJobStatus, TeacherStreamStatus
+
+from kubedistill_operator.plan.actions import CreateTeacher, SuspendBatchJob
+from kubedistill_operator.plan.draft import Pass
+from kubedistill_operator.plan.exits import judge, pod_trouble
+from kubedistill_operator.plan.reporting import apply_stream
+from kubedistill_operator.plan.views import BatchJobView, PodView
+
+
+def needed(spec: DistillationJobSpec, status: DistillationJobStatus) -> bool:
+    """Whether a stream has to be written for this job."""
+    streams = spec.teacher is not None and spec.teacher.delivery == "Stream"
+    return streams and not (status.resolved is not None and status.resolved.stream_complete)
+
+
+def run_teacher(step: Pass) -> bool:
+    """Keep the writers going. True when the student may start; False also after a failure."""
+    draft, seen, spec = step.draft, step.seen, step.spec
+    if not needed(spec, draft.status):
+        already = spec.teacher is not None and spec.teacher.delivery == "Stream"
+        text = "the stream was already there" if already else ""
+        draft.set(reasons.TEACHER_READY, "True", reasons.NOT_NEEDED, text)
+        return True
+    name = teacher_name(seen.name)
+    batch_job = seen.batch_jobs.get(name)
+    if _complete(step):
+        return True
+    if batch_job is None:
+        if spec.suspend:
+            return False
+        draft.act(CreateTeacher())
+        _generating(step, "the teacher's pods are asked for")
+        return False
+    pods = seen.pods_of(ROLE_TEACHER)
+    if batch_job.complete:
+        _take_outcomes(step, pods)
+        return True
+    if batch_job.failed:
+        _failed(step, batch_job, pods)
+        return False
+    if batch_job.suspended != spec.suspend and not batch_job.deleting_since:
+        draft.act(SuspendBatchJob(name, spec.suspend))
+    return _running(step, pods)
+
+
+def _complete(step: Pass) -> bool:
+    stream = step.draft.status.teacher_stream
+    ready = step.draft.conditions[reasons.TEACHER_READY]
+    return bool(stream and stream.complete) and ready.reason == reasons.STREAM_COMPLETE
+
+
+def _take_outcomes(step: Pass, pods: list[PodView]) -> None:
+    draft = step.draft
+    for pod in pods:
+        outcome = pod.outcome()
+        if outcome and outcome.progress and outcome.progress.teacher_stream:
+            apply_stream(draft, outcome.progress.teacher_stream)
+    stream = draft.status.teacher_stream or TeacherStreamStatus()
+    uri = stream.uri or (draft.status.resolved.stream_uri if draft.status.resolved else "")
+    draft.update(teacher_stream=stream.model_copy(update={"complete": True, "uri": uri}))
+    message = f"{stream.tokens:,} tokens in {stream.bytes:,} bytes" if stream.tokens else ""
+    if draft.set(reasons.TEACHER_READY, "True", reasons.STREAM_COMPLETE, message):
+        draft.tell(reasons.STREAM_COMPLETE, f"the teacher's stream is complete {message}".strip())
+
+
+def _failed(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> None:
+    verdict = judge([p for p in pods if p.failed], batch_job.failure_message)
+    message = f"{verdict.reason}: {verdict.message}"
+    step.draft.set(reasons.TEACHER_READY, "False", reasons.TEACHER_FAILED, message)
+    step.draft.fail(reasons.TEACHER_FAILED, message)
+
+
+def _running(step: Pass, pods: list[PodView]) -> bool:
+    draft, contact = step.draft, step.seen.teacher
+    stream = contact.report.teacher_stream if contact else None
+    if stream is not None and stream.tokens > 0:
+        apply_stream(draft, stream.model_copy(update={"complete": False}))
+    if any(p.active and p.phase == "Running" for p in pods):
+        draft.look_again(draft.timing.poll)
+    known = draft.status.teacher_stream
+    if known is not None and known.tokens > 0:
+        if draft.set(
+            reasons.TEACHER_READY, "True", reasons.SHARDS_COMMITTED,
+            "the student can start on what is there",
+        ):  # fmt: skip
+            draft.tell(reasons.SHARDS_COMMITTED, "the teacher committed its first shards")
+        return True
+    trouble = pod_trouble(pods)
+    if trouble:
+        draft.set(reasons.TEACHER_READY, "False", *trouble)
+        draft.summary(*trouble)
+    else:
+        _generating(step, "the teacher writes its stream")
+    return False
+
+
+def _generating(step: Pass, message: str) -> None:
+    step.draft.set(reasons.TEACHER_READY, "False", reasons.GENERATING, message)
+    step.draft.summary(reasons.GENERATING, message)

@@ -1,0 +1,146 @@
+"""What a plan needs to know of Pods and Jobs, read from the API's JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from kubedistill_api.names import CONTAINER, LABEL_ATTEMPT, LABEL_ROLE
+from kubedistill_api.runspec import Outcome
+from pydantic import ValidationError
+
+from kubedistill_operator.plan.times import parse_time
+
+INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
+GENERATION_ANNOTATION = "kubedistill.dev/generation"
+TRY_ANNOTATION = "kubedistill.dev/try"
+LABEL_JOB_UID = "kubedistill.dev/job-uid"
+"""Tells the children of a deleted job from those of its successor of the same name."""
+
+
+@dataclass(frozen=True)
+class PodView:
+    """One pod as observed; `gone` pods were deleted and are remembered for what they said."""
+
+    name: str
+    role: str
+    attempt: int = 0
+    index: int = 0
+    ip: str = ""
+    phase: str = "Pending"
+    exit_code: int | None = None
+    end_reason: str = ""
+    end_message: str = ""
+    finished_at: datetime | None = None
+    disrupted: bool = False
+    unschedulable: str = ""
+    waiting_reason: str = ""
+    waiting_message: str = ""
+    deleting: bool = False
+    gone: bool = False
+
+    @property
+    def active(self) -> bool:
+        """Whether its processes may still run."""
+        return not self.gone and self.phase not in ("Succeeded", "Failed")
+
+    @property
+    def failed(self) -> bool:
+        return self.phase == "Failed" or self.exit_code not in (None, 0)
+
+    def outcome(self) -> Outcome | None:
+        """The trainer's last word, if it left one."""
+        try:
+            return Outcome.model_validate_json(self.end_message)
+        except ValidationError:
+            return None
+
+
+@dataclass(frozen=True)
+class BatchJobView:
+    """One Job as observed."""
+
+    name: str
+    role: str
+    attempt: int = 0
+    complete: bool = False
+    failed: bool = False
+    failing: bool = False
+    failure_message: str = ""
+    suspended: bool = False
+    deleting_since: datetime | None = None
+    finished_at: datetime | None = None
+    generation: int = 0
+    tries: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.complete or self.failed
+
+
+def _conditions(raw: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    found = raw.get("status", {}).get("conditions") or []
+    return {c["type"]: c for c in found if c.get("status") == "True"}
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdigit() else 0
+
+
+def pod_view(raw: Mapping[str, Any], *, gone: bool = False) -> PodView:
+    """Read a Pod; only the trainer's container is looked at."""
+    metadata, status = raw["metadata"], raw.get("status", {})
+    labels = metadata.get("labels", {})
+    state: Mapping[str, Any] = {}
+    for container in status.get("containerStatuses") or []:
+        if container.get("name") == CONTAINER:
+            state = container.get("state", {})
+    ended = state.get("terminated") or {}
+    waiting = state.get("waiting") or {}
+    scheduled = next((c for c in status.get("conditions") or [] if c["type"] == "PodScheduled"), {})
+    unschedulable = scheduled.get("status") == "False" and (
+        scheduled.get("reason") == "Unschedulable"
+    )
+    return PodView(
+        name=metadata["name"],
+        role=labels.get(LABEL_ROLE, ""),
+        attempt=_number(labels.get(LABEL_ATTEMPT)),
+        index=_number(metadata.get("annotations", {}).get(INDEX_ANNOTATION)),
+        ip=status.get("podIP", ""),
+        phase=status.get("phase", "Pending"),
+        exit_code=ended.get("exitCode"),
+        end_reason=ended.get("reason") or status.get("reason") or "",
+        end_message=ended.get("message") or status.get("message") or "",
+        finished_at=parse_time(ended.get("finishedAt")),
+        disrupted="DisruptionTarget" in _conditions(raw),
+        unschedulable=scheduled.get("message", "") if unschedulable else "",
+        waiting_reason=waiting.get("reason", ""),
+        waiting_message=waiting.get("message", ""),
+        deleting=bool(metadata.get("deletionTimestamp")),
+        gone=gone,
+    )
+
+
+def batch_job_view(raw: Mapping[str, Any]) -> BatchJobView:
+    """Read a Job."""
+    metadata = raw["metadata"]
+    labels, annotations = metadata.get("labels", {}), metadata.get("annotations", {})
+    conditions = _conditions(raw)
+    failure = conditions.get("Failed") or conditions.get("FailureTarget") or {}
+    end = conditions.get("Failed") or conditions.get("Complete") or {}
+    return BatchJobView(
+        name=metadata["name"],
+        role=labels.get(LABEL_ROLE, ""),
+        attempt=_number(labels.get(LABEL_ATTEMPT)),
+        complete="Complete" in conditions,
+        failed="Failed" in conditions,
+        failing="FailureTarget" in conditions or "Failed" in conditions,
+        failure_message=failure.get("message", ""),
+        suspended=bool(raw.get("spec", {}).get("suspend")),
+        deleting_since=parse_time(metadata.get("deletionTimestamp")),
+        finished_at=parse_time(end.get("lastTransitionTime")),
+        generation=_number(annotations.get(GENERATION_ANNOTATION)),
+        tries=_number(annotations.get(TRY_ANNOTATION)),
+    )

@@ -1,0 +1,133 @@
+"""etcd, kube-apiserver, kube-controller-manager and kube-scheduler on loopback."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+from pathlib import Path
+
+from devcluster import assets
+from devcluster.pki import Authority, service_account_key
+from devcluster.process import Background, free_port, wait_until
+
+
+class ControlPlane:
+    """One control plane with a data directory of its own; two can run side by side."""
+
+    def __init__(self, state: Path, *, detached: bool = False) -> None:
+        self._state = state
+        self._detached = detached
+        self.authority = Authority(state / "pki")
+        self._port = free_port()
+        self.server = f"https://127.0.0.1:{self._port}"
+        self.admin = self._config("admin", "dev-admin", "system:masters")
+        self.parts: dict[str, Background] = {}
+
+    def start(self) -> None:
+        """Start all four and wait until the API server is ready."""
+        programs = assets.ensure()
+        etcd_client, etcd_peer = free_port(), free_port()
+        self._run(
+            programs / "etcd",
+            f"--data-dir={self._state / 'etcd'}",
+            f"--listen-client-urls=http://127.0.0.1:{etcd_client}",
+            f"--advertise-client-urls=http://127.0.0.1:{etcd_client}",
+            f"--listen-peer-urls=http://127.0.0.1:{etcd_peer}",
+            "--unsafe-no-fsync",
+            "--logger=zap",
+            "--log-level=warn",
+        )
+        self._run(programs / "kube-apiserver", *self._apiserver_flags(etcd_client))
+        wait_until(self.ready, "kube-apiserver", 90)
+        controller = self._config("controller-manager", "system:kube-controller-manager")
+        scheduler = self._config("scheduler", "system:kube-scheduler")
+        self._run(
+            programs / "kube-controller-manager",
+            f"--kubeconfig={controller}",
+            "--use-service-account-credentials",
+            f"--service-account-private-key-file={self._state / 'pki' / 'sa.key'}",
+            f"--root-ca-file={self.authority.path}",
+            # EndpointSlices refuse the loopback addresses that the node gives to pods.
+            "--controllers=*,-endpoint-controller,-endpointslice-controller,"
+            "-endpointslicemirroring-controller",
+            "--leader-elect=false",
+            f"--secure-port={free_port()}",
+            "--bind-address=127.0.0.1",
+            "--node-monitor-grace-period=20s",
+        )
+        self._run(
+            programs / "kube-scheduler",
+            f"--kubeconfig={scheduler}",
+            "--leader-elect=false",
+            f"--secure-port={free_port()}",
+            "--bind-address=127.0.0.1",
+        )
+
+    def stop(self) -> None:
+        """End all four, the API server before its store."""
+        for name in reversed(assets.NAMES):
+            if name in self.parts:
+                self.parts[name].stop()
+
+    def ready(self) -> bool:
+        """Whether /readyz answers ok. RuntimeError when the API server has ended."""
+        server = self.parts["kube-apiserver"]
+        if not server.running:
+            raise RuntimeError(f"kube-apiserver ended:\n{server.tail()}")
+        context = ssl.create_default_context(cafile=str(self.authority.path))
+        pki = self._state / "pki"
+        context.load_cert_chain(pki / "admin.crt", pki / "admin.key")
+        connection = http.client.HTTPSConnection(
+            "127.0.0.1", self._port, timeout=5, context=context
+        )
+        try:
+            connection.request("GET", "/readyz")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+    def node_config(self, node: str) -> Path:
+        """A kubelet's kubeconfig: NodeRestriction and the Node authorizer apply to it."""
+        return self._config(f"node-{node}", f"system:node:{node}", "system:nodes")
+
+    def _config(self, file: str, name: str, organization: str = "") -> Path:
+        return self.authority.kubeconfig(file, self.server, name, organization)
+
+    def _apiserver_flags(self, etcd_port: int) -> list[str]:
+        pki = self._state / "pki"
+        key = service_account_key(pki / "sa.key")
+        serving, serving_key = self.authority.issue(
+            "apiserver",
+            "kube-apiserver",
+            addresses=("127.0.0.1", "10.96.0.1", "localhost", "kubernetes.default.svc"),
+        )
+        kubelet, kubelet_key = self.authority.issue(
+            "kubelet-client", "kube-apiserver-kubelet-client", "system:masters"
+        )
+        return [
+            f"--etcd-servers=http://127.0.0.1:{etcd_port}",
+            f"--secure-port={self._port}",
+            "--bind-address=127.0.0.1",
+            "--advertise-address=127.0.0.1",
+            "--endpoint-reconciler-type=none",
+            "--service-cluster-ip-range=10.96.0.0/16",
+            "--authorization-mode=Node,RBAC",
+            "--enable-admission-plugins=NodeRestriction",
+            f"--client-ca-file={self.authority.path}",
+            f"--tls-cert-file={serving}",
+            f"--tls-private-key-file={serving_key}",
+            f"--service-account-key-file={key}",
+            f"--service-account-signing-key-file={key}",
+            "--service-account-issuer=https://kubernetes.default.svc",
+            f"--kubelet-client-certificate={kubelet}",
+            f"--kubelet-client-key={kubelet_key}",
+            "--kubelet-preferred-address-types=InternalIP",
+        ]
+
+    def _run(self, program: Path, *flags: str) -> None:
+        log = self._state / "logs" / f"{program.name}.log"
+        part = Background([program, *flags], log, detached=self._detached)
+        part.start()
+        self.parts[program.name] = part

@@ -1,0 +1,92 @@
+"""SeaweedFS as the S3 server."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from devcluster import tools
+from devcluster.process import Background, free_port, wait_until
+
+
+@dataclass(frozen=True)
+class S3Access:
+    """How to reach the server."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+    bucket: str
+
+
+class S3Server:
+    """One server with a data directory of its own."""
+
+    def __init__(self, state: Path, bucket: str = "kubedistill", *, detached: bool = False) -> None:
+        self._state = state
+        self._port = free_port()
+        self.access = S3Access(
+            f"http://127.0.0.1:{self._port}", "kubedistill", "kubedistill-secret", bucket
+        )
+        state.mkdir(parents=True, exist_ok=True)
+        config = state / "s3.json"
+        config.write_text(json.dumps({"identities": [self._identity()]}))
+        ports = {
+            f"{part}.port": free_port() for part in ("master", "volume", "filer")
+        }
+        data = state / "data"
+        data.mkdir(exist_ok=True)
+        command = [
+            tools.weed(), "-logtostderr=true", "mini", f"-dir={data}",
+            "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false",
+            "-admin.ui=false", "-webdav=false", f"-s3.port={self._port}",
+            "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={config}",
+            f"-bucket={bucket}", *(f"-{name}={port}" for name, port in ports.items()),
+        ]  # fmt: skip
+        # It has nothing to flush that the tests need, and takes long to end when asked politely.
+        self.process = Background(
+            command, state / "weed.log", detached=detached, stop_signal=signal.SIGKILL
+        )
+
+    def start(self) -> None:
+        """Start it and wait until bucket and port are there."""
+        self.process.start()
+        wait_until(self._bucket_ready, "SeaweedFS", 60)
+
+    def stop(self) -> None:
+        self.process.stop()
+
+    def client(self):  # type: ignore[no-untyped-def]
+        """A boto3 client of it."""
+        import boto3
+        from botocore.config import Config
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.access.endpoint,
+            aws_access_key_id=self.access.access_key,
+            aws_secret_access_key=self.access.secret_key,
+            region_name="us-east-1",
+            config=Config(retries={"max_attempts": 2}),
+        )
+
+    def _bucket_ready(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self._port), timeout=1):
+                pass
+            self.client().head_bucket(Bucket=self.access.bucket)
+        except Exception:  # whatever it says before it is ready means: not yet
+            return False
+        return True
+
+    def _identity(self) -> dict[str, object]:
+        return {
+            "name": "kubedistill",
+            "credentials": [
+                {"accessKey": self.access.access_key, "secretKey": self.access.secret_key}
+            ],
+            "actions": ["Admin", "Read", "List", "Tagging", "Write"],
+        }

@@ -1,0 +1,63 @@
+"""What a container knows of itself: the run spec, its place in the gang, its stores and folders."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kubedistill_api import names
+from kubedistill_api.runspec import RunSpec
+
+from kubedistill_trainer.store import Store
+
+
+@dataclass(frozen=True)
+class Context:
+    """One process's view of its run."""
+
+    run: RunSpec
+    scratch: Path
+    rank: int = 0
+    world_size: int = 1
+    partition: int = 0
+    _stores: dict[str, Store] = field(default_factory=dict, repr=False)
+
+    def open_store(self, uri: str) -> Store:
+        """The store at `uri`, with the job's endpoint and region; one connection pool a URI."""
+        if uri not in self._stores:
+            storage = self.run.spec.storage
+            self._stores[uri] = Store(uri, endpoint=storage.endpoint, region=storage.region)
+        return self._stores[uri]
+
+    @property
+    def storage(self) -> Store:
+        """The store at spec.storage.uri."""
+        return self.open_store(self.run.spec.storage.uri)
+
+    @property
+    def run_store(self) -> Store:
+        """The prefix of this run: shards and commit log."""
+        run = self.run
+        return self.open_store(
+            names.run_uri(run.spec.storage.uri, run.namespace, run.name, run.uid)
+        )
+
+    @property
+    def models_store(self) -> Store:
+        """The prefix of this job's finished models."""
+        run = self.run
+        return self.open_store(names.models_uri(run.spec.storage.uri, run.namespace, run.name))
+
+
+def read_run_spec() -> RunSpec:
+    """`run.json` from the mounted ConfigMap (KUBEDISTILL_RUN_SPEC names another file)."""
+    default = f"{names.RUN_SPEC_DIRECTORY}/{names.RUN_SPEC_FILE}"
+    return RunSpec.model_validate_json(
+        Path(os.environ.get("KUBEDISTILL_RUN_SPEC", default)).read_text()
+    )
+
+
+def scratch_directory() -> Path:
+    """The pod's own disk (KUBEDISTILL_SCRATCH names another folder)."""
+    return Path(os.environ.get("KUBEDISTILL_SCRATCH", names.SCRATCH_DIRECTORY))

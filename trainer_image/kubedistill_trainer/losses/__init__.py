@@ -1,0 +1,6 @@
+"""Distillation losses without a [tokens × vocabulary] tensor."""
+
+from kubedistill_trainer.losses.core import distillation_loss
+from kubedistill_trainer.losses.types import IGNORED, LossParts, TeacherHidden, TeacherSparse
+
+__all__ = ["IGNORED", "LossParts", "TeacherHidden", "TeacherSparse", "distillation_loss"]

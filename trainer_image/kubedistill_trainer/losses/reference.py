@@ -1,0 +1,55 @@
+"""The dense float64 oracle of the tests and benchmarks: every tensor in full, autograd throughout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from kubedistill_trainer.losses.types import IGNORED, TeacherHidden, TeacherSparse
+
+
+def _dense_logits(hidden: Tensor, head: Tensor, vocab_size: int, softcap: float | None) -> Tensor:
+    logits = hidden @ head.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits[:, :vocab_size]
+
+
+def dense_loss(
+    hidden_NH: Tensor,
+    head_VH: Tensor,
+    labels_N: Tensor,
+    teacher: TeacherHidden | TeacherSparse | None,
+    *,
+    temperature: float,
+    soft_weight: float,
+    normalizer: float,
+    vocab_size: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The same loss as `distillation_loss`, in the inputs' own dtype, with dense logits."""
+    size = head_VH.shape[0] if vocab_size is None else vocab_size
+    logits = _dense_logits(hidden_NH, head_VH, size, softcap)
+    valid = labels_N != IGNORED
+    hard = cross_entropy(logits, labels_N, ignore_index=IGNORED, reduction="sum")
+    if teacher is None or soft_weight == 0:
+        return hard / normalizer
+    log_q = torch.log_softmax(logits / temperature, dim=-1)
+    if isinstance(teacher, TeacherHidden):
+        dense = _dense_logits(teacher.hidden_NH, teacher.head_VH, size, teacher.softcap)
+        log_p = torch.log_softmax(dense / temperature, dim=-1)
+        kl_N = (log_p.exp() * (log_p - log_q)).sum(-1)
+    else:
+        kl_N = _bucketed(log_q, teacher, temperature)
+    soft = temperature**2 * kl_N[valid].sum()
+    return (soft_weight * soft + (1 - soft_weight) * hard) / normalizer
+
+
+def _bucketed(log_q: Tensor, teacher: TeacherSparse, temperature: float) -> Tensor:
+    log_p = teacher.logprobs_NK / temperature - teacher.log_z_N[:, None]
+    kept = (log_p.exp() * (log_p - log_q.gather(-1, teacher.ids_NK))).sum(-1)
+    p_tail = 1 - log_p.exp().sum(-1)
+    q_tail = log_q.exp().scatter(-1, teacher.ids_NK, 0.0).sum(-1)
+    tail = torch.where(p_tail > 1e-12, p_tail * (p_tail.clamp_min(1e-12).log() - q_tail.log()), 0)
+    return kept + tail

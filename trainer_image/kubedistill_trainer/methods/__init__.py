@@ -1,0 +1,1 @@
+"""One module a method, and the loop that they share."""

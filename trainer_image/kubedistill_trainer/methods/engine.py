@@ -1,0 +1,77 @@
+"""DeepSpeed: its configuration from the spec, and the process groups of a gang."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from kubedistill_api.job import Training
+
+from kubedistill_trainer.methods.student import StudentWithLoss
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def deepspeed_config(training: Training, ranks: int, micro_batch: int) -> dict[str, Any]:
+    """The JSON that DeepSpeed takes. The learning rate is set by the loop, step by step."""
+    return {
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": training.global_batch_size // ranks // micro_batch,
+        "gradient_clipping": training.gradient_clipping,
+        "bf16": {"enabled": training.precision == "BF16"},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": training.learning_rate,
+                "betas": [0.9, 0.95],
+                "eps": 1e-8,
+                "weight_decay": training.weight_decay,
+                "torch_adam": True,
+            },
+        },
+        "zero_optimization": {
+            "stage": training.deep_speed.zero_stage,
+            "stage3_param_persistence_threshold": 1000,
+        },
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+def join_gang(host: str, port: int, rank: int, world_size: int, local_rank: int) -> Any:
+    """Static rendezvous at rank 0; the control-plane group (gloo) is returned.
+
+    Small agreements between ranks never go over NCCL, where they would hang with a dead peer.
+    """
+    os.environ |= {
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": "1",
+    }
+    import deepspeed
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(
+        dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False, auto_mpi_discovery=False
+    )
+    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+
+
+def wrap(module: StudentWithLoss, training: Training, ranks: int, micro_batch: int) -> Any:
+    """The DeepSpeed engine around `module`."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=[p for p in module.parameters() if p.requires_grad],
+        config=deepspeed_config(training, ranks, micro_batch),
+    )
+    if training.deep_speed.zero_stage == 3:
+        module.register_head()
+    return engine

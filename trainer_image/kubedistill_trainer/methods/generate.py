@@ -1,0 +1,146 @@
+"""The teacher writers: one partition of the data each, resumed at its last committed shard."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from kubedistill_api.runspec import Outcome
+from kubedistill_api.status import TeacherStreamStatus
+
+from kubedistill_trainer import exporter
+from kubedistill_trainer.context import Context
+from kubedistill_trainer.data.dataset import load_dataset
+from kubedistill_trainer.failures import refuse
+from kubedistill_trainer.methods.signal import final_hidden, softcap_of
+from kubedistill_trainer.models.folder import download, read_config
+from kubedistill_trainer.models.load import dtype_of, load_model
+from kubedistill_trainer.teacher.digest import teacher_digest
+from kubedistill_trainer.teacher.head import publish_head
+from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity, publish_manifest
+from kubedistill_trainer.teacher.payload import Hidden, SparseSpec, TeacherOutputs, sparse_of_logits
+from kubedistill_trainer.teacher.request import stream_identity
+from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
+
+_log = logging.getLogger(__name__)
+_FIRST_SHARD_BYTES = 1 << 20
+_REPORT_SECONDS = 2.0
+
+
+def run_teacher(context: Context, board: exporter.ProgressBoard) -> Outcome:
+    """Write this pod's partition of the stream."""
+    spec, model_source = context.run.spec, context.run.teacher_model
+    if spec.teacher is None or spec.distill is None or model_source is None:
+        raise refuse("spec.teacher", "nothing", "a teacher pod needs a teacher")
+    board.update(phase="Generating")
+    store = context.open_store(model_source.uri)
+    dataset = load_dataset(context.run, context.open_store)
+    identity = stream_identity(
+        spec.teacher,
+        spec.distill.objective.temperature,
+        dataset,
+        teacher_digest(model_source, store),
+        read_config(store, "spec.teacher"),
+    )
+    folder = context.scratch / "teacher"
+    download(store, folder, "spec.teacher", model_source.digest)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype_of(spec.training.precision)
+    model = load_model(folder, "spec.teacher", dtype).to(device).eval()
+    head = None
+    if identity.payloads[0].kind == "Hidden":
+        head = publish_head(
+            context.storage, identity, model.get_output_embeddings().weight, context.scratch
+        )
+    manifest = publish_manifest(
+        context.storage,
+        Manifest(
+            identity=identity,
+            partitions=spec.teacher.workers.replicas,
+            samples=len(dataset.packed),
+            head_sha256=head,
+        ),
+    )
+    report = _Reporter(board, identity, context.storage.child(identity.address).uri)
+    # A stream that another job laid out in more partitions is written by as many as there are.
+    for partition in range(context.partition, manifest.partitions, spec.teacher.workers.replicas):
+        _write_partition(context, manifest, partition, dataset, model, report)
+    report.now(complete=True)
+    return Outcome(reason="Completed", message="stream written", progress=board.report)
+
+
+class _Reporter:
+    """Keeps /progress current; counts what this process committed."""
+
+    def __init__(self, board: exporter.ProgressBoard, identity: StreamIdentity, uri: str) -> None:
+        self._board = board
+        self._identity = identity
+        self._uri = uri
+        self._last = 0.0
+        self.samples = 0
+
+    def tick(self) -> None:
+        if time.monotonic() - self._last > _REPORT_SECONDS:
+            self.now()
+
+    def now(self, complete: bool = False) -> None:
+        self._last = time.monotonic()
+        status = TeacherStreamStatus(
+            uri=self._uri,
+            digest=self._identity.digest(),
+            payload=self._identity.payloads[0].kind,
+            tokens=self.samples * self._identity.sequence_length,
+            complete=complete,
+        )
+        self._board.update(teacher_stream=status, last_step_time=time.time())
+
+
+def _write_partition(
+    context: Context,
+    manifest: Manifest,
+    partition: int,
+    dataset: Any,
+    model: Any,
+    report: _Reporter,
+) -> None:
+    settings = WriterSettings(first_shard_bytes=_FIRST_SHARD_BYTES)
+    scratch = context.scratch / f"partition-{partition}"
+    scratch.mkdir(parents=True, exist_ok=True)
+    already = report.samples
+    with StreamWriter(
+        context.storage, manifest, partition, scratch=scratch, settings=settings
+    ) as writer:
+        for sample in writer.samples():
+            outputs = teacher_outputs(model, manifest.identity, dataset.packed.take([sample]))
+            writer.write(sample, dataset.packed.tokens[sample], outputs)
+            exporter.TOKENS.labels("teacher").inc(manifest.identity.sequence_length)
+            report.samples = already + writer.committed()
+            report.tick()
+        writer.end()
+        report.samples = already + writer.committed()
+    _log.info("partition written", extra={"partition": partition, "samples": report.samples})
+
+
+@torch.inference_mode()
+def teacher_outputs(model: Any, identity: StreamIdentity, sequence: Any) -> TeacherOutputs:
+    """What the stream keeps of one sequence [1, L]."""
+    device = model.get_output_embeddings().weight.device
+    tokens = torch.from_numpy(sequence.tokens).to(device)
+    positions = torch.from_numpy(sequence.positions).to(device)
+    hidden = final_hidden(model.get_decoder(), tokens, positions)[0]
+    payload = identity.payloads[0]
+    if not isinstance(payload, SparseSpec):
+        return TeacherOutputs(hidden=Hidden(hidden.float().cpu()))
+    logits = model.get_output_embeddings()(hidden).float()
+    cap = softcap_of(model)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    sparse = sparse_of_logits(
+        logits.cpu(),
+        payload.k,
+        payload.temperatures,
+        visible_vocab_size=identity.visible_vocab_size,
+    )
+    return TeacherOutputs(sparse=sparse)

@@ -1,0 +1,164 @@
+"""Where a step's teacher comes from: nowhere, inside this process, or a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from kubedistill_api.status import TeacherStreamStatus
+from torch import Tensor
+
+from kubedistill_trainer.context import Context
+from kubedistill_trainer.data.dataset import Dataset
+from kubedistill_trainer.losses import TeacherHidden, TeacherSparse
+from kubedistill_trainer.models.load import load_model
+from kubedistill_trainer.teacher.codec import token_hash
+from kubedistill_trainer.teacher.head import load_head
+from kubedistill_trainer.teacher.payload import TeacherOutputs
+from kubedistill_trainer.teacher.stream_reader import ReaderSettings, StreamReader
+
+Ids = npt.NDArray[np.int64]
+TeacherBatch = TeacherHidden | TeacherSparse | None
+
+
+class Signal(Protocol):
+    """A teacher as the loop sees it."""
+
+    def expect(self, batches: Iterator[Ids]) -> None:
+        """Sample ids in the order in which `batch` will be asked for them."""
+
+    def batch(self, samples: Ids, tokens: Tensor, positions: Tensor) -> TeacherBatch:
+        """The teacher's outputs for sequences [B] with tokens and positions [B, L]."""
+
+    def status(self) -> TeacherStreamStatus | None:
+        """What is known of the stream, if there is one."""
+
+    def close(self) -> None: ...
+
+
+class NoTeacher:
+    """Cross-entropy only."""
+
+    def expect(self, batches: Iterator[Ids]) -> None:
+        """Nothing to prepare."""
+
+    def batch(self, samples: Ids, tokens: Tensor, positions: Tensor) -> TeacherBatch:
+        return None
+
+    def status(self) -> TeacherStreamStatus | None:
+        return None
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class OnlineTeacher:
+    """The teacher in the student's process: its hidden states are made when they are needed."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._decoder = model.get_decoder()
+        self._head = model.get_output_embeddings().weight
+
+    def expect(self, batches: Iterator[Ids]) -> None:
+        """Nothing to prepare."""
+
+    @torch.no_grad()
+    def batch(self, samples: Ids, tokens: Tensor, positions: Tensor) -> TeacherBatch:
+        hidden = final_hidden(self._decoder, tokens, positions)
+        return TeacherHidden(hidden.flatten(0, 1), self._head, softcap_of(self._model))
+
+    def status(self) -> TeacherStreamStatus | None:
+        return None
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class StreamTeacher:
+    """The teacher's stream in S3, read ahead."""
+
+    def __init__(
+        self, reader: StreamReader, head: Tensor | None, dataset: Dataset, softcap: float | None
+    ) -> None:
+        self._reader = reader
+        self._head = head
+        self._dataset = dataset
+        self._softcap = softcap
+
+    def expect(self, batches: Iterator[Ids]) -> None:
+        self._reader.prefetch(
+            (int(sample), self._hash(int(sample))) for ids in batches for sample in ids
+        )
+
+    def batch(self, samples: Ids, tokens: Tensor, positions: Tensor) -> TeacherBatch:
+        outputs = [self._reader.get(int(s), self._hash(int(s))) for s in samples]
+        return _joined(outputs, self._head, self._softcap, tokens.device)
+
+    def status(self) -> TeacherStreamStatus | None:
+        progress = self._reader.progress()
+        identity = self._reader.manifest.identity
+        return TeacherStreamStatus(
+            digest=identity.digest(),
+            payload=identity.payloads[0].kind,
+            bytes=progress.size_bytes,
+            tokens=progress.tokens,
+            complete=progress.ended,
+        )
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _hash(self, sample: int) -> int:
+        return token_hash(self._dataset.packed.tokens[sample])
+
+
+def _joined(
+    outputs: list[TeacherOutputs], head: Tensor | None, softcap: float | None, device: torch.device
+) -> TeacherBatch:
+    if head is not None:
+        states = torch.cat([o.hidden.states for o in outputs if o.hidden is not None])
+        return TeacherHidden(states.to(device, head.dtype), head, softcap)
+    sparse = [o.sparse for o in outputs if o.sparse is not None]
+    return TeacherSparse(
+        ids_NK=torch.cat([s.token_ids for s in sparse]).to(device),
+        logprobs_NK=torch.cat([s.log_probs for s in sparse]).to(device),
+        log_z_N=torch.cat([s.log_z for s in sparse]).to(device),
+    )
+
+
+def final_hidden(decoder: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+    """The decoder's states after its final norm, [B, L, H]; attention stays within documents.
+
+    transformers derives the block-diagonal mask from positions that restart, given that neither a
+    mask nor a cache is passed.
+    """
+    output = decoder(input_ids=tokens, position_ids=positions, use_cache=False)
+    return output.last_hidden_state
+
+
+def softcap_of(model: Any) -> float | None:
+    """The cap of the final logits (Gemma 2), if the architecture has one."""
+    value = getattr(model.config, "final_logit_softcapping", None)
+    return None if value is None else float(value)
+
+
+def online_teacher(folder: Path, dtype: torch.dtype, device: torch.device) -> OnlineTeacher:
+    """Load the teacher from a downloaded folder."""
+    return OnlineTeacher(load_model(folder, "spec.teacher", dtype).to(device))
+
+
+def stream_teacher(
+    context: Context, dataset: Dataset, identity: Any, config: dict[str, Any]
+) -> StreamTeacher:
+    """Wait for the stream's manifest and open it."""
+    settings = ReaderSettings(stall_seconds=float(context.run.spec.stall_timeout_seconds))
+    cache = context.scratch / f"stream-{context.rank}"
+    reader = StreamReader(context.storage, identity, cache=cache, settings=settings)
+    hidden = identity.payloads[0].kind == "Hidden"
+    head = load_head(context.storage, reader.manifest, cache) if hidden else None
+    return StreamTeacher(reader, head, dataset, config.get("final_logit_softcapping"))

@@ -1,0 +1,227 @@
+"""The training loop of every method that trains: readable in one sitting, resumable at any commit."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from kubedistill_api.exit_codes import ExitCode
+from kubedistill_api.status import CheckpointStatus
+
+from kubedistill_trainer import exporter
+from kubedistill_trainer.checkpoint import Checkpointer, fits_grace
+from kubedistill_trainer.context import Context
+from kubedistill_trainer.data.dataset import Dataset
+from kubedistill_trainer.data.order import micro_batch_size
+from kubedistill_trainer.failures import RunFailure
+from kubedistill_trainer.methods.interruption import Interruption
+from kubedistill_trainer.methods.schedule import learning_rate
+from kubedistill_trainer.methods.signal import Signal
+
+_log = logging.getLogger(__name__)
+Ids = npt.NDArray[np.int64]
+_GRACE_MARGIN_SECONDS = 5.0
+
+
+@dataclass
+class Timings:
+    """Recent step and save times, in seconds."""
+
+    steps: deque[float] = field(default_factory=lambda: deque(maxlen=200))
+    saves: list[float] = field(default_factory=list)
+
+
+class Loop:
+    """Trains `engine` from wherever the newest good commit is to the last step."""
+
+    def __init__(
+        self,
+        context: Context,
+        dataset: Dataset,
+        engine: Any,
+        teacher: Signal,
+        checkpointer: Checkpointer,
+        board: exporter.ProgressBoard,
+        interruption: Interruption,
+        control_group: Any,
+    ) -> None:
+        self._context = context
+        self._dataset = dataset
+        self._engine = engine
+        self._teacher = teacher
+        self._checkpointer = checkpointer
+        self._board = board
+        self._interruption = interruption
+        self._control_group = control_group
+        self._timings = Timings()
+        self._committed_step = -1
+        spec = context.run.spec
+        self._training = spec.training
+        self._per_rank = spec.training.global_batch_size // context.world_size
+        self._micro = micro_batch_size(self._per_rank, spec.training.micro_batch_size)
+
+    def run(self) -> int:
+        """Restore, train, commit the last step; the number of steps is returned.
+
+        Raises RunFailure: GRACEFUL_CHECKPOINT or INTERRUPTED after SIGTERM, UNKNOWN when the loss
+        stops being finite.
+        """
+        total = self._dataset.total_steps
+        step = self._restore()
+        self._board.update(phase="Training", total_steps=total, step=step)
+        self._teacher.expect(self._micro_batches(step))
+        self._engine.train()
+        started, first = time.monotonic(), step
+        while step < total:
+            begun = time.monotonic()
+            parts = self._step(step, total)
+            step += 1
+            asked, soft, hard, loss = self._agree(parts)
+            self._timings.steps.append(time.monotonic() - begun)
+            if not math.isfinite(loss):
+                exporter.NONFINITE.inc()
+                raise RunFailure(ExitCode.UNKNOWN, f"the loss of step {step} is {loss}")
+            speed = (step - first) / (time.monotonic() - started)
+            self._report(step, total, soft, hard, loss, speed)
+            if asked:
+                self._stop(step)
+            if step % self._context.run.spec.checkpoint.interval_steps == 0 and step < total:
+                self._commit(step)
+        if self._committed_step != step:
+            self._commit(step)
+        return step
+
+    def _restore(self) -> int:
+        with exporter.CHECKPOINT_DURATION.labels("restore").time():
+            restored = self._checkpointer.restore(self._engine)
+        if restored is None:
+            return 0
+        _log.info("resumed", extra={"step": restored.step, "commit": restored.uri})
+        self._board.update(
+            resumed_from_step=restored.step,
+            rejected_checkpoints=[str(rejected) for rejected in restored.rejected][:8],
+        )
+        self._committed_step = restored.step
+        return int(restored.step)
+
+    def _micro_batches(self, first_step: int) -> Iterator[Ids]:
+        """This rank's sample ids from `first_step` on, a micro-batch at a time."""
+        for step in range(first_step, self._dataset.total_steps):
+            yield from self._micro_batches_of(self._dataset.order.batch(step))
+
+    def _micro_batches_of(self, batch: Ids) -> Iterator[Ids]:
+        mine = batch[self._context.rank * self._per_rank :][: self._per_rank]
+        for start in range(0, self._per_rank, self._micro):
+            yield mine[start : start + self._micro]
+
+    def _step(self, step: int, total: int) -> torch.Tensor:
+        """One optimizer step; this rank's share of (soft, hard, total) loss, float64 [3]."""
+        training = self._training
+        rate = learning_rate(step, total, training.learning_rate, training.warmup_ratio)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        exporter.LEARNING_RATE.set(rate)
+        batch = self._dataset.order.batch(step)
+        # All ranks know all data, so the step's valid tokens need no communication.
+        valid = self._dataset.packed.take(batch).valid_tokens
+        sums = torch.zeros(3, dtype=torch.float64)
+        # DeepSpeed divides by the ranks and by the accumulation steps; the normaliser already
+        # speaks of the whole step.
+        scale = self._context.world_size * (self._per_rank // self._micro)
+        for samples in self._micro_batches_of(batch):
+            parts = self._forward(samples, float(max(1, valid)))
+            self._engine.backward(parts.total * scale)
+            self._engine.step()
+            sums += (
+                torch.stack([parts.soft.detach(), parts.hard.detach(), parts.total.detach()])
+                .double()
+                .cpu()
+            )
+            exporter.TOKENS.labels("student").inc(
+                samples.size * self._dataset.packed.sequence_length
+            )
+        return sums
+
+    def _forward(self, samples: Ids, normalizer: float) -> Any:
+        device = self._engine.device
+        sequences = self._dataset.packed.take(samples)
+        tokens = torch.from_numpy(sequences.tokens).to(device)
+        positions = torch.from_numpy(sequences.positions).to(device)
+        labels = torch.from_numpy(sequences.labels).to(device)
+        with exporter.STEP_DURATION.labels("teacher").time():
+            teacher = self._teacher.batch(samples, tokens, positions)
+        return self._engine(tokens, positions, labels, teacher, normalizer)
+
+    def _agree(self, sums: torch.Tensor) -> tuple[bool, float, float, float]:
+        """One small all-reduce a step: was any rank asked to stop; the losses of all ranks."""
+        message = torch.cat([torch.tensor([float(self._interruption.asked)]).double(), sums])
+        dist.all_reduce(message, group=self._control_group)
+        asked, soft, hard, total = message.tolist()
+        return asked > 0, soft, hard, total
+
+    def _report(
+        self, step: int, total: int, soft: float, hard: float, loss: float, speed: float
+    ) -> None:
+        now = time.time()
+        exporter.STEP.set(step)
+        exporter.LAST_STEP.set(now)
+        exporter.STEP_DURATION.labels("step").observe(self._timings.steps[-1])
+        for component, value in (("soft", soft), ("hard", hard), ("total", loss)):
+            exporter.LOSS.labels(component).set(value)
+        norm = self._engine.get_global_grad_norm()
+        if norm is not None:
+            exporter.GRADIENT_NORM.set(float(norm))
+        batch_tokens = self._training.global_batch_size * self._dataset.packed.sequence_length
+        self._board.update(
+            step=step,
+            loss=loss,
+            last_step_time=now,
+            tokens_per_second=speed * batch_tokens,
+            estimated_remaining_seconds=(total - step) / speed if speed else None,
+            step_seconds=max(self._timings.steps),
+            teacher_stream=self._teacher.status(),
+        )
+        if step == 1 or step % 50 == 0 or step == total:
+            _log.info("step", extra={"step": step, "of": total, "loss": round(loss, 4)})
+
+    def _commit(self, step: int) -> None:
+        with exporter.CHECKPOINT_DURATION.labels("save").time():
+            info = self._checkpointer.save(self._engine, step=step, cursor={"step": step})
+        self._committed_step = step
+        self._timings.saves.append(info.duration_seconds)
+        exporter.LAST_COMMIT.set(time.time())
+        self._board.update(
+            checkpoint=CheckpointStatus(
+                uri=info.uri, step=step, time=info.time, digest=info.digest
+            ),
+            save_seconds=max(self._timings.saves),
+        )
+        _log.info("committed", extra={"step": step, "seconds": round(info.duration_seconds, 2)})
+
+    def _stop(self, step: int) -> None:
+        """All ranks are here: commit when the grace allows, or start nothing."""
+        remaining = torch.tensor([self._interruption.remaining_seconds()], dtype=torch.float64)
+        dist.all_reduce(remaining, op=dist.ReduceOp.MIN, group=self._control_group)
+        fits = fits_grace(
+            list(self._timings.steps), self._timings.saves, remaining.item(), _GRACE_MARGIN_SECONDS
+        )
+        if self._committed_step == step:
+            fits = True
+        elif fits:
+            self._commit(step)
+        if not fits:
+            raise RunFailure(
+                ExitCode.INTERRUPTED,
+                f"asked to stop after step {step} with {remaining.item():.0f} s of grace: "
+                "too little to commit",
+            )
+        raise RunFailure(ExitCode.GRACEFUL_CHECKPOINT, f"asked to stop; committed step {step}")

@@ -1,0 +1,1 @@
+"""Hugging Face model folders in S3: load, make smaller, export."""

@@ -1,0 +1,75 @@
+"""A finished student as a Hugging Face folder in S3."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from kubedistill_api.status import ModelStatus
+
+from kubedistill_trainer.models.folder import upload
+from kubedistill_trainer.models.load import parameter_count
+from kubedistill_trainer.store import Store
+
+_PREFIX = "model."
+"""Where the student lies within the module that DeepSpeed wraps."""
+
+
+def gather_weights(engine: Any) -> dict[str, torch.Tensor] | None:
+    """The student's whole state on rank 0 (None elsewhere). A collective under ZeRO-3."""
+    if engine.zero_optimization_stage() == 3:
+        state = _gather_partitioned(engine)
+    else:
+        state = engine.module.state_dict() if engine.global_rank == 0 else None
+    if state is None:
+        return None
+    return {
+        name[len(_PREFIX) :]: tensor.detach().cpu()
+        for name, tensor in state.items()
+        if name.startswith(_PREFIX)
+    }
+
+
+def _gather_partitioned(engine: Any) -> dict[str, torch.Tensor] | None:
+    """Parameter by parameter: rank 0 never holds more than the result and one parameter."""
+    import deepspeed
+
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if engine.global_rank == 0:
+                state[name] = parameter.detach().cpu().clone()
+    state.update(dict(engine.module.named_buffers()))
+    return state if engine.global_rank == 0 else None
+
+
+def export(
+    model: Any,
+    weights: dict[str, torch.Tensor],
+    tokenizer_files: dict[str, bytes],
+    documents: dict[str, str],
+    scratch: Path,
+    store: Store,
+) -> ModelStatus:
+    """Write weights, config, tokenizer and documents to a folder, and put it into the store.
+
+    `model` gives architecture and config only. The folder is addressed by its digest; putting it
+    twice changes nothing.
+    """
+    folder = scratch / "export"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    config = copy.deepcopy(model.config)
+    config.dtype = next(iter(weights.values())).dtype
+    with torch.device("meta"):
+        shell = type(model)(config)
+    shell.save_pretrained(folder, state_dict=weights, safe_serialization=True)
+    for name, body in tokenizer_files.items():
+        (folder / name).write_bytes(body)
+    for name, text in documents.items():
+        (folder / name).write_text(text)
+    digest, uploaded = upload(folder, store)
+    return ModelStatus(uri=uploaded.uri, digest=digest, parameters=parameter_count(shell))

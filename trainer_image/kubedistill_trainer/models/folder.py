@@ -1,0 +1,82 @@
+"""A model folder: safetensors weights in Hugging Face layout, addressed by a digest of its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from kubedistill_trainer.failures import unreadable
+from kubedistill_trainer.store import NotFound, Store
+
+NOT_IN_DIGEST = ("MODEL_CARD.md", "README.md", "report.json")
+"""Written for people, with times in them: not what the model is."""
+
+_LOADED = (".json", ".safetensors", ".jinja", ".txt", ".model")
+
+
+def digest_of(files: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 (hex) over (name, SHA-256 of the content) of a folder's files, in name order."""
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(files) if name not in NOT_IN_DIGEST]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_config(store: Store, field: str) -> dict[str, Any]:
+    """config.json of a model folder. InputsRefused when there is none or it is not JSON."""
+    try:
+        config = json.loads(store.get("config.json"))
+    except NotFound as error:
+        raise unreadable(
+            field, f"no config.json in {store.uri}", "give a folder in Hugging Face layout"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise unreadable(field, f"{store.uri_of('config.json')}: {error}", "give JSON") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise unreadable(
+            field, f"no model_type in {store.uri_of('config.json')}", "give a Hugging Face config"
+        )
+    return config
+
+
+def download(store: Store, target: Path, field: str, wanted_digest: str = "") -> str:
+    """Copy a model folder to `target`; its digest (hex).
+
+    InputsRefused when it holds no safetensors, or when `wanted_digest` is given and differs:
+    a model that another job finished is used as it was finished, or not at all.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    names = [i.key for i in store.list("") if "/" not in i.key and i.key.endswith(_LOADED)]
+    if not any(name.endswith(".safetensors") for name in names):
+        raise unreadable(
+            field,
+            f"no .safetensors file in {store.uri}",
+            "give a folder with safetensors weights (pickled weights are never loaded)",
+        )
+    for name in names:
+        store.download_file(name, target / name)
+    digest = digest_of((name, file_sha256(target / name)) for name in names)
+    if wanted_digest and digest != wanted_digest:
+        raise unreadable(
+            field,
+            f"{store.uri} has digest {digest}",
+            f"the job that made it recorded {wanted_digest}: somebody changed the folder",
+        )
+    return digest
+
+
+def upload(source: Path, store: Store) -> tuple[str, Store]:
+    """Put the files of `source` under their digest below `store`; (digest, the folder's store)."""
+    files = sorted(path for path in source.iterdir() if path.is_file())
+    digest = digest_of((path.name, file_sha256(path)) for path in files)
+    folder = store.child(digest)
+    for path in files:
+        folder.upload_file(path.name, path)
+    return digest, folder

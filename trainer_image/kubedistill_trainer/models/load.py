@@ -1,0 +1,111 @@
+"""Models in memory: from a folder, from a config, or from the teacher with fewer layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kubedistill_trainer.failures import refuse, unreadable
+
+Model = Any
+"""A transformers causal language model (the library has no types worth the name)."""
+
+
+def config_of(keys: dict[str, Any], vocab_size: int, field: str, max_positions: int) -> Any:
+    """A Hugging Face config object from the keys that a person wrote under `field`."""
+    keys = dict(keys)
+    model_type = keys.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise refuse(f"{field}.model_type", repr(model_type), "name an architecture, such as llama")
+    keys.setdefault("vocab_size", vocab_size)
+    keys.setdefault("max_position_embeddings", max(max_positions, 2048))
+    if int(keys["vocab_size"]) < vocab_size:
+        raise refuse(
+            f"{field}.vocab_size",
+            str(keys["vocab_size"]),
+            f"the tokenizer has {vocab_size} ids: leave it out, or give at least that many",
+        )
+    try:
+        return AutoConfig.for_model(model_type, **keys)
+    except Exception as error:  # each architecture checks its own keys with its own exceptions
+        raise refuse(
+            field, f"{type(error).__name__}: {error}", "correct the model's config"
+        ) from error
+
+
+def empty_model(config: Any, field: str) -> Model:
+    """The architecture of `config` without memory behind its weights, to count and to check."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise refuse(
+            field, f"{type(error).__name__}: {error}", "correct the model's config"
+        ) from error
+
+
+def random_model(config: Any, seed: int, dtype: torch.dtype) -> Model:
+    """Random weights, the same for the same seed on every rank."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config).to(dtype)
+
+
+def load_model(folder: Path, field: str, dtype: torch.dtype) -> Model:
+    """A model from a local folder; safetensors only, no code of the folder is run."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except Exception as error:
+        raise unreadable(
+            field, f"{type(error).__name__}: {error}", "give a model that transformers loads"
+        ) from error
+
+
+def kept_layers(total: int, wanted: int) -> list[int]:
+    """Indices of the `wanted` layers kept of `total`: evenly spread, first and last included."""
+    if wanted == 1:
+        return [0]
+    return [round(i * (total - 1) / (wanted - 1)) for i in range(wanted)]
+
+
+def fewer_layers(model: Model, layers: int) -> Model:
+    """The same model with `layers` of its layers; the given model is used up."""
+    decoder = model.get_decoder()
+    kept = kept_layers(len(decoder.layers), layers)
+    decoder.layers = torch.nn.ModuleList(decoder.layers[i] for i in kept)
+    for index, layer in enumerate(decoder.layers):
+        if hasattr(layer, "self_attn"):
+            layer.self_attn.layer_idx = index
+    model.config.num_hidden_layers = layers
+    layer_types = getattr(model.config, "layer_types", None)
+    if layer_types is not None:
+        model.config.layer_types = [layer_types[i] for i in kept]
+    return model
+
+
+def check_layers(teacher_layers: int, wanted: int) -> None:
+    """Refuse a student with more layers than its teacher."""
+    if wanted > teacher_layers:
+        raise refuse(
+            "spec.student.fromTeacher.layers",
+            str(wanted),
+            f"the teacher has {teacher_layers} layers: keep at most that many",
+        )
+
+
+def parameter_count(model: Model) -> int:
+    """Parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The type of `training.precision`."""
+    return torch.bfloat16 if precision == "BF16" else torch.float32

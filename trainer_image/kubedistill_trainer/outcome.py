@@ -1,0 +1,57 @@
+"""The last word of a container: from an exception to an exit code and an Outcome."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kubedistill_api.exit_codes import ExitCode, policy
+from kubedistill_api.runspec import TERMINATION_MESSAGE_PATH, Outcome
+
+from kubedistill_trainer.failures import RunFailure
+from kubedistill_trainer.store import (
+    AccessDenied,
+    CredentialsMissing,
+    InvalidStoreUri,
+    NoSuchBucket,
+    StoreError,
+    UnsupportedStore,
+)
+
+_REFUSALS = (AccessDenied, CredentialsMissing, InvalidStoreUri, NoSuchBucket, UnsupportedStore)
+
+
+def of_exception(error: BaseException) -> tuple[ExitCode, Outcome]:
+    """What to report for an exception that ended a run."""
+    if isinstance(error, RunFailure):
+        code, message, problems = error.code, error.message, error.problems
+    else:
+        code, message, problems = _code_of(error), f"{type(error).__name__}: {error}", []
+        if isinstance(error, StoreError):
+            message = str(error)
+    return code, Outcome(reason=policy(code).reason, message=message, problems=problems)
+
+
+def _code_of(error: BaseException) -> ExitCode:
+    if isinstance(error, _REFUSALS):
+        return ExitCode.BAD_CONFIGURATION
+    if isinstance(error, StoreError):
+        return ExitCode.STORAGE_UNAVAILABLE
+    name = type(error).__name__
+    if name == "Fenced":
+        return ExitCode.FENCED
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+        return ExitCode.OUT_OF_MEMORY
+    if name in ("StreamMismatch", "SampleMissing", "StreamCorrupt"):
+        return ExitCode.UNREADABLE_INPUT
+    if name == "StreamStalled":
+        return ExitCode.STALLED
+    if name.startswith("Dist") or "Connection closed by peer" in str(error):
+        return ExitCode.PEER_LOST
+    return ExitCode.UNKNOWN
+
+
+def write_termination_message(outcome: Outcome) -> None:
+    """Hand the outcome to the kubelet (KUBEDISTILL_TERMINATION_MESSAGE names another file)."""
+    path = os.environ.get("KUBEDISTILL_TERMINATION_MESSAGE", TERMINATION_MESSAGE_PATH)
+    Path(path).write_text(outcome.to_termination_message())

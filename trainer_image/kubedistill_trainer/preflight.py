@@ -1,0 +1,164 @@
+"""What is checked before GPUs are asked for: store, data, tokenizer, models, memory, stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kubedistill_api.runspec import Outcome, RunSpec
+from kubedistill_api.status import Resolved
+
+from kubedistill_trainer.context import Context
+from kubedistill_trainer.data.dataset import Dataset, load_dataset, ranks_of, tokenizer_source
+from kubedistill_trainer.data.tokenizer import load_tokenizer
+from kubedistill_trainer.failures import refuse, unreadable
+from kubedistill_trainer.models.folder import read_config
+from kubedistill_trainer.store import preflight as check_store
+from kubedistill_trainer.teacher.digest import teacher_digest
+from kubedistill_trainer.teacher.request import stream_identity
+
+_OVERHEAD_BYTES = 600 << 20
+"""Interpreter, torch and DeepSpeed in a process."""
+
+
+def run_preflight(context: Context) -> Outcome:
+    """Check all inputs; the Outcome carries what was found out. Raises RunFailure or StoreError."""
+    run = context.run
+    check_store(context.storage)
+    dataset = load_dataset(run, context.open_store)
+    teacher_config = _teacher_config(context)
+    _check_tokenizers(context, dataset)
+    parameters = _student_parameters(context, dataset, teacher_config)
+    _check_memory(run, parameters)
+    stream_uri, complete = _stream(context, dataset, teacher_config)
+    resolved = Resolved(
+        inputs_digest=run.inputs_digest,
+        student_parameters=parameters,
+        total_steps=dataset.total_steps,
+        training_tokens=dataset.packed.take(dataset.split.training).valid_tokens,
+        data_digest=dataset.digest,
+        stream_uri=stream_uri,
+        stream_complete=complete,
+    )
+    return Outcome(reason="Completed", message="all inputs fit", resolved=resolved)
+
+
+def _teacher_config(context: Context) -> dict[str, Any] | None:
+    model = context.run.teacher_model
+    if model is None:
+        return None
+    return read_config(context.open_store(model.uri), "spec.teacher")
+
+
+def _check_tokenizers(context: Context, dataset: Dataset) -> None:
+    """Logits mean nothing between different vocabularies: refuse, and say what would work."""
+    run = context.run
+    used_field, used_uri = tokenizer_source(run)
+    for field, model in (("spec.teacher", run.teacher_model), ("spec.student", run.student_model)):
+        if model is None or model.uri == used_uri:
+            continue
+        store = context.open_store(model.uri)
+        if store.head("tokenizer.json") is None:
+            continue
+        found = load_tokenizer(store, field)
+        if found.digest != dataset.tokenizer.digest:
+            raise unreadable(
+                field,
+                f"the tokenizer of {model.uri} ({found.vocab_size} ids, {found.digest[:12]})",
+                f"it differs from the one of {used_field}, {used_uri} "
+                f"({dataset.tokenizer.vocab_size} ids, {dataset.tokenizer.digest[:12]}): "
+                "learning a teacher's logits needs one tokenizer for teacher, student and data",
+            )
+
+
+def _student_parameters(
+    context: Context, dataset: Dataset, teacher_config: dict[str, Any] | None
+) -> int:
+    # Here, not at the top: torch takes seconds to import, and a wrong key should not wait for it.
+    from kubedistill_trainer.models import load
+
+    student = context.run.spec.student
+    vocab_size = dataset.tokenizer.vocab_size
+    length = dataset.packed.sequence_length
+    if student.config is not None:
+        field = "spec.student.config"
+        config = load.config_of(student.config, vocab_size, field, length)
+    elif student.from_teacher is not None:
+        if teacher_config is None:
+            raise refuse("spec.student.fromTeacher", "no teacher", "give spec.teacher")
+        field = "spec.student.fromTeacher"
+        load.check_layers(int(teacher_config["num_hidden_layers"]), student.from_teacher.layers)
+        keys = {**teacher_config, "num_hidden_layers": student.from_teacher.layers}
+        keys.pop("layer_types", None)
+        config = load.config_of(keys, vocab_size, field, length)
+    else:
+        model = context.run.student_model
+        if model is None:
+            raise refuse("spec.student", "no start", "give model, fromJob, fromTeacher or config")
+        field = "spec.student"
+        keys = read_config(context.open_store(model.uri), field)
+        config = load.config_of(keys, vocab_size, field, length)
+    return load.parameter_count(load.empty_model(config, field))
+
+
+def memory_bytes(parameters: int, precision: str, zero_stage: int, ranks: int) -> int:
+    """Bytes that weights, gradients and AdamW's state take in one rank, activations not counted.
+
+    Mixed precision keeps 2-byte weights and gradients and 12 bytes of fp32 master weights and
+    moments a parameter; plain fp32 keeps 4, 4 and 8 (ZeRO, Rajbhandari et al. 2020, section 3.1).
+    Stage 1 divides the optimizer's states by the ranks, 2 the gradients too, 3 the weights too.
+    """
+    weights, gradients, states = (2, 2, 12) if precision == "BF16" else (4, 4, 8)
+    per_parameter = (
+        weights / (ranks if zero_stage >= 3 else 1)
+        + gradients / (ranks if zero_stage >= 2 else 1)
+        + states / ranks
+    )
+    return int(parameters * per_parameter)
+
+
+def _check_memory(run: RunSpec, parameters: int) -> None:
+    """On the CPU the container's memory limit is known; a GPU's size is not, before it is given."""
+    limit = run.memory_limit_bytes
+    training, workers = run.spec.training, run.spec.workers
+    if limit is None or workers.gpus_per_node > 0:
+        return
+    ranks = ranks_of(run.spec)
+    stage = training.deep_speed.zero_stage
+    needed = memory_bytes(parameters, training.precision, stage, ranks) + _OVERHEAD_BYTES
+    if needed > limit:
+        raise refuse(
+            "spec.student",
+            f"{parameters:,} parameters, which need {needed / 2**30:.1f} GiB in each pod with "
+            f"ZeRO stage {stage} over {ranks} ranks, and a memory limit of {limit / 2**30:.1f} GiB",
+            "make the student smaller, raise spec.workers.nodes or "
+            "spec.training.deepSpeed.zeroStage, or raise the limit in spec.workers.template",
+        )
+
+
+def _stream(
+    context: Context, dataset: Dataset, teacher_config: dict[str, Any] | None
+) -> tuple[str, bool]:
+    """(URI of the stream, whether all of it is there); StreamMismatch for a foreign one."""
+    spec, model = context.run.spec, context.run.teacher_model
+    if spec.teacher is None or spec.distill is None or model is None or teacher_config is None:
+        return "", False
+    if spec.teacher.delivery != "Stream":
+        return "", False
+    from kubedistill_trainer.teacher.manifest import read_manifest
+    from kubedistill_trainer.teacher.partition_log import PartitionLog
+
+    identity = stream_identity(
+        spec.teacher,
+        spec.distill.objective.temperature,
+        dataset,
+        teacher_digest(model, context.open_store(model.uri)),
+        teacher_config,
+    )
+    stream = context.storage.child(identity.address)
+    manifest = read_manifest(context.storage, identity)
+    if manifest is None:
+        return stream.uri, False
+    logs = [PartitionLog(stream, partition) for partition in range(manifest.partitions)]
+    for log in logs:
+        log.refresh()
+    return stream.uri, all(log.ended for log in logs)

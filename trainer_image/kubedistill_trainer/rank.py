@@ -1,0 +1,70 @@
+"""One rank: `python -m kubedistill_trainer.rank LOCAL_RANK`, started by the launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from kubedistill_api.exit_codes import ExitCode
+
+from kubedistill_trainer import exporter, logs, outcome
+from kubedistill_trainer.context import Context, read_run_spec, scratch_directory
+from kubedistill_trainer.failures import refuse
+from kubedistill_trainer.methods.interruption import Interruption
+
+_log = logging.getLogger(__name__)
+
+
+def outcome_file(scratch: Path, local_rank: int) -> Path:
+    """Where a rank leaves its outcome for the launcher."""
+    return scratch / f"outcome-{local_rank}.json"
+
+
+def main() -> None:
+    """Run this rank; exit with its code at once, since gloo threads may hang on a dead peer."""
+    local_rank = int(sys.argv[1])
+    run = read_run_spec()
+    if run.rendezvous is None:
+        raise SystemExit(int(ExitCode.BAD_CONFIGURATION))
+    ranks_per_node = run.rendezvous.ranks_per_node
+    rank = int(os.environ.get("JOB_COMPLETION_INDEX", "0")) * ranks_per_node + local_rank
+    logs.set_up(job=run.name, namespace=run.namespace, attempt=run.attempt, rank=rank)
+    context = Context(run, scratch_directory(), rank, run.rendezvous.nodes * ranks_per_node)
+    interruption = Interruption(float(run.termination_grace_seconds))
+    interruption.install()
+    board = exporter.ProgressBoard(run.attempt)
+    try:
+        exporter.serve(board, local_rank)
+        from kubedistill_trainer.run import run_student
+
+        _check_device(context)
+        code, result = ExitCode.SUCCESS, run_student(context, board, interruption, local_rank)
+    except BaseException as error:
+        code, result = outcome.of_exception(error)
+        report = board.report.model_copy(update={"teacher_stream": None})
+        result = result.model_copy(update={"progress": report})
+        _log.error("run ended", exc_info=error, extra={"code": int(code)})
+    outcome_file(context.scratch, local_rank).write_text(result.model_dump_json(by_alias=True))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(code))
+
+
+def _check_device(context: Context) -> None:
+    """GPUs asked for and none to be seen is a fault of the node or image, not a slow run."""
+    import torch
+
+    asked = context.run.spec.workers.gpus_per_node
+    if asked and not torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise refuse(
+            "spec.workers.gpusPerNode",
+            f"{asked} GPUs asked for, no CUDA device visible in the pod",
+            "check driver and image, set gpusPerNode: 0, or set DS_ACCELERATOR=cpu to count GPUs "
+            "without using them",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a finished job says of its model."""

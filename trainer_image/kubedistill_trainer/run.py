@@ -1,0 +1,172 @@
+"""Run spec → method: the only place that knows them all."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from kubedistill_api.runspec import Outcome
+
+from kubedistill_trainer import exporter
+from kubedistill_trainer.checkpoint import Checkpointer
+from kubedistill_trainer.context import Context
+from kubedistill_trainer.data.dataset import Dataset, load_dataset
+from kubedistill_trainer.data.order import micro_batch_size
+from kubedistill_trainer.failures import refuse
+from kubedistill_trainer.methods.engine import join_gang, wrap
+from kubedistill_trainer.methods.interruption import Interruption
+from kubedistill_trainer.methods.signal import NoTeacher, Signal, online_teacher, stream_teacher
+from kubedistill_trainer.methods.student import StudentWithLoss
+from kubedistill_trainer.methods.train import Loop
+from kubedistill_trainer.models import load
+from kubedistill_trainer.models.export import export, gather_weights
+from kubedistill_trainer.models.folder import download, read_config
+from kubedistill_trainer.report.card import card, report
+from kubedistill_trainer.report.evaluate import evaluate
+from kubedistill_trainer.teacher.digest import teacher_digest
+from kubedistill_trainer.teacher.request import stream_identity
+
+_log = logging.getLogger(__name__)
+
+
+def run_student(
+    context: Context, board: exporter.ProgressBoard, interruption: Interruption, local_rank: int
+) -> Outcome:
+    """One rank of the gang, from rendezvous to the exported model."""
+    run, spec = context.run, context.run.spec
+    rendezvous = run.rendezvous
+    if rendezvous is None:
+        raise refuse("rendezvous", "nothing", "the operator gives it to student pods")
+    group = join_gang(
+        rendezvous.host, rendezvous.port, context.rank, context.world_size, local_rank
+    )
+    checkpointer = Checkpointer(
+        store=context.run_store,
+        scratch=context.scratch / f"checkpoint-{context.rank}",
+        fence=run.fence,
+        attempt=f"{run.uid}-{run.attempt}",
+        rank=context.rank,
+        world_size=context.world_size,
+        config_digest=run.inputs_digest,
+        keep_last=spec.checkpoint.keep_last,
+        control_group=group,
+    )
+    checkpointer.open()
+    dataset = load_dataset(run, context.open_store)
+    teacher_folder = _download_teacher(context)
+    model = _student_model(context, dataset, teacher_folder)
+    objective = spec.distill.objective if spec.distill is not None else None
+    module = StudentWithLoss(
+        model,
+        temperature=objective.temperature if objective else 1.0,
+        soft_weight=objective.soft_weight if objective else 0.0,
+        vocab_size=dataset.tokenizer.vocab_size,
+    )
+    micro = micro_batch_size(
+        spec.training.global_batch_size // context.world_size, spec.training.micro_batch_size
+    )
+    engine = wrap(module, spec.training, context.world_size, micro)
+    teacher = _signal(context, dataset, teacher_folder, engine.device)
+    try:
+        Loop(context, dataset, engine, teacher, checkpointer, board, interruption, group).run()
+        return _finish(context, dataset, engine, teacher, board, group)
+    finally:
+        teacher.close()
+
+
+def _download_teacher(context: Context) -> Path | None:
+    """The teacher's folder, where this process needs its weights."""
+    spec, model = context.run.spec, context.run.teacher_model
+    needed = spec.student.from_teacher is not None or (
+        spec.teacher is not None and spec.teacher.delivery == "Online"
+    )
+    if model is None or not needed:
+        return None
+    folder = context.scratch / f"teacher-{context.rank}"
+    download(context.open_store(model.uri), folder, "spec.teacher", model.digest)
+    return folder
+
+
+def _student_model(context: Context, dataset: Dataset, teacher_folder: Path | None) -> Any:
+    spec = context.run.spec
+    dtype = load.dtype_of(spec.training.precision)
+    vocab_size, length = dataset.tokenizer.vocab_size, dataset.packed.sequence_length
+    if spec.student.config is not None:
+        config = load.config_of(spec.student.config, vocab_size, "spec.student.config", length)
+        return load.random_model(config, spec.training.seed, dtype)
+    if spec.student.from_teacher is not None and teacher_folder is not None:
+        teacher = load.load_model(teacher_folder, "spec.teacher", dtype)
+        load.check_layers(teacher.config.num_hidden_layers, spec.student.from_teacher.layers)
+        return load.fewer_layers(teacher, spec.student.from_teacher.layers)
+    source = context.run.student_model
+    if source is None:
+        raise refuse("spec.student", "no start", "give model, fromJob, fromTeacher or config")
+    folder = context.scratch / f"student-{context.rank}"
+    download(context.open_store(source.uri), folder, "spec.student", source.digest)
+    return load.load_model(folder, "spec.student", dtype)
+
+
+def _signal(
+    context: Context, dataset: Dataset, teacher_folder: Path | None, device: torch.device
+) -> Signal:
+    spec, model = context.run.spec, context.run.teacher_model
+    if spec.distill is None or spec.teacher is None or model is None:
+        return NoTeacher()
+    if spec.teacher.delivery == "Online" and teacher_folder is not None:
+        return online_teacher(teacher_folder, load.dtype_of(spec.training.precision), device)
+    store = context.open_store(model.uri)
+    config = read_config(store, "spec.teacher")
+    identity = stream_identity(
+        spec.teacher,
+        spec.distill.objective.temperature,
+        dataset,
+        teacher_digest(model, store),
+        config,
+    )
+    return stream_teacher(context, dataset, identity, config)
+
+
+def _finish(
+    context: Context,
+    dataset: Dataset,
+    engine: Any,
+    teacher: Signal,
+    board: exporter.ProgressBoard,
+    group: Any,
+) -> Outcome:
+    """Evaluate on all ranks, export on rank 0."""
+    board.update(phase="Evaluating")
+    metrics = evaluate(engine, teacher, dataset, context.rank, context.world_size, group)
+    for metric in metrics:
+        exporter.EVALUATION.labels(metric.name).set(metric.value)
+        if metric.name == "teacherAgreement":
+            exporter.AGREEMENT.set(metric.value)
+    board.update(phase="Exporting")
+    weights = gather_weights(engine)
+    if weights is None:
+        return Outcome(reason="Completed", message="rank 0 exports")
+    model = engine.module.model
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    documents = {
+        "MODEL_CARD.md": card(context.run, dataset, metrics, parameters),
+        "report.json": report(context.run, dataset, metrics, parameters),
+    }
+    status = export(
+        model,
+        weights,
+        dataset.tokenizer.files,
+        documents,
+        context.scratch,
+        context.models_store,
+    )
+    board.update(phase="Done")
+    _log.info("model exported", extra={"uri": status.uri})
+    return Outcome(
+        reason="Completed",
+        message="model exported",
+        progress=board.report.model_copy(update={"teacher_stream": teacher.status()}),
+        model=status,
+        metrics=metrics,
+    )
