@@ -137,6 +137,9 @@ class DevCluster:
     def _node_ready(self) -> bool:
         if not self.node.running:
             raise RuntimeError(f"the node ended:\n{self.node.tail()}")
+        for name, part in self.control_plane.parts.items():
+            if not part.running:
+                raise RuntimeError(f"{name} ended:\n{part.tail()}")
         nodes = self.handle.get("nodes")["items"]
         return any(
             c["type"] == "Ready" and c["status"] == "True"

@@ -48,8 +48,8 @@ class ControlPlane:
             f"--service-account-private-key-file={self._state / 'pki' / 'sa.key'}",
             f"--root-ca-file={self.authority.path}",
             # EndpointSlices refuse the loopback addresses that the node gives to pods.
-            "--controllers=*,-endpoint-controller,-endpointslice-controller,"
-            "-endpointslicemirroring-controller",
+            "--controllers=*,-endpoints-controller,-endpointslice-controller,"
+            "-endpointslice-mirroring-controller",
             "--leader-elect=false",
             f"--secure-port={free_port()}",
             "--bind-address=127.0.0.1",

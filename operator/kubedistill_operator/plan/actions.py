@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kubedistill_api.chain import DistillationChainStatus
 from kubedistill_api.runspec import ResolvedModel
-from kubedistill_api.status import DistillationChainStatus, DistillationJobStatus
+from kubedistill_api.status import DistillationJobStatus
 
 
 @dataclass(frozen=True)

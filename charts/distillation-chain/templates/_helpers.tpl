@@ -1,0 +1,152 @@
+{{- define "distillation-chain.name" -}}
+{{- default .Release.Name .Values.name -}}
+{{- end -}}
+
+{{- define "distillation-chain.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- with .Values.labels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "distillation-chain.secretName" -}}
+{{- if .Values.storage.credentials.create -}}
+{{- default (printf "%s-s3" (include "distillation-chain.name" .)) .Values.storage.secretName -}}
+{{- else -}}
+{{- .Values.storage.secretName -}}
+{{- end -}}
+{{- end -}}
+
+{{/* JSON: the second object merged over the first; lists are replaced, false and 0 count. */}}
+{{- define "distillation-chain.merge" -}}
+{{- $result := deepCopy (index . 0) -}}
+{{- range $key, $over := index . 1 -}}
+{{- $base := get $result $key -}}
+{{- if and (kindIs "map" $over) (kindIs "map" $base) -}}
+{{- $_ := set $result $key (include "distillation-chain.merge" (list $base $over) | fromJson) -}}
+{{- else -}}
+{{- $_ := set $result $key $over -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $result -}}
+{{- end -}}
+
+{{/* JSON: what stages share whatever their method is. */}}
+{{- define "distillation-chain.common" -}}
+{{- $common := dict -}}
+{{- range $key := list "data" "training" "workers" "checkpoint" -}}
+{{- with index $.Values $key -}}
+{{- $_ := set $common $key . -}}
+{{- end -}}
+{{- end -}}
+{{- range $key := list "backoffLimit" "activeDeadlineSeconds" "stallTimeoutSeconds" -}}
+{{- if hasKey $.Values $key -}}
+{{- $_ := set $common $key (index $.Values $key) -}}
+{{- end -}}
+{{- end -}}
+{{- $storage := pick .Values.storage "uri" "endpoint" "region" -}}
+{{- with include "distillation-chain.secretName" . -}}
+{{- $_ := set $storage "secretRef" (dict "name" .) -}}
+{{- end -}}
+{{- $_ := set $common "storage" $storage -}}
+{{- toJson $common -}}
+{{- end -}}
+
+{{/* JSON: what distilling stages share on top. */}}
+{{- define "distillation-chain.distilling" -}}
+{{- $part := dict "distill" .Values.distill -}}
+{{- with .Values.teacher -}}
+{{- $_ := set $part "teacher" . -}}
+{{- end -}}
+{{- toJson $part -}}
+{{- end -}}
+
+{{/*
+JSON: the chain's spec. A job has one method. Where every stage distils, the template says so;
+where some stage fine-tunes, each distilling stage says it for itself.
+*/}}
+{{- define "distillation-chain.spec" -}}
+{{- $common := include "distillation-chain.common" . | fromJson -}}
+{{- $distilling := include "distillation-chain.distilling" . | fromJson -}}
+{{- $mixed := false -}}
+{{- range .Values.stages -}}
+{{- if hasKey . "fineTune" -}}{{- $mixed = true -}}{{- end -}}
+{{- end -}}
+{{- $stages := list -}}
+{{- range .Values.stages -}}
+{{- if and $mixed (not (hasKey . "fineTune")) -}}
+{{- $stages = append $stages (include "distillation-chain.merge" (list $distilling .) | fromJson) -}}
+{{- else -}}
+{{- $stages = append $stages . -}}
+{{- end -}}
+{{- end -}}
+{{- $template := $common -}}
+{{- if not $mixed -}}
+{{- $template = include "distillation-chain.merge" (list $common $distilling) | fromJson -}}
+{{- end -}}
+{{- $spec := dict "template" $template "stages" $stages -}}
+{{- with .Values.initialTeacher -}}
+{{- $_ := set $spec "initialTeacher" . -}}
+{{- end -}}
+{{- if hasKey .Values "suspend" -}}
+{{- $_ := set $spec "suspend" .Values.suspend -}}
+{{- end -}}
+{{- toJson $spec -}}
+{{- end -}}
+
+{{/* JSON: the last stage's job, without a teacher. */}}
+{{- define "distillation-chain.controlSpec" -}}
+{{- $common := include "distillation-chain.common" . | fromJson -}}
+{{- $stage := omit (last .Values.stages) "name" "distill" "teacher" "fineTune" -}}
+{{- $spec := include "distillation-chain.merge" (list $common $stage) | fromJson -}}
+{{- $_ := set $spec "fineTune" dict -}}
+{{- if hasKey .Values "suspend" -}}
+{{- $_ := set $spec "suspend" .Values.suspend -}}
+{{- end -}}
+{{- toJson $spec -}}
+{{- end -}}
+
+{{/* What the schema of the values cannot say. */}}
+{{- define "distillation-chain.check" -}}
+{{- $taught := hasKey .Values.initialTeacher "model" -}}
+{{- range .Values.stages -}}
+{{- if not .student -}}
+{{- fail (printf "stage %s has no student: set student.model.uri, student.fromTeacher.layers, student.config or student.fromJob.name" .name) -}}
+{{- end -}}
+{{- if and (not $.Values.data.sources) (not (dig "data" "sources" list .)) -}}
+{{- fail (printf "stage %s has no data: set data.sources, such as [{uri: s3://data/chats.jsonl}]" .name) -}}
+{{- end -}}
+{{- if and (hasKey . "fineTune") (hasKey . "distill") -}}
+{{- fail (printf "stage %s has two methods: keep one of distill and fineTune" .name) -}}
+{{- end -}}
+{{- if not (hasKey . "fineTune") -}}
+{{- $own := default dict .teacher -}}
+{{- if not (or $taught (hasKey $own "model") (hasKey $own "fromJob")) -}}
+{{- fail (printf "stage %s has no teacher: set initialTeacher.model.uri" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- $taught = true -}}
+{{- end -}}
+{{- if .Values.storage.credentials.create -}}
+{{- if not (and .Values.storage.credentials.accessKeyId .Values.storage.credentials.secretAccessKey) -}}
+{{- fail "storage.credentials.create needs storage.credentials.accessKeyId and secretAccessKey" -}}
+{{- end -}}
+{{- end -}}
+{{- if .Values.control.enabled -}}
+{{- $last := last .Values.stages -}}
+{{- if hasKey $last.student "fromTeacher" -}}
+{{- fail (printf "control.enabled: the student of the last stage %s is fromTeacher, and the control has no teacher; give student.config or student.model" $last.name) -}}
+{{- end -}}
+{{- if and (hasKey $last.student "config") (not (or .Values.data.tokenizer (dig "data" "tokenizer" dict $last))) -}}
+{{- fail "control.enabled: a student by config without a teacher needs data.tokenizer.uri" -}}
+{{- end -}}
+{{- range .Values.stages -}}
+{{- if eq .name "control" -}}
+{{- fail "control.enabled: no stage can be named control as well" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,223 @@
+"""The only module that talks to the API server: JSON in, JSON out.
+
+Objects are plain dictionaries: what the API server sent is kept whole, and nothing is lost to a
+client's older models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import aiohttp
+from kubedistill_api.base import CHAIN_PLURAL, GROUP, JOB_PLURAL, VERSION
+from kubernetes.aio import client, config
+
+FIELD_MANAGER = "kubedistill-operator"
+STATUS_MANAGER = "kubedistill-status"
+_LIST_CHUNK = 500
+_USER_AGENT = "kubedistill-operator"
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A kind of object, as paths of the API name it."""
+
+    prefix: str
+    plural: str
+
+    def path(self, namespace: str = "", name: str = "", subresource: str = "") -> str:
+        parts = [f"/{self.prefix}"]
+        if namespace:
+            parts.append(f"namespaces/{quote(namespace)}")
+        parts.append(self.plural)
+        parts += [quote(part) for part in (name, subresource) if part]
+        return "/".join(parts)
+
+
+DISTILLATION_JOBS = Resource(f"apis/{GROUP}/{VERSION}", JOB_PLURAL)
+DISTILLATION_CHAINS = Resource(f"apis/{GROUP}/{VERSION}", CHAIN_PLURAL)
+BATCH_JOBS = Resource("apis/batch/v1", "jobs")
+PODS = Resource("api/v1", "pods")
+SERVICES = Resource("api/v1", "services")
+CONFIG_MAPS = Resource("api/v1", "configmaps")
+EVENTS = Resource("api/v1", "events")
+LEASES = Resource("apis/coordination.k8s.io/v1", "leases")
+
+
+class ApiError(Exception):
+    """The API server refused a call."""
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(f"{status} {reason}: {message}")
+        self.status = status
+        self.reason = reason
+        self.message = message
+
+
+class NotFound(ApiError):
+    """404."""
+
+
+class Conflict(ApiError):
+    """409: the object is there already, or has changed since it was read."""
+
+
+class NotLeading(RuntimeError):
+    """A write was refused by ourselves: this process does not hold the Lease."""
+
+
+class Cluster:
+    """Calls to the API server. Writes pass only while `may_write` says so."""
+
+    def __init__(
+        self,
+        api: client.ApiClient,
+        timeout_seconds: float = 30.0,
+        may_write: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.api = api
+        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        self.may_write = may_write
+        self.calls: dict[str, int] = {}
+
+    @classmethod
+    async def connect(cls, timeout_seconds: float, connections: int) -> Cluster:
+        """With the pod's service account, or else the kubeconfig that KUBECONFIG names."""
+        configuration = client.Configuration()
+        try:
+            config.load_incluster_config(client_configuration=configuration)
+        except config.ConfigException:
+            await config.load_kube_config(client_configuration=configuration)
+        configuration.connection_pool_maxsize = connections
+        api = client.ApiClient(configuration=configuration)
+        api.user_agent = _USER_AGENT
+        return cls(api, timeout_seconds)
+
+    async def close(self) -> None:
+        await self.api.close()
+
+    async def get(self, resource: Resource, namespace: str, name: str) -> dict[str, Any]:
+        return await self._call("GET", resource.path(namespace, name))
+
+    async def list(
+        self, resource: Resource, namespace: str = "", selector: str = ""
+    ) -> AsyncIterator[dict[str, Any]]:
+        """All objects of a kind, in chunks; of one namespace, or of all."""
+        query: dict[str, str] = {"limit": str(_LIST_CHUNK)}
+        if selector:
+            query["labelSelector"] = selector
+        while True:
+            page = await self._call("GET", resource.path(namespace), query)
+            for item in page.get("items") or []:
+                yield item
+            following = page.get("metadata", {}).get("continue")
+            if not following:
+                return
+            query["continue"] = following
+
+    async def create(self, resource: Resource, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Create an object; Conflict when it is there already."""
+        query = {"fieldManager": FIELD_MANAGER}
+        path = resource.path(body["metadata"]["namespace"])
+        return await self._write("POST", path, query, body, "application/json")
+
+    async def merge_patch(
+        self, resource: Resource, namespace: str, name: str, patch: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        query = {"fieldManager": FIELD_MANAGER}
+        path = resource.path(namespace, name)
+        return await self._write("PATCH", path, query, patch, "application/merge-patch+json")
+
+    async def apply_status(
+        self, resource: Resource, raw: Mapping[str, Any], status: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Server-side apply of a whole status over the version in `raw`; Conflict if it changed."""
+        metadata = raw["metadata"]
+        body = {
+            "apiVersion": f"{GROUP}/{VERSION}",
+            "kind": raw["kind"],
+            "metadata": {
+                "name": metadata["name"],
+                "namespace": metadata["namespace"],
+                "resourceVersion": metadata["resourceVersion"],
+                "uid": metadata["uid"],
+            },
+            "status": status,
+        }
+        path = resource.path(metadata["namespace"], metadata["name"], "status")
+        query = {"fieldManager": STATUS_MANAGER, "force": "true"}
+        return await self._write("PATCH", path, query, body, "application/apply-patch+yaml")
+
+    async def delete(
+        self, resource: Resource, namespace: str, name: str, propagation: str = "Background"
+    ) -> dict[str, Any] | None:
+        """Delete an object. What is left of it, or None when it was not there."""
+        body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation}
+        path = resource.path(namespace, name)
+        try:
+            return await self._write("DELETE", path, {}, body, "application/json")
+        except NotFound:
+            return None
+
+    async def _write(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str],
+        body: Mapping[str, Any],
+        content_type: str,
+    ) -> dict[str, Any]:
+        if not self.may_write():
+            raise NotLeading(f"{method} {path}")
+        return await self._call(method, path, query, body, content_type)
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+        content_type: str = "application/json",
+    ) -> dict[str, Any]:
+        self.calls[method] = self.calls.get(method, 0) + 1
+        headers = {"Accept": "application/json", "Content-Type": content_type}
+        # param_serialize refreshes tokens and adds them; the query it leaves to us.
+        _, url, headers, _, _ = await self.api.param_serialize(
+            method, path, header_params=headers, auth_settings=["BearerToken"]
+        )
+        if query:
+            url = f"{url}?{urlencode(query)}"
+        response = await self.api.rest_client.request(
+            method, url, headers=headers, body=body, _request_timeout=self._timeout
+        )
+        text = await response.read()
+        document: dict[str, Any] = _json(text)
+        if response.status >= 400:
+            raise _error(response.status, document, response.reason or "")
+        return document
+
+
+def _json(text: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except ValueError:
+        return {"message": text[:200].decode(errors="replace")}
+    return document if isinstance(document, dict) else {}
+
+
+def _error(status: int, document: Mapping[str, Any], reason: str) -> ApiError:
+    kinds: dict[int, type[ApiError]] = {404: NotFound, 409: Conflict}
+    kind = kinds.get(status, ApiError)
+    return kind(status, document.get("reason") or reason, document.get("message") or "")
+
+
+def transient(error: BaseException) -> bool:
+    """Whether the same call may succeed later: the network, a busy or a restarting server."""
+    if isinstance(error, ApiError):
+        return error.status == 429 or error.status >= 500
+    return isinstance(error, aiohttp.ClientError | asyncio.TimeoutError | OSError)

@@ -1,0 +1,75 @@
+"""Run specs and the ConfigMaps that carry them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from kubedistill_api import names
+from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.runspec import Rendezvous, RunSpec
+
+from kubedistill_operator.plan.actions import Inputs
+from kubedistill_operator.resources.owner import Owner
+
+Role = Literal["preflight", "teacher", "student"]
+
+
+def base_run_spec(owner: Owner, spec: DistillationJobSpec, inputs: Inputs, role: Role) -> RunSpec:
+    """The run spec of a container that belongs to no attempt."""
+    return RunSpec(
+        namespace=owner.namespace,
+        name=owner.name,
+        uid=owner.uid,
+        chain=owner.chain,
+        stage=owner.stage,
+        role=role,
+        spec=spec,
+        inputs_digest=inputs.digest,
+        teacher_model=inputs.teacher,
+        student_model=inputs.student,
+    )
+
+
+def inputs_of(run: RunSpec) -> Inputs:
+    """The inputs that a run spec pinned."""
+    return Inputs(run.inputs_digest, run.teacher_model, run.student_model)
+
+
+def student_run_spec(
+    base: RunSpec, attempt: int, fence: int, grace_seconds: int, memory_limit_bytes: int | None
+) -> RunSpec:
+    """The run spec of one attempt of the gang."""
+    workers = base.spec.workers
+    return base.model_copy(
+        update={
+            "role": "student",
+            "attempt": attempt,
+            "fence": fence,
+            "rendezvous": Rendezvous(
+                host=names.pod_host(names.attempt_name(base.name, attempt), 0, base.name),
+                port=names.rendezvous_port(base.uid, attempt),
+                nodes=workers.nodes,
+                ranks_per_node=max(1, workers.gpus_per_node),
+            ),
+            "termination_grace_seconds": grace_seconds,
+            "memory_limit_bytes": memory_limit_bytes,
+        }
+    )
+
+
+def config_map(owner: Owner, name: str, run: RunSpec) -> dict[str, Any]:
+    """The immutable ConfigMap with a run spec."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": owner.metadata(name, owner.labels(run.role, run.attempt)),
+        "immutable": True,
+        "data": {
+            names.RUN_SPEC_FILE: run.model_dump_json(by_alias=True, exclude_none=True, indent=1)
+        },
+    }
+
+
+def read_config_map(raw: dict[str, Any]) -> RunSpec:
+    """The inverse of `config_map`."""
+    return RunSpec.model_validate_json(raw["data"][names.RUN_SPEC_FILE])
