@@ -26,7 +26,7 @@ _TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
 
 
 def json_schema(node: JsonObject) -> JsonObject:
-    """A structural schema as JSON Schema draft 7: unknown fields refused, no Kubernetes keywords."""
+    """A structural schema as JSON Schema draft 7; unknown fields are refused."""
     result = {k: v for k, v in node.items() if not k.startswith("x-") and k != "default"}
     for exclusive, inclusive in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if result.get(exclusive) is True:

@@ -164,6 +164,20 @@ class Cluster:
         except NotFound:
             return None
 
+    async def get_lease(self, namespace: str, name: str) -> dict[str, Any]:
+        return await self._call("GET", LEASES.path(namespace, name))
+
+    async def create_lease(self, lease: Mapping[str, Any]) -> dict[str, Any]:
+        """Not held back by `may_write`: it is what leadership comes from."""
+        return await self._call("POST", LEASES.path(lease["metadata"]["namespace"]), {}, lease)
+
+    async def replace_lease(self, lease: Mapping[str, Any]) -> dict[str, Any]:
+        """Conflict when somebody else changed it since it was read."""
+        metadata = lease["metadata"]
+        return await self._call(
+            "PUT", LEASES.path(metadata["namespace"], metadata["name"]), {}, lease
+        )
+
     async def _write(
         self,
         method: str,

@@ -48,8 +48,8 @@ class Settings(BaseSettings):
         True, description="False only where one process is all there can be, such as a test."
     )
     lease_name: str = Field("kubedistill-operator", description="Name of the Lease.")
-    lease_seconds: float = Field(
-        15.0, ge=3, description="A standby takes over after the leader was silent this long."
+    lease_seconds: int = Field(
+        15, ge=3, description="A standby takes over after the leader was silent this long."
     )
     lease_renew_seconds: float = Field(
         10.0, ge=2, description="A leader that could not renew for this long stops working."

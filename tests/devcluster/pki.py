@@ -44,7 +44,9 @@ class Authority:
             for a in addresses
         ]
         builder = self._builder(x509.Name(parts), key).add_extension(
-            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]),
+            x509.ExtendedKeyUsage(
+                [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
+            ),
             critical=False,
         )
         if names:
@@ -54,9 +56,7 @@ class Authority:
         certificate_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         return certificate_path, write_key(key, self.folder / f"{file}.key")
 
-    def kubeconfig(
-        self, file: str, server: str, common_name: str, organization: str = ""
-    ) -> Path:
+    def kubeconfig(self, file: str, server: str, common_name: str, organization: str = "") -> Path:
         """A kubeconfig with a client certificate of its own."""
         certificate, key = self.issue(file, common_name, organization)
         config = {

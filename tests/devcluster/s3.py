@@ -34,9 +34,7 @@ class S3Server:
         state.mkdir(parents=True, exist_ok=True)
         config = state / "s3.json"
         config.write_text(json.dumps({"identities": [self._identity()]}))
-        ports = {
-            f"{part}.port": free_port() for part in ("master", "volume", "filer")
-        }
+        ports = {f"{part}.port": free_port() for part in ("master", "volume", "filer")}
         data = state / "data"
         data.mkdir(exist_ok=True)
         command = [

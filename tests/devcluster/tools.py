@@ -51,7 +51,10 @@ def weed() -> Path:
 def _kubectl_minor(program: str) -> int:
     try:
         text = subprocess.run(
-            [program, "version", "--client", "-o", "json"], capture_output=True, text=True, timeout=20
+            [program, "version", "--client", "-o", "json"],
+            capture_output=True,
+            text=True,
+            timeout=20,
         ).stdout
         return int(re.sub(r"\D", "", json.loads(text)["clientVersion"]["minor"]))
     except (OSError, ValueError, KeyError, subprocess.TimeoutExpired):

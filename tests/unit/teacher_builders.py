@@ -1,4 +1,4 @@
-"""Small teacher streams for tests: identities, outputs, and a store in memory that can misbehave."""
+"""Small teacher streams for tests: identities, outputs, and a store that can misbehave."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ class MemoryStore:
     calls: list[tuple[str, str]] = field(default_factory=list)
     hooks: SimpleNamespace = field(
         default_factory=lambda: SimpleNamespace(
-            before=lambda operation, key: None, after=lambda operation, key: None,
+            before=lambda operation, key: None,
+            after=lambda operation, key: None,
             altered=lambda key, data: data,
         )
     )

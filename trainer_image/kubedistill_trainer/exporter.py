@@ -66,7 +66,7 @@ def serve(board: ProgressBoard, local_rank: int = 0) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             answers = {
-                "/metrics": lambda: (CONTENT_TYPE_LATEST, generate_latest(REGISTRY)),
+                "/metrics": lambda: (CONTENT_TYPE_LATEST, _metrics()),
                 "/progress": lambda: ("application/json", _json(board)),
                 "/healthz": lambda: ("text/plain", b"ok\n"),
             }
@@ -90,6 +90,10 @@ def serve(board: ProgressBoard, local_rank: int = 0) -> ThreadingHTTPServer:
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, name="exporter", daemon=True).start()
     return server
+
+
+def _metrics() -> bytes:
+    return bytes(generate_latest(REGISTRY))
 
 
 def _json(board: ProgressBoard) -> bytes:

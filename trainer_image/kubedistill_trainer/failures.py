@@ -1,4 +1,4 @@
-"""Failures that end a container, each with the exit code and the words that the operator reports."""
+"""Failures that end a container, each with its exit code and the words that are reported."""
 
 from __future__ import annotations
 

@@ -34,60 +34,31 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- toJson $result -}}
 {{- end -}}
 
-{{/* JSON: what stages share whatever their method is. */}}
-{{- define "distillation-chain.common" -}}
-{{- $common := dict -}}
-{{- range $key := list "data" "training" "workers" "checkpoint" -}}
+{{/* JSON: what all stages share. */}}
+{{- define "distillation-chain.template" -}}
+{{- $template := dict "distill" .Values.distill -}}
+{{- range $key := list "data" "training" "workers" "teacher" "checkpoint" -}}
 {{- with index $.Values $key -}}
-{{- $_ := set $common $key . -}}
+{{- $_ := set $template $key . -}}
 {{- end -}}
 {{- end -}}
 {{- range $key := list "backoffLimit" "activeDeadlineSeconds" "stallTimeoutSeconds" -}}
 {{- if hasKey $.Values $key -}}
-{{- $_ := set $common $key (index $.Values $key) -}}
+{{- $_ := set $template $key (index $.Values $key) -}}
 {{- end -}}
 {{- end -}}
 {{- $storage := pick .Values.storage "uri" "endpoint" "region" -}}
 {{- with include "distillation-chain.secretName" . -}}
 {{- $_ := set $storage "secretRef" (dict "name" .) -}}
 {{- end -}}
-{{- $_ := set $common "storage" $storage -}}
-{{- toJson $common -}}
+{{- $_ := set $template "storage" $storage -}}
+{{- toJson $template -}}
 {{- end -}}
 
-{{/* JSON: what distilling stages share on top. */}}
-{{- define "distillation-chain.distilling" -}}
-{{- $part := dict "distill" .Values.distill -}}
-{{- with .Values.teacher -}}
-{{- $_ := set $part "teacher" . -}}
-{{- end -}}
-{{- toJson $part -}}
-{{- end -}}
-
-{{/*
-JSON: the chain's spec. A job has one method. Where every stage distils, the template says so;
-where some stage fine-tunes, each distilling stage says it for itself.
-*/}}
+{{/* JSON: the chain's spec. A stage that fine-tunes puts the template's method and teacher aside. */}}
 {{- define "distillation-chain.spec" -}}
-{{- $common := include "distillation-chain.common" . | fromJson -}}
-{{- $distilling := include "distillation-chain.distilling" . | fromJson -}}
-{{- $mixed := false -}}
-{{- range .Values.stages -}}
-{{- if hasKey . "fineTune" -}}{{- $mixed = true -}}{{- end -}}
-{{- end -}}
-{{- $stages := list -}}
-{{- range .Values.stages -}}
-{{- if and $mixed (not (hasKey . "fineTune")) -}}
-{{- $stages = append $stages (include "distillation-chain.merge" (list $distilling .) | fromJson) -}}
-{{- else -}}
-{{- $stages = append $stages . -}}
-{{- end -}}
-{{- end -}}
-{{- $template := $common -}}
-{{- if not $mixed -}}
-{{- $template = include "distillation-chain.merge" (list $common $distilling) | fromJson -}}
-{{- end -}}
-{{- $spec := dict "template" $template "stages" $stages -}}
+{{- $template := include "distillation-chain.template" . | fromJson -}}
+{{- $spec := dict "template" $template "stages" .Values.stages -}}
 {{- with .Values.initialTeacher -}}
 {{- $_ := set $spec "initialTeacher" . -}}
 {{- end -}}
@@ -99,9 +70,9 @@ where some stage fine-tunes, each distilling stage says it for itself.
 
 {{/* JSON: the last stage's job, without a teacher. */}}
 {{- define "distillation-chain.controlSpec" -}}
-{{- $common := include "distillation-chain.common" . | fromJson -}}
+{{- $template := omit (include "distillation-chain.template" . | fromJson) "distill" "teacher" -}}
 {{- $stage := omit (last .Values.stages) "name" "distill" "teacher" "fineTune" -}}
-{{- $spec := include "distillation-chain.merge" (list $common $stage) | fromJson -}}
+{{- $spec := include "distillation-chain.merge" (list $template $stage) | fromJson -}}
 {{- $_ := set $spec "fineTune" dict -}}
 {{- if hasKey .Values "suspend" -}}
 {{- $_ := set $spec "suspend" .Values.suspend -}}
@@ -112,8 +83,8 @@ where some stage fine-tunes, each distilling stage says it for itself.
 {{/* What the schema of the values cannot say. */}}
 {{- define "distillation-chain.check" -}}
 {{- $taught := hasKey .Values.initialTeacher "model" -}}
-{{- range .Values.stages -}}
-{{- if not .student -}}
+{{- range $index, $_ := .Values.stages -}}
+{{- if not (or .student (and $index (hasKey . "fineTune"))) -}}
 {{- fail (printf "stage %s has no student: set student.model.uri, student.fromTeacher.layers, student.config or student.fromJob.name" .name) -}}
 {{- end -}}
 {{- if and (not $.Values.data.sources) (not (dig "data" "sources" list .)) -}}
@@ -137,6 +108,9 @@ where some stage fine-tunes, each distilling stage says it for itself.
 {{- end -}}
 {{- if .Values.control.enabled -}}
 {{- $last := last .Values.stages -}}
+{{- if not $last.student -}}
+{{- fail (printf "control.enabled: the last stage %s has no student of its own" $last.name) -}}
+{{- end -}}
 {{- if hasKey $last.student "fromTeacher" -}}
 {{- fail (printf "control.enabled: the student of the last stage %s is fromTeacher, and the control has no teacher; give student.config or student.model" $last.name) -}}
 {{- end -}}

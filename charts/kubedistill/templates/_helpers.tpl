@@ -69,18 +69,27 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- end -}}
 
-{{/* What the operator may do in a namespace that it looks after. No Secrets. */}}
+{{/* JSON: trainerEnv, whose numbers become texts. */}}
+{{- define "kubedistill.trainerEnv" -}}
+{{- $env := dict -}}
+{{- range $name, $value := .Values.trainerEnv -}}
+{{- $_ := set $env $name (kindIs "string" $value | ternary $value (toJson $value)) -}}
+{{- end -}}
+{{- toJson $env -}}
+{{- end -}}
+
+{{/* What the operator may do in a namespace that it looks after: kubedistill_operator/rbac.py. */}}
 {{- define "kubedistill.rules" -}}
 - apiGroups: [kubedistill.dev]
   resources: [distillationjobs]
-  # A chain's jobs are created, suspended and deleted.
-  verbs: [get, list, watch, create, patch, update, delete]
+  # Create and patch: jobs of a chain's stages, and their suspension.
+  verbs: [get, list, watch, create, patch]
 - apiGroups: [kubedistill.dev]
   resources: [distillationchains]
   verbs: [get, list, watch]
 - apiGroups: [kubedistill.dev]
   resources: [distillationjobs/status, distillationchains/status]
-  verbs: [get, patch, update]
+  verbs: [patch]
 # Owner references with blockOwnerDeletion need this where the admission plugin
 # OwnerReferencesPermissionEnforcement is on, as on OpenShift.
 - apiGroups: [kubedistill.dev]
@@ -88,14 +97,17 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
   verbs: [update]
 - apiGroups: [batch]
   resources: [jobs]
-  verbs: [get, list, watch, create, patch, update, delete]
+  verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch, delete]
+  verbs: [get, list, watch]
 - apiGroups: [""]
-  resources: [services, configmaps]
-  verbs: [get, list, watch, create, patch, update, delete]
-- apiGroups: ["", events.k8s.io]
+  resources: [services]
+  verbs: [get, create]
+- apiGroups: [""]
+  resources: [configmaps]
+  verbs: [get, create, delete]
+- apiGroups: [""]
   resources: [events]
-  verbs: [create, patch]
+  verbs: [create]
 {{- end -}}

@@ -17,17 +17,17 @@ def find_cycle(
     name: str, depends_on: tuple[str, ...], others: Mapping[str, OtherJob]
 ) -> list[str] | None:
     """The circle of jobs that leads from `name` back to it, both ends named; None without one."""
-    stack = [(name, dependency, [name]) for dependency in reversed(depends_on)]
+    stack = [(dependency, [name]) for dependency in reversed(depends_on)]
     seen: set[str] = set()
     while stack:
-        _, current, path = stack.pop()
+        current, path = stack.pop()
         if current == name:
             return [*path, name]
         if current in seen or current not in others:
             continue
         seen.add(current)
-        for following in reversed(others[current].depends_on):
-            stack.append((current, following, [*path, current]))
+        following = reversed(others[current].depends_on)
+        stack.extend((dependency, [*path, current]) for dependency in following)
     return None
 
 
@@ -49,7 +49,9 @@ def resolve(step: Pass) -> Inputs | None:
         reasons.DEPENDENCIES_READY, "True",
         reasons.DEPENDENCIES_MET if wanted else reasons.NOT_NEEDED,
     )  # fmt: skip
-    teacher = spec.teacher and _resolved(step, spec.teacher.model, spec.teacher.from_job)
+    teacher = None
+    if spec.teacher is not None:
+        teacher = _resolved(step, spec.teacher.model, spec.teacher.from_job)
     student = _resolved(step, spec.student.model, spec.student.from_job)
     return Inputs(inputs_digest(spec, teacher, student), teacher, student)
 

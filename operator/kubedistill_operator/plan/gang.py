@@ -68,7 +68,7 @@ def _observed(draft: Draft, attempt: Attempt) -> tuple[BatchJobView | None, list
 
 
 def _was_there(step: Pass, attempt: Attempt, pods: list[PodView]) -> bool:
-    """Whether a Job that is not there has been there: then it was deleted, not yet to be created."""
+    """Whether a missing Job has been there: then it was deleted, and is not to be created."""
     name = step.draft.attempt_name(attempt.number)
     ran = attempt.last_step > 0 or attempt.resumed_from_step is not None
     return ran or bool(pods) or name in step.seen.deleted_batch_jobs

@@ -99,7 +99,9 @@ def pod_view(raw: Mapping[str, Any], *, gone: bool = False) -> PodView:
             state = container.get("state", {})
     ended = state.get("terminated") or {}
     waiting = state.get("waiting") or {}
-    scheduled = next((c for c in status.get("conditions") or [] if c["type"] == "PodScheduled"), {})
+    scheduled: Mapping[str, Any] = next(
+        (c for c in status.get("conditions") or [] if c["type"] == "PodScheduled"), {}
+    )
     unschedulable = scheduled.get("status") == "False" and (
         scheduled.get("reason") == "Unschedulable"
     )

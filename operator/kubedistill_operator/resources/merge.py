@@ -19,7 +19,7 @@ _MERGE_KEYS = {
 
 
 def strategic_merge(base: Any, patch: Any, field: str = "") -> Any:
-    """`patch` merged over `base`; neither is changed. Merging the same patch again changes nothing."""
+    """`patch` merged over `base`, neither changed. Merging it again changes nothing."""
     if isinstance(base, Mapping) and isinstance(patch, Mapping):
         return _merge_objects(base, patch)
     if isinstance(patch, Mapping):

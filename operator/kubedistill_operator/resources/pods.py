@@ -14,7 +14,9 @@ from kubedistill_operator.resources.merge import strategic_merge
 _USER = 65532
 _RUN_SPEC_VOLUME = "run-spec"
 _PREFLIGHT_PARTS = ("volumes", "nodeSelector", "tolerations", "imagePullSecrets", "hostAliases")
-_PREFLIGHT_CONTAINER_PARTS = ("name", "env", "envFrom", "volumeMounts", "image", "imagePullPolicy")
+_PREFLIGHT_CONTAINER_PARTS = (
+    "name", "command", "env", "envFrom", "volumeMounts", "image", "imagePullPolicy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,11 @@ class Api:
         return self._call("DELETE", path, body)
 
     def watch(
-        self, path: str, on_change: Callable[[str, Object], None], stop: threading.Event, **query: str
+        self,
+        path: str,
+        on_change: Callable[[str, Object], None],
+        stop: threading.Event,
+        **query: str,
     ) -> None:
         """List, then follow, for ever; `on_change` gets ("SYNC", list) after each new list."""
         while not stop.is_set():
@@ -76,7 +80,9 @@ class Api:
                 stop.wait(0.5)
 
     def _events(self, path: str, query: dict[str, str]) -> Iterator[Object]:
-        url = f"{self.server}{path}?{urlencode({**query, 'watch': 'true', 'timeoutSeconds': '300'})}"
+        url = (
+            f"{self.server}{path}?{urlencode({**query, 'watch': 'true', 'timeoutSeconds': '300'})}"
+        )
         timeout = urllib3.Timeout(connect=5, read=310)
         answer = self._pool.request("GET", url, preload_content=False, timeout=timeout)
         try:

@@ -134,7 +134,9 @@ class PodWorker(threading.Thread):
             for state in self.states:
                 self._step(state)
             self._sync()
-            if all(state.done(self.pod["spec"].get("restartPolicy", "Always")) for state in self.states):
+            if all(
+                state.done(self.pod["spec"].get("restartPolicy", "Always")) for state in self.states
+            ):
                 return
             time.sleep(_TICK_SECONDS)
 
@@ -154,7 +156,9 @@ class PodWorker(threading.Thread):
         liveness = state.probes.get("liveness")
         if liveness is not None and liveness.failed:
             _log.info("liveness failed: %s", state.name)
-            self._terminate([state], float(self.pod["spec"].get("terminationGracePeriodSeconds", 30)))
+            self._terminate(
+                [state], float(self.pod["spec"].get("terminationGracePeriodSeconds", 30))
+            )
 
     def _restart_policy(self, state: ContainerState) -> str:
         policy = str(self.pod["spec"].get("restartPolicy", "Always"))
@@ -174,7 +178,9 @@ class PodWorker(threading.Thread):
         try:
             recipe = self._recipe(state.spec, image_of(state.spec["image"]))
         except (ConfigError, ImageMissing) as error:
-            reason = "CreateContainerConfigError" if isinstance(error, ConfigError) else "ErrImagePull"
+            reason = (
+                "CreateContainerConfigError" if isinstance(error, ConfigError) else "ErrImagePull"
+            )
             state.waiting = (reason, str(error))
             state.not_before = time.monotonic() + _RETRY_SECONDS
             return
@@ -182,9 +188,14 @@ class PodWorker(threading.Thread):
             state.restarts += 1
         state.waiting = None
         state.run = Run(
-            recipe, self._folder / "containers" / state.name, self._logs / f"{state.name}.log", self.hosts
+            recipe,
+            self._folder / "containers" / state.name,
+            self._logs / f"{state.name}.log",
+            self.hosts,
         )
-        ports = {p["name"]: p["containerPort"] for p in state.spec.get("ports") or [] if "name" in p}
+        ports = {
+            p["name"]: p["containerPort"] for p in state.spec.get("ports") or [] if "name" in p
+        }
         address = self.pod["status"]["podIP"]
         state.probes = {
             kind: Probe(state.spec[f"{kind}Probe"], address, ports)
@@ -193,7 +204,10 @@ class PodWorker(threading.Thread):
         }
 
     def _recipe(self, spec: dict[str, Any], image: Image) -> Recipe:
-        security = {**(self.pod["spec"].get("securityContext") or {}), **(spec.get("securityContext") or {})}
+        security = {
+            **(self.pod["spec"].get("securityContext") or {}),
+            **(spec.get("securityContext") or {}),
+        }
         base = {
             "PATH": f"{Path(sys.executable).parent}:{_SYSTEM_PATH}",
             "HOSTNAME": self.pod["spec"].get("hostname") or self.pod["metadata"]["name"],
@@ -261,5 +275,3 @@ class PodWorker(threading.Thread):
         if status != self._sent and not self.stop_now.is_set():
             self._report(self.pod, copy.deepcopy(status))
             self._sent = status
-
-

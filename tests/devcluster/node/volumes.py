@@ -85,9 +85,7 @@ class Volumes:
             spec = source["serviceAccountToken"]
             write(folder / spec["path"], self._tokens(self._pod, spec))
 
-    def _project(
-        self, folder: Path, kind: str, source: Mapping[str, Any], name: str
-    ) -> None:
+    def _project(self, folder: Path, kind: str, source: Mapping[str, Any], name: str) -> None:
         try:
             data = self._read(kind, name)
         except ConfigError:

@@ -1,4 +1,4 @@
-"""Which sequences are held out, and in which order the others are seen: pure functions of a seed."""
+"""Which sequences are held out, and the order of the others: pure functions of a seed."""
 
 from __future__ import annotations
 

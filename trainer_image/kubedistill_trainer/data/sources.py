@@ -71,11 +71,11 @@ def parse_source(
         raise unreadable(field, source.uri, "give a .jsonl or a .txt file")
     documents: list[str] = []
     bad = 0
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+    for number, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
             continue
         try:
-            document = _document(line, source.text_field)
+            document = _document(content, source.text_field)
         except _BadLine as problem:
             bad += 1
             if bad > allowed_bad:
@@ -93,7 +93,7 @@ def parse_source(
 
 def _read(source: DataSource, field: str, open_store: OpenStore) -> bytes:
     uri = S3Uri.parse(source.uri)
-    folder, _, name = uri.key.rpartition("/")
+    folder, _, name = uri.prefix.rpartition("/")
     if not name:
         raise unreadable(field, source.uri, "name a file, not a bucket or a folder")
     try:

@@ -15,6 +15,7 @@ With z the student's logits, q = softmax(z / T), p the teacher's distribution at
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,8 +76,8 @@ class _ChunkedLoss(torch.autograd.Function):
     """Gradients are made in the forward pass; the backward pass only scales them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx,
+    def forward(
+        ctx: Any,
         hidden_NH: Tensor,
         head_VH: Tensor,
         labels_N: Tensor,
@@ -86,13 +87,13 @@ class _ChunkedLoss(torch.autograd.Function):
         normalizer: float,
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        need_hidden, need_head = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        need_hidden, need_head = ctx.needs_input_grad[:2]
         sums = torch.zeros(2, dtype=torch.float64, device=hidden_NH.device)
         wide = _SUM_DTYPES.get(hidden_NH.dtype, torch.float32)
         grad_hidden = torch.zeros_like(hidden_NH) if need_hidden else None
         grad_head = torch.zeros_like(head_VH, dtype=wide) if need_head else None
         visible_VH = head_VH[: objective.vocab_size]
-        for rows in rows_M.split(chunk):
+        for rows in torch.split(rows_M, chunk):
             hidden_CH = hidden_NH[rows]
             grad_CV, soft, hard = _chunk(
                 hidden_CH, visible_VH, labels_N[rows], _rows_of(teacher, rows), objective
@@ -109,14 +110,14 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.save_for_backward(
             grad_hidden, None if grad_head is None else grad_head.to(head_VH.dtype)
         )
-        ctx.mark_non_differentiable(soft, hard)  # type: ignore[attr-defined]
+        ctx.mark_non_differentiable(soft, hard)
         return total.to(wide), soft, hard
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, grad_total: Tensor, *_: Tensor
+    def backward(
+        ctx: Any, grad_total: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_hidden, grad_head = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
             None if grad_head is None else grad_head * grad_total.to(grad_head.dtype),

@@ -138,7 +138,8 @@ def final_hidden(decoder: Any, tokens: Tensor, positions: Tensor) -> Tensor:
     mask nor a cache is passed.
     """
     output = decoder(input_ids=tokens, position_ids=positions, use_cache=False)
-    return output.last_hidden_state
+    hidden: Tensor = output.last_hidden_state
+    return hidden
 
 
 def softcap_of(model: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""The training loop of every method that trains: readable in one sitting, resumable at any commit."""
+"""The training loop of every method that trains, resumable at any commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model folder: safetensors weights in Hugging Face layout, addressed by a digest of its files."""
+"""A model folder in Hugging Face layout, addressed by a digest of its files."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def _add(engine: Any, teacher: Signal, dataset: Dataset, sample: int, sums: Sums
     batch = teacher.batch(samples, tokens, positions)
     logits = engine(tokens, positions)
     valid = labels != IGNORED
-    for chunk in valid.nonzero().flatten().split(_CHUNK_TOKENS):
+    for chunk in torch.split(valid.nonzero().flatten(), _CHUNK_TOKENS):
         student = torch.log_softmax(logits[chunk].float(), dim=-1)
         target = labels[chunk, None]
         sums.tokens += len(chunk)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import IncompleteReadError
 
 from kubedistill_trainer.store.connection import MIB, Connection, Limits
 from kubedistill_trainer.store.errors import NotFound, StoreError
@@ -151,7 +153,7 @@ class Store:
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; one that is not there is no error."""
         remaining = iter(keys)
-        while batch := list_of(islice(remaining, _DELETE_BATCH)):
+        while batch := _list_of(islice(remaining, _DELETE_BATCH)):
             with translated("delete", self.uri_of(batch[0]), self.endpoint):
                 answer = self._connection.client.delete_objects(
                     Bucket=self.bucket,
@@ -200,43 +202,37 @@ class Store:
         """GET, body included. botocore retries the request only, so a broken body is ours."""
         span: dict[str, Any] = {"Range": byte_range} if byte_range else {}
         with translated("get", self.uri_of(key), self.endpoint):
-
-            def once() -> bytes:
+            for attempt in range(1, self.limits.attempts + 1):
                 answer = self._connection.client.get_object(
                     Bucket=self.bucket, Key=self._full(key), **span
                 )
-                return self._read(answer)
-
-            data = _again(once, self.limits.attempts)
+                try:
+                    data = self._read(answer)
+                    break
+                except BROKEN_BODY as error:
+                    if attempt == self.limits.attempts or isinstance(error, TimeoutError):
+                        raise
         BYTES.labels("get").inc(len(data))
         return data
 
     def _read(self, answer: GetObjectOutputTypeDef) -> bytes:
         size_bytes = answer["ContentLength"]
         deadline = time.monotonic() + self.limits.deadline_seconds(size_bytes)
-        body, parts = answer["Body"], bytearray()
-        # read1-like pieces: a store that drips must meet the deadline, not only the socket's.
-        for piece in iter(lambda: body.read(MIB), b""):
+        # The body's public read waits for all it was asked for, byte by byte if need be. read1
+        # returns what is there, so that a store that drips meets the deadline.
+        raw, parts = answer["Body"]._raw_stream, bytearray()
+        while len(parts) < size_bytes:
+            piece = raw.read1(MIB)
+            if not piece:
+                raise IncompleteReadError(actual_bytes=len(parts), expected_bytes=size_bytes)
             parts += piece
             if time.monotonic() > deadline:
-                body.close()
+                raw.close()
                 raise TimeoutError(f"{len(parts)} of {size_bytes} bytes by the deadline")
+        raw.release_conn()
         return bytes(parts)
 
 
-def list_of(keys: Iterable[str]) -> list[str]:
+def _list_of(keys: Iterable[str]) -> list[str]:
     """`list`, whose name the method of Store takes."""
     return list(keys)
-
-
-def _again(once: Callable[[], bytes], attempts: int) -> bytes:
-    """Call until the body is whole; the last failure is raised. A time-out is not repeated."""
-    for _ in range(attempts - 1):
-        try:
-            return once()
-        except TimeoutError:
-            raise
-        except BROKEN_BODY as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-    return once()

@@ -50,7 +50,10 @@ class Connection:
         self.region = region
         self.limits = limits
         self.client: S3Client = boto3.session.Session().client(
-            "s3", endpoint_url=endpoint or None, region_name=region, config=_config(endpoint, limits)
+            "s3",
+            endpoint_url=endpoint or None,
+            region_name=region,
+            config=_config(endpoint, limits),
         )
         events = self.client.meta.events
         # First, because botocore's own handler answers "no" to what it does not know.

@@ -80,7 +80,7 @@ def translated(operation: str, uri: str, endpoint: str) -> Iterator[None]:
         raise errors.CredentialsMissing(
             operation,
             uri,
-            "no S3 credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (storage.secretRef)",
+            "no S3 credentials; set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (storage.secretRef)",
         ) from error
     except (
         BotoCoreError,
@@ -108,9 +108,7 @@ def _first_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _of_answer(
-    error: ClientError, operation: str, uri: str, endpoint: str
-) -> errors.StoreError:
+def _of_answer(error: ClientError, operation: str, uri: str, endpoint: str) -> errors.StoreError:
     """The error for an answer that S3 did give."""
     code = error.response.get("Error", {}).get("Code", "")
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)

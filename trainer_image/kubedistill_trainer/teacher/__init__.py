@@ -1,1 +1,1 @@
-"""Teacher streams: a teacher's outputs, written once through S3 and read by any number of students."""
+"""Teacher streams: outputs of a teacher, written once through S3, read by many students."""

@@ -177,6 +177,8 @@ class ShardReader:
                 f"{found:016x}",
                 f"{token_hash:016x}",
             )
+        if length == 0:
+            return b""
         block = self._block(number, sample)
         if offset + length > len(block):
             raise ShardCorrupt(

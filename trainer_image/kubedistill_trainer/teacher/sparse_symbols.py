@@ -11,6 +11,7 @@ Layout: header; the four tables; the lanes' final states; the words.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ class _Plan:
     @property
     def cost_bits(self) -> float:
         coded = (self.gaps, self.levels, *(self.entries if self.dictionary_size else ()))
-        return sum(part.cost_bits for part in coded)
+        return math.fsum(part.cost_bits for part in coded)
 
 
 def encode_symbols(ids: I64, levels: I64, vocab_size: int, level_count: int) -> bytes:
@@ -108,6 +109,8 @@ def _decoded(
     data: bytes, positions: int, k: int, vocab_size: int, level_count: int
 ) -> tuple[I64, I64]:
     dictionary_size, *sizes, lanes, words = _HEADER.unpack_from(data)
+    if not dictionary_size <= vocab_size <= MAX_VOCABULARY:
+        raise ValueError(f"{dictionary_size} different ids in a vocabulary of {vocab_size}")
     offsets = [_HEADER.size]
     for size in (*sizes, 8 * lanes, 4 * words):
         offsets.append(offsets[-1] + size)

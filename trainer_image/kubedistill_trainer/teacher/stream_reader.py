@@ -86,7 +86,7 @@ class StreamReader:
         self._store = store.child(identity.address)
         self._wait_seconds = 0.0
         self._read_samples: set[int] = set()
-        self._scheduled: dict[int, deque[Future[tuple[int, TeacherOutputs]]]] = {}
+        self._scheduled: dict[tuple[int, int], deque[Future[TeacherOutputs]]] = {}
         self._order: Iterator[tuple[int, int]] = iter(())
         self._ahead = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="teacher-stream")
@@ -116,7 +116,8 @@ class StreamReader:
     def prefetch(self, order: Iterable[tuple[int, int]]) -> None:
         """Work ahead along `order`: (sample id, token hash) as training will ask for them.
 
-        Consumed lazily, so it may be endless. A new order replaces the rest of the old one.
+        Consumed lazily, so it may be endless; samples asked for that are not in it come without
+        working ahead. A new order replaces the rest of the old one.
         """
         for futures in self._scheduled.values():
             for future in futures:
@@ -174,19 +175,16 @@ class StreamReader:
         self.close()
 
     def _take(self, sample: int, token_hash: int) -> TeacherOutputs:
-        queue = self._scheduled.get(sample)
+        queue = self._scheduled.get((sample, token_hash))
         if queue:
             future = queue.popleft()
             if not queue:
-                del self._scheduled[sample]
+                del self._scheduled[sample, token_hash]
             self._ahead -= 1
             # one that has not begun may stand behind a sample nobody can have yet
             if not future.cancel():
-                found, outputs = future.result()
-                if found == token_hash:
-                    return outputs
-        # not begun, not foreseen, or foreseen with another hash: `_load` tells which is wrong
-        return self._load(sample, token_hash)[1]
+                return future.result()
+        return self._load(sample, token_hash)
 
     def _fill(self) -> None:
         """Keep `ahead_samples` of the order scheduled."""
@@ -195,10 +193,10 @@ class StreamReader:
             if upcoming is None:
                 return
             future = self._pool.submit(self._load, *upcoming)
-            self._scheduled.setdefault(upcoming[0], deque()).append(future)
+            self._scheduled.setdefault(upcoming, deque()).append(future)
             self._ahead += 1
 
-    def _load(self, sample: int, token_hash: int) -> tuple[int, TeacherOutputs]:
+    def _load(self, sample: int, token_hash: int) -> TeacherOutputs:
         if not 0 <= sample < self.manifest.samples:
             raise SampleMissing(
                 f"sample {sample} is not one of the stream's 0…{self.manifest.samples - 1}"
@@ -215,12 +213,11 @@ class StreamReader:
             lambda: f"shard {entry.key} cannot be fetched",
         )
         try:
-            outputs = decode_outputs(record, self._identity.payloads, self._settings.dtype)
+            return decode_outputs(record, self._identity.payloads, self._settings.dtype)
         except ValueError as error:
             raise StreamCorrupt(
                 self._store.uri_of(entry.key), f"record of sample {sample}: {error}"
             ) from error
-        return token_hash, outputs
 
     def _find(self, partition: int, position: int) -> LogRecord | None:
         log = self._logs[partition]

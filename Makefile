@@ -1,0 +1,44 @@
+# Every target works on a clean clone: the tools that it needs are fetched by it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
+RUN := PYTHONPATH=tests $(UV) run --no-sync
+export UV_COMPILE_BYTECODE := 1
+
+help:  ## This list
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+.tools/bin/uv:
+	python3 -m venv .tools && .tools/bin/pip install --quiet 'uv>=0.9'
+
+.venv/.synced: pyproject.toml uv.lock | $(filter .tools/bin/uv,$(UV))
+	$(UV) sync --frozen && touch $@
+
+setup: .venv/.synced  ## The virtual environment
+
+control-plane: .venv/.synced  ## The control plane, built once into the cache
+	$(RUN) python -m devcluster build
+
+demo: .venv/.synced  ## A real chain of three stages, end to end
+	$(RUN) python examples/demo/demo.py
+
+demo-smollm2: .venv/.synced  ## The same with the real SmolLM2-135M as the first teacher
+	$(RUN) python examples/demo/demo.py --smollm2
+
+down:  ## End the demo's cluster
+	$(RUN) python -m devcluster down
+
+lint: .venv/.synced  ## Style, types, layers
+	$(UV) run --no-sync ruff format --check
+	$(UV) run --no-sync ruff check
+	$(UV) run --no-sync mypy
+	$(UV) run --no-sync lint-imports
+
+crds: .venv/.synced  ## Generate crds/*.yaml and the chart's copies
+	$(UV) run --no-sync python -m kubedistill_api.crd crds
+	mkdir -p charts/kubedistill/files/crds && cp crds/*.yaml charts/kubedistill/files/crds/
+
+test: lint  ## Everything: lint, types, unit, control plane, real training
+	$(RUN) pytest
+
+.PHONY: help setup control-plane demo demo-smollm2 down lint crds test

@@ -1,0 +1,133 @@
+"""From the cache to what plans look at."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from kubedistill_api import names, reasons
+from kubedistill_api.chain import DistillationChainStatus
+from kubedistill_api.status import DistillationJobStatus
+
+from kubedistill_operator.cache import Cache, Raw
+from kubedistill_operator.plan.chain import ObservedChain, StageJob
+from kubedistill_operator.plan.draft import Contact, Observed, OtherJob
+from kubedistill_operator.plan.views import (
+    LABEL_JOB_UID,
+    BatchJobView,
+    PodView,
+    batch_job_view,
+    pod_view,
+)
+from kubedistill_operator.resources.owner import Owner
+
+
+def owner_of(raw: Raw) -> Owner:
+    """The job as its children name it."""
+    metadata = raw["metadata"]
+    labels = metadata.get("labels") or {}
+    return Owner(
+        metadata["namespace"],
+        metadata["name"],
+        metadata["uid"],
+        labels.get(names.LABEL_CHAIN, ""),
+        labels.get(names.LABEL_STAGE, ""),
+    )
+
+
+def job_status(raw: Raw) -> DistillationJobStatus:
+    return DistillationJobStatus.model_validate(raw.get("status") or {})
+
+
+def pods(cache: Cache, raw: Raw) -> list[PodView]:
+    """A job's pods, and those that were deleted not long ago."""
+    group = raw["metadata"]["namespace"], raw["metadata"]["name"]
+    uid = raw["metadata"]["uid"]
+    present = [pod_view(pod) for pod in cache.pods.group(*group) if _is_of(pod, uid)]
+    gone = [pod_view(pod, gone=True) for pod in cache.pods.gone(*group) if _is_of(pod, uid)]
+    return present + gone
+
+
+def _is_of(child: Raw, uid: str) -> bool:
+    return (child["metadata"].get("labels") or {}).get(LABEL_JOB_UID) == uid
+
+
+def observe_job(cache: Cache, raw: Raw, rank0: Contact | None, teacher: Contact | None) -> Observed:
+    """Everything the plan of a job may use."""
+    metadata = raw["metadata"]
+    group = metadata["namespace"], metadata["name"]
+    uid = metadata["uid"]
+    views = [batch_job_view(job) for job in cache.batch_jobs.group(*group) if _is_of(job, uid)]
+    batch_jobs: dict[str, BatchJobView] = {view.name: view for view in views}
+    gone = {
+        job["metadata"]["name"] for job in cache.batch_jobs.gone(*group) if _is_of(job, uid)
+    } - batch_jobs.keys()
+    return Observed(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=uid,
+        generation=metadata["generation"],
+        spec=raw["spec"],
+        status=job_status(raw),
+        now=datetime.now(UTC),
+        batch_jobs=batch_jobs,
+        deleted_batch_jobs=frozenset(gone),
+        pods=pods(cache, raw),
+        other_jobs=_upstream(cache, metadata["namespace"], metadata["name"]),
+        rank0=rank0,
+        teacher=teacher,
+    )
+
+
+def _upstream(cache: Cache, namespace: str, name: str) -> dict[str, OtherJob]:
+    """The jobs that this one waits for, and those that they wait for in turn."""
+    found: dict[str, OtherJob] = {}
+    waiting = list(cache.depends_on(namespace, name))
+    while waiting:
+        current = waiting.pop()
+        raw = cache.jobs.get(namespace, current)
+        if current in found or raw is None:
+            continue
+        found[current] = _other(raw, cache.depends_on(namespace, current))
+        waiting += found[current].depends_on
+    return found
+
+
+def _other(raw: Raw, depends_on: tuple[str, ...]) -> OtherJob:
+    status = raw.get("status") or {}
+    model = status.get("model") or {}
+    succeeded: Raw = {}
+    for condition in status.get("conditions") or []:
+        if condition["type"] == reasons.SUCCEEDED:
+            succeeded = condition
+    return OtherJob(
+        name=raw["metadata"]["name"],
+        depends_on=depends_on,
+        succeeded=succeeded.get("status", "Unknown"),
+        reason=succeeded.get("reason", ""),
+        message=succeeded.get("message", ""),
+        model_uri=model.get("uri", ""),
+        model_digest=model.get("digest", ""),
+    )
+
+
+def observe_chain(cache: Cache, raw: Raw) -> ObservedChain:
+    """Everything the plan of a chain may use."""
+    metadata = raw["metadata"]
+    namespace, name = metadata["namespace"], metadata["name"]
+    jobs: dict[str, StageJob] = {}
+    for stage in raw["spec"].get("stages") or []:
+        job_name = names.stage_job_name(name, str(stage.get("name", "")))
+        job = cache.jobs.get(namespace, job_name)
+        if job is not None:
+            owners = job["metadata"].get("ownerReferences") or []
+            ours = any(owner["uid"] == metadata["uid"] for owner in owners)
+            jobs[job_name] = StageJob(job["spec"], job_status(job), ours)
+    return ObservedChain(
+        namespace=namespace,
+        name=name,
+        generation=metadata["generation"],
+        spec=raw["spec"],
+        status=DistillationChainStatus.model_validate(raw.get("status") or {}),
+        now=datetime.now(UTC),
+        jobs=jobs,
+    )

@@ -1,0 +1,72 @@
+"""From a chain to its stages' specs: template and stage merged, the teacher passed down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kubedistill_api.chain import DistillationChainSpec
+from kubedistill_api.names import stage_job_name
+
+_METHODS = {"distill": ("fineTune",), "fineTune": ("distill", "teacher")}
+"""A stage's method, and what of the template it puts aside."""
+_EXCLUSIVE = {
+    "teacher": ("model", "fromJob"),
+    "student": ("model", "fromJob", "fromTeacher", "config"),
+}
+
+
+def merge_patch(target: Any, patch: Any) -> Any:
+    """RFC 7386: objects merge, null removes, everything else replaces."""
+    if not isinstance(patch, Mapping):
+        return patch
+    result = dict(target) if isinstance(target, Mapping) else {}
+    for name, value in patch.items():
+        if value is None:
+            result.pop(name, None)
+        else:
+            result[name] = merge_patch(result.get(name), value)
+    return result
+
+
+def compose(chain: str, spec: DistillationChainSpec, index: int) -> dict[str, Any]:
+    """The spec of a stage's job, not yet validated; `suspend` is the chain's."""
+    stage = spec.stages[index].job_part()
+    base = _put_aside(dict(spec.template), stage)
+    merged: dict[str, Any] = merge_patch(base, stage)
+    merged.pop("suspend", None)
+    _pass_down(merged, chain, spec, index)
+    return merged
+
+
+def _put_aside(template: dict[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a template a stage's own choice replaces instead of merging with."""
+    for method, others in _METHODS.items():
+        if stage.get(method) is not None:
+            for other in others:
+                if other not in stage:
+                    template.pop(other, None)
+    for part, sources in _EXCLUSIVE.items():
+        own, shared = stage.get(part), template.get(part)
+        if not isinstance(own, Mapping) or not isinstance(shared, Mapping):
+            continue
+        if any(own.get(source) is not None for source in sources):
+            template[part] = {k: v for k, v in shared.items() if k not in sources}
+    return template
+
+
+def _pass_down(merged: dict[str, Any], chain: str, spec: DistillationChainSpec, index: int) -> None:
+    """The default teacher of a distilling stage, and the default student of a tuned one."""
+    previous = stage_job_name(chain, spec.stages[index - 1].name) if index else None
+    if merged.get("distill") is not None:
+        teacher = merged.get("teacher")
+        teacher = dict(teacher) if isinstance(teacher, Mapping) else {}
+        if not any(teacher.get(source) is not None for source in _EXCLUSIVE["teacher"]):
+            if previous is not None:
+                teacher["fromJob"] = {"name": previous}
+            elif spec.initial_teacher is not None:
+                teacher["model"] = spec.initial_teacher.model.to_wire()
+        if teacher:
+            merged["teacher"] = teacher
+    elif merged.get("student") is None and previous is not None:
+        merged["student"] = {"fromJob": {"name": previous}}

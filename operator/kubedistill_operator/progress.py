@@ -1,0 +1,73 @@
+"""Asks a pod's exporter for /progress, at most once a poll interval."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import aiohttp
+from kubedistill_api.names import EXPORTER_PORT
+from kubedistill_api.runspec import ProgressReport
+from pydantic import ValidationError
+
+from kubedistill_operator.plan.draft import Contact
+
+_MAX_BYTES = 1_000_000
+Target = tuple[str, str, str]
+"""Namespace and name of the job, and the role that is asked."""
+
+
+@dataclass
+class _Known:
+    address: str
+    asked_at: float
+    contact: Contact | None = None
+
+
+class Poller:
+    """The latest answers, by job and role."""
+
+    def __init__(self, interval_seconds: float, timeout_seconds: float) -> None:
+        self._interval = interval_seconds
+        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        self._known: dict[Target, _Known] = {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def ask(self, target: Target, address: str) -> Contact | None:
+        """The newest answer of that address; asks only when the last question is old enough."""
+        known = self._known.get(target)
+        if known is None or known.address != address:
+            known = self._known[target] = _Known(address, float("-inf"))
+        # A tenth less: a pass that was asked for in one interval must not find it not yet over.
+        if time.monotonic() - known.asked_at >= self._interval * 0.9:
+            known.asked_at = time.monotonic()
+            report = await self._fetch(address)
+            if report is not None:
+                known.contact = Contact(report, datetime.now(UTC))
+        return known.contact
+
+    def last(self, target: Target) -> Contact | None:
+        """The last answer, without asking."""
+        known = self._known.get(target)
+        return known.contact if known else None
+
+    def forget(self, namespace: str, name: str) -> None:
+        for target in [t for t in self._known if t[:2] == (namespace, name)]:
+            del self._known[target]
+
+    async def _fetch(self, address: str) -> ProgressReport | None:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(timeout=self._timeout)
+        host = f"[{address}]" if ":" in address else address
+        try:
+            async with self._session.get(f"http://{host}:{EXPORTER_PORT}/progress") as response:
+                if response.status != 200:
+                    return None
+                return ProgressReport.model_validate_json(await response.content.read(_MAX_BYTES))
+        except (aiohttp.ClientError, TimeoutError, OSError, ValidationError):
+            return None
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
