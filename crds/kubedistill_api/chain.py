@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, StringConstraints
 
 from kubedistill_api.base import ApiModel, cel, rules
-from kubedistill_api.job import ModelSource, ObjectName
+from kubedistill_api.job import ModelSource
 from kubedistill_api.status import Conditions
 
+StageName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", min_length=1, max_length=40),
+]
 PARTIAL_MARK = "x-kubedistill-partial-job-spec"
 STAGE_MARK = "x-kubedistill-stage"
 PartialJobSpec = Annotated[dict[str, Any], Field(json_schema_extra={PARTIAL_MARK: True})]
@@ -26,9 +30,7 @@ class Stage(ApiModel):
     """One stage: a name, and what differs from the template (any part of a job's spec)."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra={STAGE_MARK: True})
-    name: ObjectName = Field(
-        max_length=40, description="Name of the stage; its job is <chain>-<name>."
-    )
+    name: StageName = Field(description="Name of the stage; its job is <chain>-<name>.")
 
     def job_part(self) -> dict[str, Any]:
         """Merged over the template by JSON merge patch (RFC 7386)."""

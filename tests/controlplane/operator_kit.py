@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from kubedistill_operator.rbac import LEASE_RULES, RULES
 
-FAKE_TRAINER = r'''
+FAKE_TRAINER = r"""
 import http.server, json, os, signal, sys, threading, time
 role, run = sys.argv[1], json.load(open("/etc/kubedistill/run.json"))
 behaviour = os.environ.get("BEHAVIOUR", "")
@@ -81,7 +81,7 @@ if index == 0:
     end(0, progress=report, model={"uri": "s3://runs/m", "digest": "d" * 8, "parameters": 1000},
         metrics=[{"name": "perplexity", "value": 12.5}])
 end(0)
-'''
+"""
 
 
 def template(book: Path, behaviour: str = "", **env: str) -> dict[str, Any]:

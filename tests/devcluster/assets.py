@@ -45,37 +45,38 @@ def cache_folder() -> Path:
     return cache_root() / "devcluster" / kubernetes_version() / "bin"
 
 
-def _complete(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in NAMES)
-
-
-def find() -> Path | None:
-    """The folder with all four programs, if there is one without building."""
+def find(name: str) -> Path | None:
+    """The program, if it is there without building."""
     given = os.environ.get("KUBEBUILDER_ASSETS")
-    if given and _complete(Path(given)):
-        return Path(given)
-    return cache_folder() if _complete(cache_folder()) else None
+    places = [Path(given)] if given else []
+    for folder in [*places, cache_folder()]:
+        if (folder / name).is_file():
+            return folder / name
+    return None
 
 
-def ensure() -> Path:
-    """The folder with all four programs; builds them once. Safe to run twice at once."""
-    found = find()
-    if found is not None:
-        return found
-    if shutil.which("go") is None:
+def ensure() -> dict[str, Path]:
+    """All four programs; builds once what is missing. Safe to run twice at once.
+
+    Raises AssetsMissing with a text that says what to do.
+    """
+    missing = [name for name in NAMES if find(name) is None]
+    if missing and shutil.which("go") is None:
         raise AssetsMissing(
             "no control plane: install Go 1.26 so that it can be built once, or set "
-            "KUBEBUILDER_ASSETS to a folder with " + ", ".join(NAMES) + ", or use your own "
+            "KUBEBUILDER_ASSETS to a folder with " + ", ".join(missing) + ", or use your own "
             "cluster with KUBECONFIG_E2E"
         )
-    target = cache_folder()
-    target.mkdir(parents=True, exist_ok=True)
-    with (target.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for number, name in enumerate(NAMES, start=1):
-            if not (target / name).is_file():
-                _build(name, target, f"[{number}/{len(NAMES)}]")
-    return target
+    if missing:
+        target = cache_folder()
+        target.mkdir(parents=True, exist_ok=True)
+        with (target.parent / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for number, name in enumerate(missing, start=1):
+                # Another program may have built it while this one waited.
+                if not (target / name).is_file():
+                    _build(name, target, f"[{number}/{len(missing)}]")
+    return {name: find(name) or cache_folder() / name for name in NAMES}
 
 
 def _build(name: str, target: Path, counter: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import ssl
+import time
 from pathlib import Path
 
 from devcluster import assets
@@ -14,8 +15,12 @@ from devcluster.process import Background, free_port, wait_until
 class ControlPlane:
     """One control plane with a data directory of its own; two can run side by side."""
 
-    def __init__(self, state: Path, *, detached: bool = False) -> None:
+    def __init__(
+        self, state: Path, *, detached: bool = False, toleration_seconds: int = 300
+    ) -> None:
+        """`toleration_seconds`: how long pods stay bound to a node that is lost."""
         self._state = state
+        self._toleration_seconds = toleration_seconds
         self._detached = detached
         self.authority = Authority(state / "pki")
         self._port = free_port()
@@ -28,7 +33,7 @@ class ControlPlane:
         programs = assets.ensure()
         etcd_client, etcd_peer = free_port(), free_port()
         self._run(
-            programs / "etcd",
+            programs["etcd"],
             f"--data-dir={self._state / 'etcd'}",
             f"--listen-client-urls=http://127.0.0.1:{etcd_client}",
             f"--advertise-client-urls=http://127.0.0.1:{etcd_client}",
@@ -37,37 +42,25 @@ class ControlPlane:
             "--logger=zap",
             "--log-level=warn",
         )
-        self._run(programs / "kube-apiserver", *self._apiserver_flags(etcd_client))
+        self._run(programs["kube-apiserver"], *self._apiserver_flags(etcd_client))
         wait_until(self.ready, "kube-apiserver", 90)
-        controller = self._config("controller-manager", "system:kube-controller-manager")
+        self._run(programs["kube-controller-manager"], *self._controller_flags())
         scheduler = self._config("scheduler", "system:kube-scheduler")
-        self._run(
-            programs / "kube-controller-manager",
-            f"--kubeconfig={controller}",
-            "--use-service-account-credentials",
-            f"--service-account-private-key-file={self._state / 'pki' / 'sa.key'}",
-            f"--root-ca-file={self.authority.path}",
-            # EndpointSlices refuse the loopback addresses that the node gives to pods.
-            "--controllers=*,-endpoints-controller,-endpointslice-controller,"
-            "-endpointslice-mirroring-controller",
-            "--leader-elect=false",
-            f"--secure-port={free_port()}",
-            "--bind-address=127.0.0.1",
-            "--node-monitor-grace-period=20s",
-        )
-        self._run(
-            programs / "kube-scheduler",
-            f"--kubeconfig={scheduler}",
-            "--leader-elect=false",
-            f"--secure-port={free_port()}",
-            "--bind-address=127.0.0.1",
-        )
+        self._run(programs["kube-scheduler"], *_common_flags(scheduler))
 
     def stop(self) -> None:
         """End all four, the API server before its store."""
         for name in reversed(assets.NAMES):
             if name in self.parts:
                 self.parts[name].stop()
+
+    def restart(self, name: str, down_seconds: float = 0.0) -> None:
+        """Kill one of the four, and start it again after a while; waits for the API server."""
+        self.parts[name].kill()
+        time.sleep(down_seconds)
+        self.parts[name].start()
+        if name in ("etcd", "kube-apiserver"):
+            wait_until(self.ready, "kube-apiserver", 60)
 
     def ready(self) -> bool:
         """Whether /readyz answers ok. RuntimeError when the API server has ended."""
@@ -87,6 +80,10 @@ class ControlPlane:
             return False
         finally:
             connection.close()
+
+    def dns_config(self) -> Path:
+        """For the node's names: it lists all pods, as a cluster's DNS may and a kubelet not."""
+        return self._config("dns", "dev-dns", "system:masters")
 
     def node_config(self, node: str) -> Path:
         """A kubelet's kubeconfig: NodeRestriction and the Node authorizer apply to it."""
@@ -124,6 +121,21 @@ class ControlPlane:
             f"--kubelet-client-certificate={kubelet}",
             f"--kubelet-client-key={kubelet_key}",
             "--kubelet-preferred-address-types=InternalIP",
+            f"--default-not-ready-toleration-seconds={self._toleration_seconds}",
+            f"--default-unreachable-toleration-seconds={self._toleration_seconds}",
+        ]
+
+    def _controller_flags(self) -> list[str]:
+        controller = self._config("controller-manager", "system:kube-controller-manager")
+        return [
+            *_common_flags(controller),
+            "--use-service-account-credentials",
+            f"--service-account-private-key-file={self._state / 'pki' / 'sa.key'}",
+            f"--root-ca-file={self.authority.path}",
+            # EndpointSlices refuse the loopback addresses that the node gives to pods.
+            "--controllers=*,-endpoints-controller,-endpointslice-controller,"
+            "-endpointslice-mirroring-controller",
+            "--node-monitor-grace-period=20s",
         ]
 
     def _run(self, program: Path, *flags: str) -> None:
@@ -131,3 +143,13 @@ class ControlPlane:
         part = Background([program, *flags], log, detached=self._detached)
         part.start()
         self.parts[program.name] = part
+
+
+def _common_flags(kubeconfig: Path) -> list[str]:
+    """Of controller manager and scheduler."""
+    return [
+        f"--kubeconfig={kubeconfig}",
+        "--leader-elect=false",
+        f"--secure-port={free_port()}",
+        "--bind-address=127.0.0.1",
+    ]

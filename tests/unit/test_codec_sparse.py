@@ -113,11 +113,11 @@ def test_gradient_error_at_t_1_is_that_of_the_cut_not_of_the_codec() -> None:
 def test_size_at_k_100_and_a_vocabulary_of_152k() -> None:
     """Goal 200 bytes: met for ids that repeat as in language, not for a uniform set (about 230)."""
     spec = SparseSpec(k=100, temperatures=(1.0, 2.0, 4.0))
-    payload = sparse_of_logits(_zipfian_logits(192, 151_936), 100, spec.temperatures)
-    assert len(encode_sparse(payload, spec, 151_936)) / 192 <= 200
-    ids = torch.stack([torch.randperm(151_936)[:100].sort().values for _ in range(192)])
+    payload = sparse_of_logits(_zipfian_logits(128, 151_936), 100, spec.temperatures)
+    assert len(encode_sparse(payload, spec, 151_936)) / 128 <= 200
+    ids = torch.stack([torch.randperm(151_936)[:100].sort().values for _ in range(128)])
     uniform = Sparse(ids, payload.log_probs, payload.log_z, spec.temperatures)
-    assert len(encode_sparse(uniform, spec, 151_936)) / 192 <= 240
+    assert len(encode_sparse(uniform, spec, 151_936)) / 128 <= 240
 
 
 def test_padded_vocabulary_counts_as_minus_infinity() -> None:
@@ -152,7 +152,7 @@ def test_a_grid_must_rise(grid: tuple[float, ...]) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_damaged_records_give_value_errors_and_nothing_else(data: st.DataObject) -> None:
     """CRCs come first; this is what holds should they pass."""
     spec = SparseSpec(k=5, temperatures=(1.0, 2.0))

@@ -34,7 +34,8 @@ from teacher_builders import (
 
 SAMPLES = 12
 SMALL = WriterSettings(first_shard_bytes=3000, shard_bytes=3000)
-QUICK = ReaderSettings(stall_seconds=0.3, poll_seconds=0.01, poll_limit_seconds=0.02)
+QUICK = ReaderSettings(stall_seconds=60, poll_seconds=0.01, poll_limit_seconds=0.02)
+IMPATIENT = ReaderSettings(stall_seconds=0.3, poll_seconds=0.01, poll_limit_seconds=0.02)
 
 
 def write_stream(store: MemoryStore, scratch: Path, *, upto: int = SAMPLES) -> None:
@@ -132,7 +133,7 @@ def test_lag_is_what_is_committed_and_not_read(store: MemoryStore, tmp_path: Pat
 def test_a_stalled_partition_is_named_with_its_last_commit(tmp_path: Path) -> None:
     store = MemoryStore()
     write_stream(store, tmp_path / "scratch", upto=6)
-    with reader(store, tmp_path) as source:
+    with reader(store, tmp_path, IMPATIENT) as source:
         assert_is_sample(source.get(5, hash_of(5)), 5)
         with pytest.raises(StreamStalled, match=r"partition 1 committed 3 samples.*\.shard"):
             source.get(7, hash_of(7))
@@ -141,7 +142,7 @@ def test_a_stalled_partition_is_named_with_its_last_commit(tmp_path: Path) -> No
 
 def test_without_any_writer_the_reader_gives_up(tmp_path: Path) -> None:
     with pytest.raises(StreamStalled, match="no writer has published a manifest"):
-        reader(MemoryStore(), tmp_path)
+        reader(MemoryStore(), tmp_path, IMPATIENT)
 
 
 def test_a_store_that_is_away_for_a_while_is_waited_for(store: MemoryStore, tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_a_store_that_stays_away_is_the_cause_that_is_told(
     def before(operation: str, key: str) -> None:
         raise StoreUnavailable(operation, key, "503")
 
-    with reader(store, tmp_path) as source:
+    with reader(store, tmp_path, IMPATIENT) as source:
         store.hooks.before = before
         with pytest.raises(StreamStalled, match="503"):
             source.get(2, hash_of(2))

@@ -13,7 +13,7 @@ import urllib3
 import yaml
 
 Object = dict[str, Any]
-_MERGE = "application/merge-patch+json"
+_MERGE = "application/strategic-merge-patch+json"
 
 
 class ApiError(RuntimeError):
@@ -48,10 +48,8 @@ class Api:
     def post(self, path: str, body: Object) -> Object:
         return self._call("POST", path, body)
 
-    def put(self, path: str, body: Object) -> Object:
-        return self._call("PUT", path, body)
-
     def patch(self, path: str, body: Object) -> Object:
+        """Strategic merge: of a list of conditions, the named ones change and others stay."""
         return self._call("PATCH", path, body, _MERGE)
 
     def delete(self, path: str, body: Object) -> Object:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+Object = Mapping[str, Any]
 Read = Callable[[str, str], Mapping[str, str]]
 """(kind, name) → data of a ConfigMap or Secret of the pod's namespace. Raises ConfigError."""
 
-_REFERENCE = re.compile(r"\$(\$|\(([A-Za-z_][A-Za-z0-9_.-]*)\))")
+_REFERENCE = re.compile(r"\$(\$|\(([^()]*)\))")
+_KINDS = (("ConfigMap", "configMap"), ("Secret", "secret"))
 
 
 class ConfigError(RuntimeError):
@@ -28,73 +31,93 @@ def expand(text: str, values: Mapping[str, str]) -> str:
 
 
 def environment(
-    container: Mapping[str, Any], pod: Mapping[str, Any], image: Mapping[str, str], read: Read
+    container: Object,
+    pod: Object,
+    service: Mapping[str, str],
+    read: Read,
+    allocatable: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """envFrom, then env in order; later ones see and replace earlier ones."""
-    values = dict(image)
+    """`service`, then envFrom, then env in order; later ones see and replace earlier ones.
+
+    The image's own variables are not part of it: `$(PATH)` sees nothing, as in a cluster.
+    """
+    values = dict(service)
     for source in container.get("envFrom") or []:
-        for kind, key in (("ConfigMap", "configMapRef"), ("Secret", "secretRef")):
-            if key in source:
-                data = _optional(source[key], lambda k=kind, s=source[key]: read(k, s["name"]))
-                values |= {source.get("prefix", "") + k: v for k, v in (data or {}).items()}
+        for kind, key in _KINDS:
+            if f"{key}Ref" in source:
+                data = optionally(source[f"{key}Ref"], kind, read)
+                values |= {source.get("prefix", "") + k: v for k, v in data.items()}
     for entry in container.get("env") or []:
-        value = _value(entry, values, pod, container, read)
-        if value is not None:
+        source = entry.get("valueFrom")
+        if not source:
+            values[entry["name"]] = expand(entry.get("value") or "", values)
+        elif (value := _value_from(entry, pod, container, read, allocatable)) is not None:
             values[entry["name"]] = value
     return values
 
 
-def _optional(reference: Mapping[str, Any], get: Callable[[], Any]) -> Any:
+def optionally(reference: Object, kind: str, read: Read, name: str = "") -> Mapping[str, str]:
+    """The data of what is referred to; nothing when it is optional and not there."""
     try:
-        return get()
+        return read(kind, name or reference["name"])
     except ConfigError:
         if reference.get("optional"):
-            return None
+            return {}
         raise
 
 
-def _value(
-    entry: Mapping[str, Any],
-    values: Mapping[str, str],
-    pod: Mapping[str, Any],
-    container: Mapping[str, Any],
+def _value_from(
+    entry: Object,
+    pod: Object,
+    container: Object,
     read: Read,
+    allocatable: Mapping[str, str] | None,
 ) -> str | None:
-    source = entry.get("valueFrom")
-    if not source:
-        return expand(entry.get("value") or "", values)
+    source = entry["valueFrom"]
     if "fieldRef" in source:
         return field_value(pod, source["fieldRef"]["fieldPath"])
     if "resourceFieldRef" in source:
-        group, _, name = source["resourceFieldRef"]["resource"].partition(".")
-        return str((container.get("resources") or {}).get(group, {}).get(name, ""))
-    for kind, key in (("ConfigMap", "configMapKeyRef"), ("Secret", "secretKeyRef")):
-        if key in source:
-            reference = source[key]
-            return _optional(reference, lambda k=kind, r=reference: _key(k, r, pod, read))
+        return resource_value(source["resourceFieldRef"], pod, container, allocatable or {})
+    for kind, key in _KINDS:
+        reference = source.get(f"{key}KeyRef")
+        if reference is None:
+            continue
+        data = optionally(reference, kind, read)
+        if reference["key"] in data:
+            return data[reference["key"]]
+        if reference.get("optional"):
+            return None
+        namespace, name = pod["metadata"]["namespace"], reference["name"]
+        raise ConfigError(f"couldn't find key {reference['key']} in {kind} {namespace}/{name}")
     raise ConfigError(f"environment variable {entry['name']}: unknown source {sorted(source)}")
 
 
-def _key(kind: str, reference: Mapping[str, Any], pod: Mapping[str, Any], read: Read) -> str:
-    data = read(kind, reference["name"])
-    if reference["key"] not in data:
-        namespace = pod["metadata"]["namespace"]
-        raise ConfigError(
-            f"couldn't find key {reference['key']} in {kind} {namespace}/{reference['name']}"
-        )
-    return data[reference["key"]]
+def resource_value(
+    source: Object, pod: Object, container: Object, allocatable: Mapping[str, str]
+) -> str:
+    """A resource of a container in units of the divisor, rounded up; the node's where unset."""
+    named = source.get("containerName")
+    for other in pod["spec"]["containers"]:
+        if named and other["name"] == named:
+            container = other
+    group, _, name = source["resource"].partition(".")
+    given = ((container.get("resources") or {}).get(group) or {}).get(name)
+    if given is None:
+        given = allocatable.get(name, "0") if group == "limits" else "0"
+    divisor = quantity(source.get("divisor") or "1") or 1
+    return str(math.ceil(quantity(given) / divisor))
 
 
-def field_value(pod: Mapping[str, Any], path: str) -> str:
+def field_value(pod: Object, path: str) -> str:
     """A downward-API field of the pod, such as status.podIP or metadata.labels['x']."""
     keyed = re.fullmatch(r"metadata\.(labels|annotations)\['(.+)'\]", path)
     if keyed:
         return str((pod["metadata"].get(keyed.group(1)) or {}).get(keyed.group(2), ""))
     if path in ("metadata.labels", "metadata.annotations"):
         items = pod["metadata"].get(path.split(".")[1]) or {}
-        return "".join(f'{key}="{value}"\n' for key, value in sorted(items.items()))
-    if path == "status.podIPs":
-        return str(pod.get("status", {}).get("podIP", ""))
+        return "\n".join(f'{key}="{value}"' for key, value in sorted(items.items()))
+    if path in ("status.podIPs", "status.hostIPs"):
+        return str((pod.get("status") or {}).get(path.removeprefix("status.")[:-1], ""))
     value: Any = pod
     for part in path.split("."):
         value = (value or {}).get(part)
@@ -102,7 +125,7 @@ def field_value(pod: Mapping[str, Any], path: str) -> str:
 
 
 def arguments(
-    container: Mapping[str, Any],
+    container: Object,
     entrypoint: tuple[str, ...],
     command: tuple[str, ...],
     values: Mapping[str, str],
@@ -110,15 +133,18 @@ def arguments(
     """command replaces ENTRYPOINT (and drops CMD), args replaces CMD."""
     first = container.get("command")
     rest = container.get("args")
-    if first is None:
+    if not first:
         first = list(entrypoint)
-        rest = list(command) if rest is None else rest
-    return [expand(part, values) for part in [*first, *(rest or [])]]
+        rest = rest or list(command)
+    found = [expand(part, values) for part in [*first, *(rest or [])]]
+    if not found:
+        raise ConfigError("no command specified")
+    return found
 
 
 _UNITS = {
-    "": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12,
-    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
+    "": 1, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15,
+    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50,
 }  # fmt: skip
 
 

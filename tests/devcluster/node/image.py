@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[3]
-SHELL_IMAGE = "shell"
-"""`local/shell`: no entry point; the interpreter and the system's programs are on its PATH."""
+SHELL_IMAGES = ("shell", "busybox", "python")
+"""No entry point; the interpreter and the system's programs are on their PATH. Their user is not
+root, unlike in the real ones: nothing here should run as root by accident."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Image:
     group: int = 65532
     workdir: str = "/"
     env: dict[str, str] = field(default_factory=dict)
+    home: str = "/"
+    passwd: str = ""
+    """The line of its user in /etc/passwd, when a `useradd` made one."""
 
 
 class ImageMissing(LookupError):
@@ -32,7 +36,7 @@ class ImageMissing(LookupError):
 def image_of(name: str, dockerfile: Path = PROJECT / "Dockerfile") -> Image:
     """The image behind `registry/path/NAME:tag`. Raises ImageMissing."""
     last = name.split("@")[0].rsplit("/", 1)[-1].split(":")[0]
-    if last == SHELL_IMAGE:
+    if last in SHELL_IMAGES:
         return Image()
     target = last.removeprefix("kubedistill-")
     if target not in ("operator", "trainer"):
@@ -78,19 +82,30 @@ def _instructions(text: str) -> list[tuple[str, str]]:
 
 
 def _image(instructions: list[tuple[str, str]]) -> Image:
-    image = Image()
-    entrypoint, command, user, group, workdir = image.entrypoint, image.command, 0, 0, "/"
-    env: dict[str, str] = {}
+    image = Image(user=0, group=0)
     for keyword, rest in instructions:
         if keyword == "ENTRYPOINT":
-            entrypoint = tuple(json.loads(rest))
+            image = replace(image, entrypoint=tuple(json.loads(rest)))
         elif keyword == "CMD":
-            command = tuple(json.loads(rest))
+            image = replace(image, command=tuple(json.loads(rest)))
         elif keyword == "USER":
             numbers = rest.split(":")
-            user, group = int(numbers[0]), int(numbers[-1])
+            image = replace(image, user=int(numbers[0]), group=int(numbers[-1]))
         elif keyword == "WORKDIR":
-            workdir = rest
+            image = replace(image, workdir=rest)
         elif keyword == "ENV":
-            env |= dict(part.split("=", 1) for part in shlex.split(rest) if "=" in part)
-    return Image(entrypoint, command, user, group, workdir, env)
+            given = dict(part.split("=", 1) for part in shlex.split(rest) if "=" in part)
+            image = replace(image, env={**image.env, **given})
+    return _with_home(image, instructions)
+
+
+def _with_home(image: Image, instructions: list[tuple[str, str]]) -> Image:
+    """Home and name of the image's user, from the `useradd` that makes it."""
+    for keyword, rest in instructions:
+        made = re.search(rf"useradd (?=.*--uid {image.user}\b)([^&|;]*)", rest)
+        if keyword == "RUN" and made:
+            words = shlex.split(made.group(1))
+            home = words[words.index("--home-dir") + 1] if "--home-dir" in words else "/"
+            line = f"{words[-1]}:x:{image.user}:{image.group}::{home}:/usr/sbin/nologin"
+            return replace(image, home=home, passwd=line)
+    return image

@@ -5,61 +5,72 @@ from __future__ import annotations
 import copy
 import logging
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from devcluster.node.container import Ended, Recipe, Run
-from devcluster.node.environment import ConfigError, Read, arguments, environment, quantity
-from devcluster.node.image import Image, ImageMissing, image_of
-from devcluster.node.probes import Probe
+from devcluster.node.container import Ended, Run
+from devcluster.node.environment import ConfigError, Read
+from devcluster.node.hooks import pre_stop
+from devcluster.node.image import Image, ImageMissing
+from devcluster.node.probes import Probes
+from devcluster.node.recipe import recipe
 from devcluster.node.status import ContainerState, pod_status
 from devcluster.node.volumes import Tokens, Volumes
 
 _log = logging.getLogger(__name__)
 _TICK_SECONDS = 0.1
-_RETRY_SECONDS = 1.0
-_BACKOFF_SECONDS = 1.0
+_RETRY_SECONDS = 0.5
 _BACKOFF_LIMIT_SECONDS = 30.0
-_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_FORGIVEN_AFTER_SECONDS = 60.0
+_REFRESH_SECONDS = 30.0
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a pod needs of its node."""
+
+    read: Read
+    tokens: Tokens
+    images: Callable[[str], Image]
+    """Raises ImageMissing."""
+    report: Callable[[Object, Object], None]
+    """(pod, status) → the API server."""
+    forget: Callable[[Object], None]
+    """Removes the object."""
+    event: Callable[[Object, str, str, str], None]
+    """(pod, Normal or Warning, reason, message) → an Event."""
+    service: Mapping[str, str]
+    allocatable: Mapping[str, str]
+    start_delay: Callable[[], float]
+    backoff_seconds: float
 
 
 class PodWorker(threading.Thread):
-    """Runs one pod from binding to removal.
+    """Runs one pod from binding to removal."""
 
-    `report` sends a status (pod object, status) to the API server; `forget` removes the object.
-    """
-
-    def __init__(
-        self,
-        pod: dict[str, Any],
-        folder: Path,
-        logs: Path,
-        *,
-        read: Read,
-        tokens: Tokens,
-        report: Callable[[dict[str, Any], dict[str, Any]], None],
-        forget: Callable[[dict[str, Any]], None],
-        base_env: dict[str, str],
-        start_delay: Callable[[], float],
-    ) -> None:
+    def __init__(self, pod: Object, folder: Path, logs: Path, around: Surroundings) -> None:
         super().__init__(name=f"pod-{pod['metadata']['name']}", daemon=True)
         self.pod = pod
         self.hosts = folder / "hosts"
         self.stop_now = threading.Event()
         self._folder = folder
         self._logs = logs
-        self._read = read
-        self._report = report
-        self._forget = forget
-        self._base_env = base_env
-        self._start_delay = start_delay
-        self._volumes = Volumes(folder / "volumes", pod, read, tokens)
-        self._sent: dict[str, Any] | None = None
+        self._around = around
+        self._volumes = Volumes(folder / "volumes", pod, around.read, around.tokens)
+        self._prepared = False
+        self._ending = False
+        self._refresh_due = time.monotonic() + _REFRESH_SECONDS
+        self._sent: Object | None = None
+        self._told: set[tuple[str, str]] = set()
+        self._verdict: tuple[str, str] | None = None
         spec = pod["spec"]
+        self.policy = str(spec.get("restartPolicy", "Always"))
         self.init_states = [ContainerState(c, True) for c in spec.get("initContainers") or []]
         self.states = [ContainerState(c) for c in spec["containers"]]
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +79,7 @@ class PodWorker(threading.Thread):
     def run(self) -> None:
         try:
             self._sync()
-            time.sleep(self._start_delay())
+            self.stop_now.wait(self._around.start_delay())
             if self._prepare() and self._run_init():
                 self._run_main()
             self._end()
@@ -79,199 +90,231 @@ class PodWorker(threading.Thread):
 
     # What others may ask of it.
 
-    def kill_all(self, number: signal.Signals) -> None:
-        """Send a signal to everything that runs in the pod."""
-        for state in [*self.init_states, *self.states]:
-            if state.run is not None:
+    def kill_all(self, number: signal.Signals, container: str | None = None) -> None:
+        """Send a signal to everything that runs in the pod, or in one container of it."""
+        for state in self._all:
+            if state.run is not None and container in (None, state.name):
                 state.run.signal(number)
+
+    def is_running(self, container: str) -> bool:
+        return any(s.run is not None for s in self._all if s.name == container)
 
     @property
     def deleting(self) -> bool:
         return bool(self.pod["metadata"].get("deletionTimestamp")) or self.stop_now.is_set()
 
+    @property
+    def _all(self) -> list[ContainerState]:
+        return [*self.init_states, *self.states]
+
     # Phases.
 
     def _prepare(self) -> bool:
-        """Images and volumes; waits for what is missing. False when the pod goes meanwhile."""
+        """Volumes; waits for what is missing. False when the pod goes meanwhile."""
         while not self.deleting:
-            waiting: tuple[str, str] | None = None
             try:
-                for state in [*self.init_states, *self.states]:
-                    image_of(state.spec["image"])
                 self._volumes.prepare()
-            except ImageMissing as error:
-                waiting = ("ErrImagePull", str(error))
             except ConfigError as error:
-                # A kubelet reports a missing volume source as an event and stays here.
-                waiting = ("ContainerCreating", f"MountVolume.SetUp failed: {error}")
-            if waiting is None:
+                # The containers only wait: a kubelet says why in an Event.
+                self._tell("Warning", "FailedMount", str(error))
+                self.stop_now.wait(_RETRY_SECONDS)
+            else:
+                self._prepared = True
                 return True
-            for state in [*self.init_states, *self.states]:
-                state.waiting = waiting
-            self._sync()
-            self.stop_now.wait(_RETRY_SECONDS)
         return False
 
     def _run_init(self) -> bool:
-        """Init containers, one after the other."""
-        for state in self.init_states:
-            while not self.deleting:
-                self._step(state)
-                if state.run is None and state.ended is not None:
-                    if state.ended.exit_code == 0:
-                        break
-                    if self.pod["spec"].get("restartPolicy") == "Never":
-                        return False
+        """Init containers and sidecars in order. False when the pod ends here."""
+        for number, state in enumerate(self.init_states):
+            while not state.initialized:
+                if self._over():
+                    return False
+                for other in self.init_states[: number + 1]:
+                    if other.sidecar or other is state:
+                        self._step(other)
+                if state.done(self.policy) and not state.initialized:
+                    return False
                 self._sync()
                 time.sleep(_TICK_SECONDS)
-            else:
-                return False
         return True
 
     def _run_main(self) -> None:
-        """All containers, until they are done for good or the pod is deleted."""
-        while not self.deleting:
-            for state in self.states:
+        """All containers, until they are done for good or the pod is to end."""
+        sidecars = [state for state in self.init_states if state.sidecar]
+        while not self._over():
+            for state in [*sidecars, *self.states]:
                 self._step(state)
-            self._sync()
-            if all(
-                state.done(self.pod["spec"].get("restartPolicy", "Always")) for state in self.states
-            ):
+            if all(state.done(self.policy) for state in self.states):
                 return
+            self._sync()
+            if time.monotonic() > self._refresh_due:
+                self._refresh_due = time.monotonic() + _REFRESH_SECONDS
+                self._volumes.refresh()
             time.sleep(_TICK_SECONDS)
+
+    def _over(self) -> bool:
+        """Whether the pod is to end: deleted, or past its own deadline."""
+        limit = self.pod["spec"].get("activeDeadlineSeconds")
+        if limit is not None and self._verdict is None:
+            begun = datetime.fromisoformat(self.pod["status"]["startTime"])
+            if (datetime.now(UTC) - begun).total_seconds() >= limit:
+                text = "Pod was active on the node longer than the specified deadline"
+                self._verdict = ("DeadlineExceeded", text)
+        return self.deleting or self._verdict is not None
 
     def _step(self, state: ContainerState) -> None:
         """Move one container on: start, probe, take its end, restart."""
-        if state.run is None:
-            if not state.done(self._restart_policy(state)) and time.monotonic() >= state.not_before:
-                self._start_container(state)
+        if state.run is None or state.probes is None:
+            if not state.done(self.policy) and time.monotonic() >= state.not_before:
+                self._start(state)
             return
         state.run.check_memory()
         ended = state.run.ended()
         if ended is not None:
             self._take_end(state, ended)
             return
-        for probe in state.probes.values():
-            probe.tick()
-        liveness = state.probes.get("liveness")
-        if liveness is not None and liveness.failed:
-            _log.info("liveness failed: %s", state.name)
-            self._terminate(
-                [state], float(self.pod["spec"].get("terminationGracePeriodSeconds", 30))
-            )
+        state.probes.tick()
+        failed = state.probes.failed
+        if failed is not None:
+            text = f"Container {state.name} failed {failed[0].lower()} probe, will be restarted"
+            self._tell("Normal", "Killing", text)
+            grace = failed[1]
+            if grace is None:
+                grace = float(self.pod["spec"].get("terminationGracePeriodSeconds", 30))
+            self._terminate([state], lambda: grace)
 
-    def _restart_policy(self, state: ContainerState) -> str:
-        policy = str(self.pod["spec"].get("restartPolicy", "Always"))
-        return "OnFailure" if state.init and policy == "Always" else policy
-
-    def _take_end(self, state: ContainerState, ended: Ended) -> None:
-        assert state.run is not None
-        lived = time.monotonic() - state.run.started_at
-        state.run.remove()
-        state.run, state.ended, state.probes = None, ended, {}
-        if lived > 60:
-            state.backoff = 0.0
-        state.backoff = min(_BACKOFF_LIMIT_SECONDS, max(_BACKOFF_SECONDS, state.backoff * 2))
-        state.not_before = time.monotonic() + state.backoff
-
-    def _start_container(self, state: ContainerState) -> None:
+    def _start(self, state: ContainerState) -> None:
         try:
-            recipe = self._recipe(state.spec, image_of(state.spec["image"]))
-        except (ConfigError, ImageMissing) as error:
-            reason = (
-                "CreateContainerConfigError" if isinstance(error, ConfigError) else "ErrImagePull"
+            image = self._image(state)
+            made = recipe(
+                self.pod,
+                state.spec,
+                image,
+                volumes=self._volumes,
+                read=self._around.read,
+                service=self._around.service,
+                allocatable=self._around.allocatable,
             )
-            state.waiting = (reason, str(error))
+        except (ConfigError, ImageMissing) as error:
+            if isinstance(error, ConfigError):
+                state.waiting = ("CreateContainerConfigError", str(error))
+                self._tell("Warning", "Failed", f"Error: {error}")
             state.not_before = time.monotonic() + _RETRY_SECONDS
             return
         if state.ended is not None:
             state.restarts += 1
         state.waiting = None
-        state.run = Run(
-            recipe,
-            self._folder / "containers" / state.name,
-            self._logs / f"{state.name}.log",
-            self.hosts,
-        )
-        ports = {
-            p["name"]: p["containerPort"] for p in state.spec.get("ports") or [] if "name" in p
-        }
-        address = self.pod["status"]["podIP"]
-        state.probes = {
-            kind: Probe(state.spec[f"{kind}Probe"], address, ports)
-            for kind in ("startup", "readiness", "liveness")
-            if f"{kind}Probe" in state.spec
-        }
+        log = self._logs / f"{state.name}.log"
+        if log.exists():
+            log.rename(self._logs / f"{state.name}.previous.log")
+        group = f"kubedistill-{self.pod['metadata']['uid']}-{state.name}"
+        state.run = Run(made, self._folder / "containers" / state.name, log, self.hosts, group)
+        state.probes = Probes(state.spec, self.pod["status"]["podIP"], state.run.execute)
+        self._tell("Normal", "Started", f"Started container {state.name}")
 
-    def _recipe(self, spec: dict[str, Any], image: Image) -> Recipe:
-        security = {
-            **(self.pod["spec"].get("securityContext") or {}),
-            **(spec.get("securityContext") or {}),
-        }
-        base = {
-            "PATH": f"{Path(sys.executable).parent}:{_SYSTEM_PATH}",
-            "HOSTNAME": self.pod["spec"].get("hostname") or self.pod["metadata"]["name"],
-            "HOME": "/tmp",
-        }
-        # The image's own PATH names places that are in the image only.
-        of_image = {key: value for key, value in image.env.items() if key != "PATH"}
-        env = environment(spec, self.pod, {**base, **of_image, **self._base_env}, self._read)
-        user = int(security.get("runAsUser", image.user))
-        if security.get("runAsNonRoot") and user == 0:
-            raise ConfigError("container has runAsNonRoot and image will run as root")
-        group = int(security.get("runAsGroup", image.group))
-        limit = ((spec.get("resources") or {}).get("limits") or {}).get("memory")
-        return Recipe(
-            name=spec["name"],
-            command=arguments(spec, image.entrypoint, image.command, env),
-            env=env,
-            mounts=self._volumes.mounts(spec),
-            workdir=spec.get("workingDir") or image.workdir,
-            user=user,
-            group=group,
-            groups=[int(security["fsGroup"])] if "fsGroup" in security else [],
-            read_only_root=bool(security.get("readOnlyRootFilesystem")),
-            termination_path=spec.get("terminationMessagePath") or "/dev/termination-log",
-            log_as_message=spec.get("terminationMessagePolicy") == "FallbackToLogsOnError",
-            memory_limit_bytes=quantity(limit) if limit else None,
-        )
+    def _image(self, state: ContainerState) -> Image:
+        """The container's image; sets what it waits for and raises ImageMissing without one."""
+        name = state.spec["image"]
+        try:
+            return self._around.images(name)
+        except ImageMissing as error:
+            reason = ("ErrImagePull", str(error))
+            if state.spec.get("imagePullPolicy") == "Never":
+                text = f'Container image "{name}" is not present with pull policy of Never'
+                reason = ("ErrImageNeverPull", text)
+            elif state.waiting is not None and "ImagePull" in state.waiting[0]:
+                reason = (
+                    "ImagePullBackOff",
+                    f'Back-off pulling image "{name}": ErrImagePull: {error}',
+                )
+            state.waiting = reason
+            self._tell("Warning", "Failed", f"Error: {reason[0]}")
+            raise
+
+    def _take_end(self, state: ContainerState, ended: Ended) -> None:
+        assert state.run is not None
+        if time.monotonic() - state.run.started_at > _FORGIVEN_AFTER_SECONDS:
+            state.backoff = 0.0
+        state.run.remove()
+        state.run, state.probes, state.ended = None, None, ended
+        if state.done(self.policy) or self._ending or self._over():
+            return
+        first = self._around.backoff_seconds
+        state.backoff = min(_BACKOFF_LIMIT_SECONDS, max(first, state.backoff * 2))
+        state.not_before = time.monotonic() + state.backoff
+        meta = self.pod["metadata"]
+        where = f"{meta['name']}_{meta['namespace']}({meta['uid']})"
+        text = f"back-off {state.backoff:g}s restarting failed container={state.name} pod={where}"
+        state.waiting = ("CrashLoopBackOff", text)
+        self._tell("Warning", "BackOff", f"Back-off restarting failed container {state.name}")
 
     # The end.
 
     def _end(self) -> None:
         """Stop what runs, say so, and wait until the object may go."""
-        running = [s for s in [*self.init_states, *self.states] if s.run is not None]
-        grace = self.pod["metadata"].get("deletionGracePeriodSeconds")
-        if grace is None:
-            grace = self.pod["spec"].get("terminationGracePeriodSeconds", 30)
-        self._terminate(running, float(grace))
+        self._ending = True
+        for state in self._all:
+            if state.run is not None:
+                self._tell("Normal", "Killing", f"Stopping container {state.name}")
+        begun = time.monotonic()
+
+        def grace() -> float:
+            # A second deletion may shorten it.
+            given = self.pod["metadata"].get("deletionGracePeriodSeconds")
+            if given is None:
+                given = self.pod["spec"].get("terminationGracePeriodSeconds", 30)
+            return begun + float(given) - time.monotonic()
+
+        self._terminate([s for s in self.states if s.run is not None], grace)
+        for state in reversed(self.init_states):
+            if state.run is not None:
+                self._terminate([state], lambda: max(grace(), 2.0))
         self._sync(final=True)
         while not self.deleting:
-            self.stop_now.wait(0.2)
+            self.stop_now.wait(_TICK_SECONDS)
         if not self.stop_now.is_set():
-            self._sync(final=True)
-            self._forget(self.pod)
+            self._around.forget(self.pod)
         self._volumes.remove()
 
-    def _terminate(self, states: list[ContainerState], grace: float) -> None:
-        """SIGTERM to the main processes, then SIGKILL to everything when the grace is over."""
-        for state in states:
-            if state.run is not None:
-                state.run.signal(signal.SIGTERM, main_only=True)
-        deadline = time.monotonic() + grace
+    def _terminate(self, states: list[ContainerState], grace: Callable[[], float]) -> None:
+        """preStop, SIGTERM to the main processes, SIGKILL to everything after the grace.
+
+        `grace` says how many seconds are left from the call on.
+        """
+        begun, first = time.monotonic(), grace()
+        hooks = {s.name: pre_stop(s, self.pod["status"]["podIP"], first) for s in states}
+        asked: set[str] = set()
         while any(state.run is not None for state in states):
+            late = min(begun + first - time.monotonic(), grace()) <= 0 or self.stop_now.is_set()
             for state in states:
-                if state.run is not None and (ended := state.run.ended()) is not None:
+                if state.run is None:
+                    continue
+                state.run.check_memory()
+                if (ended := state.run.ended()) is not None:
                     self._take_end(state, ended)
-                elif state.run is not None and (
-                    time.monotonic() > deadline or self.stop_now.is_set()
-                ):
+                elif late:
                     state.run.signal(signal.SIGKILL)
-            time.sleep(0.05)
+                elif state.name not in asked and not hooks[state.name].is_alive():
+                    state.run.signal(signal.SIGTERM, main_only=True)
+                    asked.add(state.name)
+            time.sleep(_TICK_SECONDS / 2)
+
+    def _tell(self, kind: str, reason: str, message: str) -> None:
+        """An Event, once for each text: a kubelet counts repeats."""
+        if (reason, message) not in self._told:
+            self._told.add((reason, message))
+            self._around.event(self.pod, kind, reason, message)
 
     def _sync(self, *, final: bool = False) -> None:
         """Report the status when it changed."""
-        status = pod_status(self.pod, self.init_states, self.states, final=final)
+        status = pod_status(
+            self.pod,
+            self.init_states,
+            self.states,
+            sandbox=self._prepared,
+            final=final,
+            verdict=self._verdict,
+        )
         if status != self._sent and not self.stop_now.is_set():
-            self._report(self.pod, copy.deepcopy(status))
+            self._around.report(self.pod, copy.deepcopy(status))
             self._sent = status

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+_log = logging.getLogger(__name__)
+Execute = Callable[[list[str], float], int]
+"""(command, timeout in seconds) → exit code of the command run inside the container."""
 
 
 class Probe:
@@ -16,10 +22,13 @@ class Probe:
     A check runs in a thread of its own, so that a server that hangs holds up nothing else.
     """
 
-    def __init__(self, spec: Mapping[str, Any], address: str, ports: Mapping[str, int]) -> None:
-        self._spec = spec
+    def __init__(
+        self, spec: Mapping[str, Any], address: str, ports: Mapping[str, int], execute: Execute
+    ) -> None:
+        self.spec = spec
         self._address = address
         self._ports = ports
+        self._execute = execute
         self._due = time.monotonic() + float(spec.get("initialDelaySeconds") or 0)
         self._checking: threading.Thread | None = None
         self._answers: list[bool] = []
@@ -33,41 +42,105 @@ class Probe:
             self._count(self._answers.pop(0))
         idle = self._checking is None or not self._checking.is_alive()
         if idle and time.monotonic() >= self._due:
-            self._due = time.monotonic() + float(self._spec.get("periodSeconds") or 10)
+            self._due = time.monotonic() + float(self.spec.get("periodSeconds") or 10)
             self._checking = threading.Thread(
-                target=lambda: self._answers.append(self._check()), daemon=True
+                target=lambda: self._answers.append(self.check()), daemon=True
             )
             self._checking.start()
 
     def _count(self, good: bool) -> None:
         length = self._row[1] + 1 if self._row[0] == good else 1
         self._row = (good, length)
-        if good and length >= int(self._spec.get("successThreshold") or 1):
+        if good and length >= int(self.spec.get("successThreshold") or 1):
             self.passed, self.failed = True, False
-        elif not good and length >= int(self._spec.get("failureThreshold") or 3):
+        elif not good and length >= int(self.spec.get("failureThreshold") or 3):
             self.passed, self.failed = False, True
 
-    def _check(self) -> bool:
-        timeout = float(self._spec.get("timeoutSeconds") or 1)
+    def check(self) -> bool:
+        """Ask once. False also for what this node cannot ask."""
+        timeout = float(self.spec.get("timeoutSeconds") or 1)
         try:
-            if "httpGet" in self._spec:
-                return self._http(self._spec["httpGet"], timeout)
-            if "tcpSocket" in self._spec:
-                port = self._port(self._spec["tcpSocket"]["port"])
-                with socket.create_connection((self._address, port), timeout=timeout):
+            if "httpGet" in self.spec:
+                return self._http(self.spec["httpGet"], timeout)
+            if "tcpSocket" in self.spec:
+                tcp = self.spec["tcpSocket"]
+                place = (tcp.get("host") or self._address, self._port(tcp["port"]))
+                with socket.create_connection(place, timeout=timeout):
                     return True
+            if "exec" in self.spec:
+                return self._execute(list(self.spec["exec"]["command"]), timeout) == 0
         except (OSError, http.client.HTTPException):
             return False
-        raise ValueError(f"this node has no probe of kind {sorted(self._spec)}")
+        except KeyError as error:
+            _log.warning("probe: the container has no port named %s", error)
+            return False
+        _log.warning("probe: this node has none of kind %s", sorted(self.spec))
+        return False
 
     def _http(self, get: Mapping[str, Any], timeout: float) -> bool:
-        host = get.get("host") or self._address
-        connection = http.client.HTTPConnection(host, self._port(get["port"]), timeout=timeout)
+        host, port = get.get("host") or self._address, self._port(get["port"])
+        connection = http.client.HTTPConnection(host, port, timeout=timeout)
+        if get.get("scheme") == "HTTPS":
+            # A kubelet does not verify either.
+            context = ssl._create_unverified_context()  # noqa: S323
+            connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=context)
+        headers = {"User-Agent": "kube-probe/1.37"}
+        headers |= {h["name"]: h["value"] for h in get.get("httpHeaders") or []}
         try:
-            connection.request("GET", get.get("path") or "/")
+            connection.request("GET", get.get("path") or "/", headers=headers)
             return 200 <= connection.getresponse().status < 400
         finally:
             connection.close()
 
     def _port(self, port: int | str) -> int:
         return self._ports[port] if isinstance(port, str) else int(port)
+
+
+class Probes:
+    """The probes of one run. Until the startup probe has passed, the others wait."""
+
+    def __init__(
+        self, container: Mapping[str, Any], address: str, execute: Execute | None = None
+    ) -> None:
+        ports = {
+            p["name"]: int(p["containerPort"])
+            for p in container.get("ports") or []
+            if p.get("name")
+        }
+
+        def probe(kind: str) -> Probe | None:
+            spec = container.get(f"{kind}Probe")
+            return Probe(spec, address, ports, execute or _cannot) if spec else None
+
+        self._startup, self._readiness, self._liveness = map(
+            probe, ("startup", "readiness", "liveness")
+        )
+
+    def tick(self) -> None:
+        if self._startup is not None and not self._startup.passed:
+            self._startup.tick()
+            return
+        for probe in (self._readiness, self._liveness):
+            if probe is not None:
+                probe.tick()
+
+    @property
+    def started(self) -> bool:
+        return self._startup is None or self._startup.passed
+
+    @property
+    def ready(self) -> bool:
+        return self.started and (self._readiness is None or self._readiness.passed)
+
+    @property
+    def failed(self) -> tuple[str, float | None] | None:
+        """(startup or liveness, grace of its own) when the container is to be restarted."""
+        for kind, probe in (("Startup", self._startup), ("Liveness", self._liveness)):
+            if probe is not None and probe.failed:
+                grace = probe.spec.get("terminationGracePeriodSeconds")
+                return kind, None if grace is None else float(grace)
+        return None
+
+
+def _cannot(command: list[str], timeout_seconds: float) -> int:
+    return 126

@@ -1,23 +1,54 @@
-"""Checkpoints: the write-once, fenced commit log, and DeepSpeed's state behind it."""
+"""Checkpoints: a fenced, write-once commit log and the shards that it commits.
 
-from kubedistill_trainer.checkpoint.checkpointer import Checkpointer, CommitInfo, Restored
+`records`, `log`, `shards`, `retention` and `estimate` need no torch; the Checkpointer does and is
+therefore imported on first use.
+"""
+
+from typing import TYPE_CHECKING, Any
+
 from kubedistill_trainer.checkpoint.errors import (
     CheckpointCorrupt,
     CheckpointError,
+    CheckpointFailed,
+    ConfigChanged,
     Fenced,
-    SaveFailed,
     WorldSizeChanged,
 )
 from kubedistill_trainer.checkpoint.estimate import fits_grace
+from kubedistill_trainer.checkpoint.log import CommitLog
+
+if TYPE_CHECKING:
+    from kubedistill_trainer.checkpoint.checkpointer import (
+        Checkpointer,
+        CommitInfo,
+        Rejected,
+        Restored,
+    )
 
 __all__ = [
     "CheckpointCorrupt",
     "CheckpointError",
+    "CheckpointFailed",
     "Checkpointer",
     "CommitInfo",
+    "CommitLog",
+    "ConfigChanged",
     "Fenced",
+    "Rejected",
     "Restored",
-    "SaveFailed",
     "WorldSizeChanged",
     "fits_grace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Checkpointer", "CommitInfo", "Rejected", "Restored"):
+        raise AttributeError(name)
+    from kubedistill_trainer.checkpoint import checkpointer
+
+    return {
+        "Checkpointer": checkpointer.Checkpointer,
+        "CommitInfo": checkpointer.CommitInfo,
+        "Rejected": checkpointer.Rejected,
+        "Restored": checkpointer.Restored,
+    }[name]

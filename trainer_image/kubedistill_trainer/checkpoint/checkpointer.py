@@ -1,37 +1,34 @@
-"""Commits of a DeepSpeed engine's state, and the resume from the newest good one.
+"""The Checkpointer: save, commit, clean up and restore a DeepSpeed engine across ranks.
 
-Only the files that DeepSpeed itself wrote, and that verify against a commit of this run, are given
-to its loader, which unpickles: nothing that came from a user gets there.
+The numbered steps are those of storage.md.
 """
 
 from __future__ import annotations
 
-import shutil
+import logging
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
+from pydantic import JsonValue
 
-from kubedistill_trainer.checkpoint import rng, shards
+from kubedistill_trainer.checkpoint import retention, rng, shards, snapshot
+from kubedistill_trainer.checkpoint.agreement import Gang
 from kubedistill_trainer.checkpoint.errors import (
     CheckpointCorrupt,
-    CheckpointError,
-    Fenced,
-    SaveFailed,
+    ConfigChanged,
     WorldSizeChanged,
 )
-from kubedistill_trainer.checkpoint.log import CommitLog
-from kubedistill_trainer.checkpoint.records import Record, Shard
-from kubedistill_trainer.store import Store
+from kubedistill_trainer.checkpoint.log import CommitEntry, CommitLog, Entry, slot_key
+from kubedistill_trainer.checkpoint.records import Commit, Reject, ShardRecord, digest
+from kubedistill_trainer.store import Store, StoreError
 
-_Result = TypeVar("_Result")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,27 +36,43 @@ class CommitInfo:
     """A commit that was made."""
 
     uri: str
+    """Prefix of its shards."""
     step: int
     digest: str
     size_bytes: int
     duration_seconds: float
     time: str
+    """ISO 8601, UTC, by the clock of rank 0."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A commit that was passed over, or a slot without a readable record (step is None)."""
+
+    uri: str
+    step: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        at = "unreadable record" if self.step is None else f"step {self.step}"
+        return f"{at}, {self.uri}: {self.reason}"
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A commit that was loaded; `rejected` says what was found wrong with newer ones."""
+    """The commit that was loaded, and newer ones that could not be."""
 
     step: int
-    cursor: dict[str, Any]
+    cursor: dict[str, JsonValue]
     uri: str
-    rejected: list[str] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
 
 
 class Checkpointer:
-    """One rank's part. All methods are collectives over `control_group`: on error all ranks raise.
+    """One rank's side of a run's checkpoints. Every method is collective over all ranks.
 
-    `store` is rooted at the run's prefix; `scratch` is a local folder of this rank alone.
+    `store` is at the run's prefix. `control_group` is a gloo group of all ranks with a timeout
+    (None: the default group). Not thread-safe.
     """
 
     def __init__(
@@ -73,201 +86,185 @@ class Checkpointer:
         world_size: int,
         config_digest: str,
         keep_last: int,
-        control_group: Any,
+        control_group: dist.ProcessGroup | None,
     ) -> None:
         self._store = store
         self._scratch = scratch
         self._fence = fence
-        self._attempt = attempt
         self._rank = rank
         self._world_size = world_size
         self._config_digest = config_digest
         self._keep_last = keep_last
-        self._group = control_group
-        self._log = CommitLog(store)
-        self._verified_slot: int | None = None
+        self._gang = Gang(rank, world_size, control_group)
+        self._log = CommitLog(store, fence=fence, attempt=attempt)
+        self._verified: int | None = None
 
     def open(self) -> None:
-        """Step 1: rank 0 writes the FENCE. Raises Fenced when a newer attempt was faster."""
-        self._on_rank_0(lambda: self._log.take(self._record("FENCE")))
+        """Step 1: rank 0 writes FENCE; then it clears away what earlier attempts left.
 
-    def save(self, engine: Any, *, step: int, cursor: dict[str, Any]) -> CommitInfo:
-        """Steps 2 and 3: snapshot, upload, receipts, HEAD, COMMIT; then what is old is retired.
+        Raises Fenced on every rank when a fence as high is in the log already.
+        """
+        self._gang.from_first(self._log.take_over)
+        if self._rank == 0:
+            self._tidy("collect", lambda: retention.collect(self._store, self._log, self._fence))
 
-        Raises SaveFailed (the previous commit stays valid), Fenced.
+    def save(self, engine: Any, *, step: int, cursor: dict[str, JsonValue]) -> CommitInfo:
+        """Steps 2 and 3: snapshot, upload, commit; then clean up. Returns after the commit.
+
+        Raises on every rank: Fenced (exit, write nothing more), StoreError or CheckpointFailed
+        (nothing was committed; the previous commit is valid, and another save may be tried).
+        Training's random generators are left as the snapshot holds them.
         """
         started = time.monotonic()
-        tag = f"s{step}"
-        folder = self._snapshot(engine, tag)
-        receipts = self._upload(folder, f"data/e{self._fence}/s{step}/{uuid.uuid4().hex}")
-        generators = self._gather(rng.capture())
-        everything = [shard for mine in receipts for shard in mine]
-
-        def commit() -> Record:
-            shards.check_present(self._store, everything)
-            record = self._record(
-                "COMMIT",
-                step=step,
-                world_size=self._world_size,
-                config_digest=self._config_digest,
-                tag=tag,
-                cursor=cursor,
-                rng=tuple(generators),
-                shards=tuple(everything),
-            )
-            self._log.append(record)
-            self._retire()
-            return record
-
-        record = self._on_rank_0(commit)
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = snapshot.empty(self._scratch / "save")
+        try:
+            taken = self._gang.gather(lambda: snapshot.take(engine, folder, self._rank))[self._rank]
+            data, receipts = self.upload(taken, step)
+            entry = self._gang.from_first(lambda: self._commit(step, cursor, data, receipts))
+        finally:
+            snapshot.empty(folder)
+        if self._rank == 0:
+            self._tidy("retire", self._retire)
+        # Retries draw random numbers in some libraries; a resumed run would not have drawn them.
+        rng.restore(taken.generators)
+        commit = entry.record
         return CommitInfo(
-            uri=self._store.uri_of(_prefix_of(record)),
+            uri=self._store.uri_of(commit.data),
             step=step,
-            digest=record.digest,
-            size_bytes=sum(shard.size_bytes for shard in everything),
+            digest=digest(commit),
+            size_bytes=commit.size_bytes,
             duration_seconds=time.monotonic() - started,
-            time=record.time,
+            time=commit.time,
         )
+
+    def upload(self, taken: snapshot.Snapshot, step: int) -> tuple[str, list[ShardRecord]]:
+        """Step 2: upload under a prefix of its own; the prefix and the receipts of all ranks."""
+        data = self._gang.from_first(
+            lambda: retention.data_prefix(self._fence, step, str(uuid.uuid4()))
+        )
+        receipts = self._gang.gather(
+            lambda: shards.upload(
+                self._store.child(data),
+                taken.folder,
+                taken.paths,
+                rank=self._rank,
+                is_shared=snapshot.is_shared,
+            )
+        )
+        return data, [receipt for of_rank in receipts for receipt in of_rank]
 
     def restore(self, engine: Any) -> Restored | None:
-        """Load the newest commit that verifies; None when there is none.
+        """Load the newest good commit into a fresh engine; None when the run has none.
 
-        A commit that does not verify gets a REJECT, and the next older one is tried. Raises
-        WorldSizeChanged, Fenced.
+        A commit that is missing, altered or torn gets a REJECT and the next older one is tried.
+        Raises WorldSizeChanged and ConfigChanged on a good commit that does not fit, StoreError
+        when the store cannot be read (which rejects nothing), Fenced when the run is taken over.
         """
-        rejected: list[str] = []
+        self._gang.from_first(self._log.read)
+        rejected = self._gang.from_first(self._reject_unreadable)
         while True:
-            found = self._on_rank_0(self._newest)
-            if found is None:
+            entry = self._gang.from_first(self._newest)
+            if entry is None:
+                self._refuse_if_all_bad(rejected)
                 return None
-            slot, record = found
-            problem = self._fetch(record)
-            if problem is None:
-                self._load(engine, record)
-                self._verified_slot = slot
-                uri = self._store.uri_of(_prefix_of(record))
-                return Restored(record.step, record.cursor, uri, rejected)
-            rejected.append(f"step {record.step}: {problem}")
-            reject = self._record("REJECT", slots=(slot,), reason=problem[:500])
-            self._on_rank_0(partial(self._log.append, reject))
+            folder = snapshot.empty(self._scratch / "restore")
+            try:
+                if problem := self._fetch(entry, folder):
+                    rejected.append(self._gang.from_first(partial(self._reject, entry, problem)))
+                    continue
+                self._gang.gather(partial(snapshot.load, engine, folder, self._rank))
+            finally:
+                snapshot.empty(folder)
+            self._verified = entry.sequence
+            commit = entry.record
+            uri = self._store.uri_of(commit.data)
+            return Restored(commit.step, dict(commit.cursor), uri, rejected)
 
-    # Saving.
+    def _commit(
+        self, step: int, cursor: dict[str, JsonValue], data: str, receipts: list[ShardRecord]
+    ) -> CommitEntry:
+        """Step 3, on rank 0: HEAD every shard, then one COMMIT at the expected slot."""
+        shards.check_by_head(self._store.child(data), receipts)
+        entry = self._log.append(
+            Commit,
+            step=step,
+            world_size=self._world_size,
+            data=data,
+            shards=receipts,
+            cursor=cursor,
+            config_digest=self._config_digest,
+        )
+        assert isinstance(entry.record, Commit)
+        return CommitEntry(entry.sequence, entry.record)
 
-    def _snapshot(self, engine: Any, tag: str) -> Path:
-        """DeepSpeed writes this rank's files to local disk. A collective of its own."""
-        folder = self._scratch / "save"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-        return folder
+    def _newest(self) -> CommitEntry | None:
+        return commits[-1] if (commits := self._log.commits()) else None
 
-    def _upload(self, folder: Path, prefix: str) -> list[list[Shard]]:
-        """Upload and gather everybody's receipts; SaveFailed on all ranks when one has none."""
-        mine: list[Shard] = []
-        problem = ""
-        # The prefix is rank 0's, so that a checkpoint lies in one place.
-        prefix = self._from_rank_0(prefix)
-        try:
-            mine = shards.upload(self._store, prefix, folder, self._rank)
-        except Exception as error:
-            problem = f"rank {self._rank}: {type(error).__name__}: {error}"
-        answers = self._gather((mine, problem))
-        problems = [text for _, text in answers if text]
-        if problems:
-            raise SaveFailed("; ".join(problems))
-        return [receipt for receipt, _ in answers]
+    def _fetch(self, entry: CommitEntry, folder: Path) -> str:
+        """Download what this rank needs, verified; what is wrong on any rank, or nothing."""
+        commit = entry.record
+        self._refuse_misfit(entry)
+        store = self._store.child(commit.data)
+
+        def fetch() -> str:
+            try:
+                if self._rank == 0:
+                    shards.check_by_head(store, commit.shards)
+                for shard in commit.shards:
+                    if shard.shared or shard.rank == self._rank:
+                        shards.download(store, shard, folder / shard.path)
+            except CheckpointCorrupt as error:
+                return str(error)
+            return ""
+
+        # The agreement is a minimum: one rank that cannot load it is enough to pass it over.
+        return next((problem for problem in self._gang.gather(fetch) if problem), "")
+
+    def _refuse_misfit(self, entry: CommitEntry) -> None:
+        commit, uri = entry.record, self._store.uri_of(slot_key(entry.sequence))
+        if commit.config_digest != self._config_digest:
+            raise ConfigChanged(
+                f"{uri}: written under configuration {commit.config_digest!r}, this run has "
+                f"{self._config_digest!r}; start a new job for a changed specification"
+            )
+        if commit.world_size != self._world_size:
+            raise WorldSizeChanged(
+                f"{uri}: written by {commit.world_size} ranks, this attempt has "
+                f"{self._world_size}; give the job its former number of nodes and GPUs"
+            )
+
+    def _reject(self, entry: CommitEntry, reason: str) -> Rejected:
+        self._log.append(Reject, sequence=entry.sequence, reason=reason)
+        return self._passed_over(entry.sequence, entry.record.step, reason)
+
+    def _reject_unreadable(self) -> list[Rejected]:
+        found: list[Entry] = self._log.unreadable()
+        for entry in found:
+            self._log.append(Reject, sequence=entry.sequence, reason=entry.problem)
+        return [self._passed_over(e.sequence, None, e.problem) for e in reversed(found)]
+
+    def _passed_over(self, sequence: int, step: int | None, reason: str) -> Rejected:
+        rejected = Rejected(self._store.uri_of(slot_key(sequence)), step, reason)
+        _log.warning("commit rejected", extra={"commit": rejected.uri, "reason": reason})
+        return rejected
+
+    def _refuse_if_all_bad(self, rejected: list[Rejected]) -> None:
+        if rejected:
+            names = "; ".join(map(str, rejected))
+            raise CheckpointCorrupt(
+                f"{self._store.uri}: no commit can be loaded ({names}); restore the objects, or "
+                "start a new job"
+            )
 
     def _retire(self) -> None:
-        """RETIRE first, delete after: never the newest, the newest verified, or the kept ones."""
-        history = self._log.read()
-        live = history.live_commits()
-        keep = {number for number, _ in live[: self._keep_last]} | {self._verified_slot}
-        old = [(number, record) for number, record in live if number not in keep]
-        if not old:
-            return
-        self._log.append(self._record("RETIRE", slots=tuple(number for number, _ in old)))
-        for _, record in old:
-            self._store.delete([shard.key for shard in record.shards])
-
-    # Restoring.
-
-    def _newest(self) -> tuple[int, Record] | None:
-        for number, record in self._log.read().live_commits():
-            try:
-                shards.check_present(self._store, list(record.shards))
-            except CheckpointCorrupt as error:
-                self._log.append(self._record("REJECT", slots=(number,), reason=str(error)))
-                continue
-            if record.world_size != self._world_size:
-                raise WorldSizeChanged(
-                    f"the newest commit (step {record.step}) was made by {record.world_size} "
-                    f"ranks, there are {self._world_size}: use as many nodes and GPUs as before"
-                )
-            return number, record
-        return None
-
-    def _fetch(self, record: Record) -> str | None:
-        """Download what this rank needs, verified; what is wrong, agreed among all ranks."""
-        folder = self._scratch / "restore"
-        shutil.rmtree(folder, ignore_errors=True)
-        problem = ""
-        # Rank 0's files hold what is replicated.
-        wanted = [shard for shard in record.shards if shard.rank in (0, self._rank)]
-        try:
-            shards.download(self._store, wanted, folder)
-        except CheckpointCorrupt as error:
-            problem = str(error)
-        problems = [text for text in self._gather(problem) if text]
-        return problems[0] if problems else None
-
-    def _load(self, engine: Any, record: Record) -> None:
-        folder = self._scratch / "restore"
-        loaded, _ = engine.load_checkpoint(str(folder), tag=record.tag)
-        if loaded is None:
-            raise CheckpointCorrupt(f"DeepSpeed did not load step {record.step} from {folder}")
-        rng.restore(record.rng[self._rank])
-        shutil.rmtree(folder, ignore_errors=True)
-
-    # Agreement.
-
-    def _gather(self, value: _Result) -> list[_Result]:
-        answers: list[Any] = [None] * self._world_size
-        dist.all_gather_object(answers, value, group=self._group)
-        return answers
-
-    def _from_rank_0(self, value: _Result) -> _Result:
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
-
-    def _on_rank_0(self, action: Callable[[], _Result]) -> _Result:
-        """Do something on rank 0; all ranks get its result, or raise what it raised."""
-        answer: tuple[Any, Exception | None] = (None, None)
-        if self._rank == 0:
-            try:
-                answer = (action(), None)
-            except Exception as error:
-                known = isinstance(error, CheckpointError)
-                answer = (None, error if known else SaveFailed(f"{type(error).__name__}: {error}"))
-        result, failure = self._from_rank_0(answer)
-        if failure is not None:
-            raise failure
-        return result  # type: ignore[no-any-return]
-
-    def _record(self, kind: Any, **content: Any) -> Record:
-        return Record(
-            kind=kind,
-            fence=self._fence,
-            attempt=self._attempt,
-            time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            version=version("kubedistill"),
-            **content,
+        commits = retention.to_retire(
+            self._log.commits(), keep_last=self._keep_last, verified=self._verified
         )
+        retention.retire(self._store, self._log, commits)
 
-
-def _prefix_of(record: Record) -> str:
-    return record.shards[0].key.rsplit("/r", 1)[0]
-
-
-__all__ = ["Checkpointer", "CommitInfo", "Fenced", "Restored"]
+    def _tidy(self, what: str, do: Callable[[], object]) -> None:
+        """Clean-up that fails costs space, not the run: the next one does it again."""
+        try:
+            do()
+        except StoreError as error:
+            _log.warning("clean-up failed", extra={"what": what, "error": str(error)})

@@ -1,23 +1,27 @@
-"""What can go wrong with commits."""
+"""What can go wrong with a checkpoint."""
 
 from __future__ import annotations
 
 
 class CheckpointError(Exception):
-    """Base of every error of this package."""
+    """Base of this package's errors. The text names the object and what to do."""
 
 
 class Fenced(CheckpointError):
-    """A newer attempt owns the run: this one must end without another write."""
+    """Another attempt owns the run: this one must exit, and must not write again."""
 
 
 class CheckpointCorrupt(CheckpointError):
-    """Bytes of a committed shard are not what was committed."""
+    """What is stored is not what was committed: missing, another size, another hash."""
+
+
+class CheckpointFailed(CheckpointError):
+    """A rank could not write or read its part; nothing was committed. Names the rank."""
 
 
 class WorldSizeChanged(CheckpointError):
-    """The newest commit was made by another number of ranks than there are now."""
+    """The checkpoint was written by another number of ranks than would load it."""
 
 
-class SaveFailed(CheckpointError):
-    """A rank could not save; no commit was made and the previous one stays valid."""
+class ConfigChanged(CheckpointError):
+    """The checkpoint was written under another configuration than the run has now."""

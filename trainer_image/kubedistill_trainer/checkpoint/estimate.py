@@ -1,19 +1,11 @@
-"""Does a save still fit into the grace that a pod was given?"""
+"""Whether a checkpoint still fits into what is left of a pod's grace period."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-FIRST_SAVE_SECONDS = 10.0
-"""Taken for a save before one was measured."""
-
-
-def p99(values: Sequence[float]) -> float:
-    """99th percentile by nearest rank; 0 for nothing."""
-    if not values:
-        return 0.0
-    return sorted(values)[math.ceil(0.99 * len(values)) - 1]
+_QUANTILE = 0.99
 
 
 def fits_grace(
@@ -22,6 +14,18 @@ def fits_grace(
     grace_seconds: float,
     margin_seconds: float,
 ) -> bool:
-    """Whether p99(step) + p99(save) fits into the grace less a margin. All in seconds."""
-    save = p99(save_seconds) if save_seconds else FIRST_SAVE_SECONDS
-    return p99(step_seconds) + save <= grace_seconds - margin_seconds
+    """True when grace − margin covers p99(step) + p99(save).
+
+    Without any save so far its length is unknown, and the answer is False: a save that is cut
+    short is worth nothing, and the exit it delays may be. No step so far counts as none to wait
+    for. A p99 is the nearest rank, so up to 100 values it is the largest.
+    """
+    if not save_seconds:
+        return False
+    needed = _p99(save_seconds) + (_p99(step_seconds) if step_seconds else 0.0)
+    return grace_seconds - margin_seconds >= needed
+
+
+def _p99(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return ordered[math.ceil(_QUANTILE * len(ordered)) - 1]

@@ -1,123 +1,206 @@
-"""The fenced, write-once commit log: one record a slot, each slot written once, ever.
-
-Steps, as the protocol names them: FENCE takes the run; a COMMIT goes to the slot that its writer
-expects; a slot that is taken is read back, and its nonce tells a writer's own record whose answer
-was lost from somebody else's, which means that the writer was fenced.
-"""
+"""The commit log of a run: one record a slot, each slot written once (storage.md)."""
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from kubedistill_trainer.checkpoint.errors import Fenced
-from kubedistill_trainer.checkpoint.records import BadRecord, Record
-from kubedistill_trainer.store import PreconditionFailed, Store
+from kubedistill_trainer.checkpoint.records import (
+    Commit,
+    Fence,
+    Record,
+    RecordUnreadable,
+    Reject,
+    Retire,
+    decode,
+    encode,
+)
+from kubedistill_trainer.store import NotFound, PreconditionFailed, Store
 
-_PREFIX = "log/"
+_READERS = 8
+_SLOT_DIGITS = 20
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One slot as read: a record, or why there is none."""
+class Entry:
+    """One slot. `record` is None where its bytes are no record, and `problem` says why."""
 
-    number: int
+    sequence: int
     record: Record | None
     problem: str = ""
 
 
 @dataclass(frozen=True)
-class History:
-    """All slots, oldest first, and what later records say of earlier ones."""
+class CommitEntry:
+    """A slot that holds a COMMIT."""
 
-    slots: tuple[Slot, ...]
+    sequence: int
+    record: Commit
 
-    @property
-    def next_slot(self) -> int:
-        return self.slots[-1].number + 1 if self.slots else 0
 
-    @property
-    def highest_fence(self) -> int:
-        return max((s.record.fence for s in self.slots if s.record is not None), default=0)
-
-    def live_commits(self) -> list[tuple[int, Record]]:
-        """(slot, COMMIT) that nothing rejected or retired, newest first."""
-        gone = {
-            number
-            for slot in self.slots
-            if slot.record is not None and slot.record.kind in ("REJECT", "RETIRE")
-            for number in slot.record.slots
-        }
-        return [
-            (slot.number, slot.record)
-            for slot in reversed(self.slots)
-            if slot.record is not None and slot.record.kind == "COMMIT" and slot.number not in gone
-        ]
+def slot_key(sequence: int) -> str:
+    """Key of a slot below the run's prefix."""
+    return f"log/{sequence:0{_SLOT_DIGITS}d}.json"
 
 
 class CommitLog:
-    """The log below `store`, seen by one writer. `store` is rooted at the run's prefix."""
+    """The log under a run's prefix, and the right to append to it under one fence.
 
-    def __init__(self, store: Store) -> None:
+    Not thread-safe: one thread of one rank writes. A log that was only read may not be appended
+    to; `take_over` gives the right.
+    """
+
+    def __init__(self, store: Store, *, fence: int = 0, attempt: str = "") -> None:
         self._store = store
-        self._expected = 0
+        self._fence = fence
+        self._attempt = attempt
+        self._entries: list[Entry] = []
+        self._fence_sequence: int | None = None
 
-    def read(self) -> History:
-        """All slots; a record that does not verify is a slot with a problem."""
-        slots = [
-            self._slot(int(info.key.removeprefix(_PREFIX).removesuffix(".json")))
-            for info in self._store.list(_PREFIX)
-        ]
-        history = History(tuple(slots))
-        self._expected = history.next_slot
-        return history
+    @property
+    def entries(self) -> list[Entry]:
+        """What is known of the log, in order; exact up to the own last record once fenced."""
+        return list(self._entries)
 
-    def take(self, record: Record) -> int:
-        """Append a FENCE at the next free slot; its number.
+    @property
+    def fence_sequence(self) -> int | None:
+        """Slot of the own FENCE; None before `take_over`."""
+        return self._fence_sequence
 
-        Raises Fenced when the log holds this fence or a higher one. Losing a slot to an older
-        writer is no defeat: the next one is tried.
+    def read(self) -> list[Entry]:
+        """List and read what is new; every entry so far, in order.
+
+        A slot is written once, so what was read is never read again. A list may be stale: it
+        decides nothing, the conditional PUT of the next record does.
         """
+        listed = {info.key for info in self._store.list("log/")}
+        last = max((_sequence_of(key) for key in listed), default=-1)
+        missing = range(len(self._entries), last + 1)
+        with ThreadPoolExecutor(_READERS) as pool:
+            self._entries.extend(pool.map(self._read_slot, missing))
+        return self.entries
+
+    def take_over(self) -> int:
+        """Step 1: write FENCE into the next free slot; its sequence is returned.
+
+        Raises Fenced when the log holds this fence or a higher one: then this attempt is the
+        older one, whatever its clock says.
+        """
+        self.read()
+        record = self._stamp(Fence)
         while True:
-            history = self.read()
-            if history.highest_fence >= record.fence:
-                raise Fenced(
-                    f"fence {record.fence} is too old: the log holds {history.highest_fence}"
-                )
-            if self._try(self._expected, record):
-                return self._advance()
+            self._refuse_if_older()
+            sequence = len(self._entries)
+            found = self._put(sequence, record)
+            self._entries.append(found)
+            if found.record == record:
+                self._fence_sequence = sequence
+                return sequence
 
-    def append(self, record: Record) -> int:
-        """Append at the slot this writer expects; its number. Raises Fenced when it is taken."""
-        if not self._try(self._expected, record):
-            found = self._slot(self._expected)
-            owner = (
-                "an unreadable record"
-                if found.record is None
-                else (f"a {found.record.kind} of fence {found.record.fence}")
+    def append(self, make: Callable[..., Record], **fields: Any) -> Entry:
+        """Step 3: write one record at the slot that is expected to be next.
+
+        `make` is Commit, Reject or Retire and `fields` its own fields. Raises Fenced when anything
+        but this very record is in the slot, or when there was no `take_over`.
+        """
+        if self._fence_sequence is None:
+            raise Fenced(f"{self._store.uri_of('log')}: append without a FENCE of one's own")
+        record = self._stamp(make, **fields)
+        sequence = len(self._entries)
+        found = self._put(sequence, record)
+        if found.record != record:
+            self._fence_sequence = None  # never again: the winning history goes on without us
+            raise Fenced(
+                f"{self._store.uri_of(slot_key(sequence))}: expected to be free, holds "
+                f"{_describe(found)}; fence {self._fence} of attempt {self._attempt!r} is over"
             )
-            raise Fenced(f"slot {self._expected} holds {owner}: a newer attempt owns the run")
-        return self._advance()
+        self._entries.append(found)
+        return found
 
-    def _advance(self) -> int:
-        self._expected += 1
-        return self._expected - 1
+    def commits(self) -> list[CommitEntry]:
+        """COMMITs that may be loaded: neither rejected nor retired, oldest first.
 
-    def _try(self, number: int, record: Record) -> bool:
-        """Conditional PUT; True when the slot holds this very record afterwards."""
+        One whose fence is not the one in force at its slot is left out: no writer that keeps the
+        protocol makes it.
+        """
+        gone, fence, found = set[int](), -1, []
+        for entry in self._entries:
+            match entry.record:
+                case Fence(fence=higher):
+                    fence = max(fence, higher)
+                case Commit(fence=written) as commit if written == fence:
+                    found.append(CommitEntry(entry.sequence, commit))
+                case Reject(sequence=sequence):
+                    gone.add(sequence)
+                case Retire(sequences=sequences):
+                    gone.update(sequences)
+        return [commit for commit in found if commit.sequence not in gone]
+
+    def unreadable(self) -> list[Entry]:
+        """Slots that hold no record and are not rejected yet."""
+        rejected = {e.record.sequence for e in self._entries if isinstance(e.record, Reject)}
+        return [e for e in self._entries if e.record is None and e.sequence not in rejected]
+
+    def _refuse_if_older(self) -> None:
+        for entry in self._entries:
+            if isinstance(entry.record, Fence) and entry.record.fence >= self._fence:
+                raise Fenced(
+                    f"{self._store.uri_of(slot_key(entry.sequence))}: holds {_describe(entry)}, "
+                    f"so fence {self._fence} of attempt {self._attempt!r} is over"
+                )
+
+    def _put(self, sequence: int, record: Record) -> Entry:
+        """Write if the slot is free, and say what the slot holds now."""
+        key = slot_key(sequence)
         try:
-            self._store.put(key_of(number), record.encode(), only_if_absent=True)
+            self._store.put(key, encode(record), only_if_absent=True)
         except PreconditionFailed:
-            found = self._slot(number).record
-            return found is not None and found.nonce == record.nonce
-        return True
+            # A first attempt may have landed with its answer lost: its nonce is then ours.
+            return self._read_slot(sequence, must_exist=True)
+        return Entry(sequence, record)
 
-    def _slot(self, number: int) -> Slot:
+    def _read_slot(self, sequence: int, *, must_exist: bool = False) -> Entry:
         try:
-            return Slot(number, Record.decode(self._store.get(key_of(number))))
-        except BadRecord as error:
-            return Slot(number, None, str(error))
+            return Entry(sequence, decode(self._store.get(slot_key(sequence))))
+        except RecordUnreadable as error:
+            return Entry(sequence, None, str(error))
+        except NotFound:
+            if must_exist:  # taken and not there at once: to go on would leave a slot open
+                raise
+            return Entry(sequence, None, "the slot is empty and a later one is not")
+
+    def _stamp(self, make: Callable[..., Record], **fields: Any) -> Record:
+        return make(
+            nonce=uuid.uuid4().hex,
+            fence=self._fence,
+            attempt=self._attempt,
+            trainer_version=_trainer_version(),
+            time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            **fields,
+        )
 
 
-def key_of(number: int) -> str:
-    """The key of a slot, sorted as the numbers are."""
-    return f"{_PREFIX}{number:020d}.json"
+def _trainer_version() -> str:
+    try:
+        return version("kubedistill")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def _sequence_of(key: str) -> int:
+    """The slot of a key below log/; −1 for what is not a slot."""
+    name = key.removeprefix("log/").removesuffix(".json")
+    return int(name) if len(name) == _SLOT_DIGITS and name.isascii() and name.isdigit() else -1
+
+
+def _describe(entry: Entry) -> str:
+    if entry.record is None:
+        return f"no record ({entry.problem})"
+    record = entry.record
+    return f"a {record.kind} of fence {record.fence}, attempt {record.attempt!r}"

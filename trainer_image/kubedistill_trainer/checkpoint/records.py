@@ -1,81 +1,142 @@
-"""Records of the commit log: JSON, each with a hash of itself."""
+"""The records of the commit log, as JSON that carries its own hash (storage.md, step 4)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import uuid
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
-Kind = Literal["FENCE", "COMMIT", "REJECT", "RETIRE"]
-
-
-class BadRecord(ValueError):
-    """A slot's bytes are no record: torn, changed, or of another format."""
+_HASH_FIELD = "sha256"
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class RecordUnreadable(ValueError):
+    """Bytes in a slot that are no record: torn, altered, or of an unknown kind."""
 
 
-class Shard(_Frozen):
-    """One file of one rank, as it was uploaded."""
-
-    key: str
-    rank: int
-    name: str
-    size_bytes: int
-    sha256: str
-    crc32c: tuple[int, ...]
-    """CRC-32C of each 16 MiB, so that a ranged read can be checked too."""
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Record(_Frozen):
-    """One slot. Fields that a kind does not use keep their defaults."""
+class ShardRecord(_Strict):
+    """One object of a checkpoint, as it was when it left the rank that wrote it."""
 
-    kind: Kind
-    nonce: str = Field(default_factory=lambda: uuid.uuid4().hex)
-    fence: int
+    path: str = Field(min_length=1)
+    """Relative to the commit's `data`."""
+    rank: Count
+    """The rank that wrote it and that needs it …"""
+    shared: bool
+    """… or every rank does."""
+    size_bytes: Count
+    sha256: Sha256
+    crc32c: list[Annotated[int, Field(ge=0, lt=2**32)]]
+    """Of each 16 MiB part in order, the last one shorter."""
+
+
+class _Record(_Strict):
+    version: Literal[1] = 1
+    nonce: str = Field(min_length=16)
+    """Made anew for each record: it tells one's own write from another's."""
+    fence: Count
     attempt: str
+    trainer_version: str
     time: str
-    version: str
-    # COMMIT
-    step: int = 0
-    world_size: int = 0
-    config_digest: str = ""
-    tag: str = ""
-    cursor: dict[str, Any] = {}
-    rng: tuple[dict[str, Any], ...] = ()
-    """Generator states by rank."""
-    shards: tuple[Shard, ...] = ()
-    # REJECT and RETIRE
-    slots: tuple[int, ...] = ()
-    reason: str = ""
+    """ISO 8601, UTC, for people. Clocks differ, so nothing is decided by it."""
 
-    def encode(self) -> bytes:
-        """JSON with `hash`: SHA-256 (hex) of the canonical JSON without it."""
-        content = self.model_dump(mode="json")
-        return json.dumps({**content, "hash": _hash(content)}, sort_keys=True).encode()
+
+class Fence(_Record):
+    """An attempt takes the run over; lower fences may not write after it."""
+
+    kind: Literal["FENCE"] = "FENCE"
+
+
+class Commit(_Record):
+    """A checkpoint: whole, and usable from the moment this record is there."""
+
+    kind: Literal["COMMIT"] = "COMMIT"
+    step: Count
+    world_size: Annotated[int, Field(ge=1)]
+    data: str = Field(min_length=1)
+    """Prefix of the shards below the run's prefix: data/e<fence>/s<step>/<uuid>."""
+    shards: list[ShardRecord] = Field(min_length=1)
+    cursor: dict[str, JsonValue]
+    """Positions in the data and in the teacher stream."""
+    config_digest: str
 
     @property
-    def digest(self) -> str:
-        return _hash(self.model_dump(mode="json"))
-
-    @classmethod
-    def decode(cls, body: bytes) -> Record:
-        """Raises BadRecord for whatever is not exactly a record with its own hash."""
-        try:
-            content = json.loads(body)
-            claimed = content.pop("hash")
-            record = cls.model_validate(content)
-        except (ValueError, ValidationError, KeyError, AttributeError, TypeError) as error:
-            raise BadRecord(str(error).splitlines()[0]) from error
-        if record.digest != claimed:
-            raise BadRecord(f"its hash is {record.digest[:12]}, it claims {str(claimed)[:12]}")
-        return record
+    def size_bytes(self) -> int:
+        """Of all shards."""
+        return sum(shard.size_bytes for shard in self.shards)
 
 
-def _hash(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+class Reject(_Record):
+    """A commit failed its verification; it is never tried again."""
+
+    kind: Literal["REJECT"] = "REJECT"
+    sequence: Count
+    """The slot of the commit."""
+    reason: str
+
+
+class Retire(_Record):
+    """Commits whose shards are deleted after this record is there."""
+
+    kind: Literal["RETIRE"] = "RETIRE"
+    sequences: list[Count] = Field(min_length=1)
+    data: list[str]
+    """Prefixes of what is deleted, so that a clean-up that was cut short can be finished."""
+
+
+Record = Fence | Commit | Reject | Retire
+_ANY: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
+
+
+def encode(record: Record) -> bytes:
+    """Canonical JSON with the SHA-256 of everything else as field `sha256`."""
+    fields = record.model_dump(mode="json")
+    return _canonical(fields | {_HASH_FIELD: _digest(fields)})
+
+
+def digest(record: Record) -> str:
+    """The record's own hash, in hexadecimal."""
+    return _digest(record.model_dump(mode="json"))
+
+
+def decode(data: bytes) -> Record:
+    """The record in `data`. Raises RecordUnreadable unless its hash is right and its kind known.
+
+    JSON is all it takes: nothing in a log is ever unpickled or run.
+    """
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RecordUnreadable(f"not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise RecordUnreadable("not a JSON object")
+    stated = fields.pop(_HASH_FIELD, None)
+    if stated != _digest(fields):
+        raise RecordUnreadable("its own hash does not fit its content")
+    try:
+        # By way of JSON, where strictness allows what JSON cannot tell apart (a list, a tuple).
+        return _ANY.validate_json(_canonical(fields))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "record"
+        raise RecordUnreadable(f"{where}: {first['msg']}") from error
+
+
+def _canonical(fields: dict[str, Any]) -> bytes:
+    text = json.dumps(
+        fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
+    return text.encode()
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    try:
+        return hashlib.sha256(_canonical(fields)).hexdigest()
+    except ValueError:  # NaN or infinity, which is no JSON
+        return ""

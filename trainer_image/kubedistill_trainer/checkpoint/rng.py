@@ -1,4 +1,4 @@
-"""States of the random generators of a process, as JSON."""
+"""The states of all random generators of a rank, as JSON."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import JsonValue
 
 
-def capture() -> dict[str, Any]:
-    """Python's, NumPy's, torch's, and where there is one CUDA's generator."""
+def capture() -> dict[str, JsonValue]:
+    """States of Python's, NumPy's global and torch's generators (the current CUDA device's too)."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
+    numpy_state: Any = np.random.get_state(legacy=True)
+    algorithm, keys, position, has_gauss, cached = numpy_state
+    state: dict[str, JsonValue] = {
         "python": [version, list(internal), gauss],
-        "numpy": [name, _text(np.asarray(keys).tobytes()), int(position), int(has_gauss), cached],
+        "numpy": [
+            str(algorithm),
+            _text(np.asarray(keys, dtype="<u4").tobytes()),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "torch": _text(torch.get_rng_state().numpy().tobytes()),
     }
     if torch.cuda.is_available():
@@ -25,12 +33,12 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Set all generators to a captured state."""
+    """Put back what `capture` returned. A CUDA state is passed over where there is no device."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    words = np.frombuffer(_bytes(keys), dtype=np.uint32)
-    np.random.set_state((name, words, position, has_gauss, cached))
+    algorithm, keys, position, has_gauss, cached = state["numpy"]
+    words = np.frombuffer(base64.b64decode(keys), dtype="<u4").astype(np.uint32)
+    np.random.set_state((algorithm, words, position, has_gauss, cached))
     torch.set_rng_state(_tensor(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_tensor(state["cuda"]))
@@ -40,9 +48,5 @@ def _text(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _bytes(text: str) -> bytes:
-    return base64.b64decode(text)
-
-
 def _tensor(text: str) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(_bytes(text), dtype=np.uint8).copy())
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -1,76 +1,132 @@
-"""Shard files: upload with their sums, look for them, download them verified."""
+"""Shards: files that go up once, with hashes, and come down only as they went up (storage.md)."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import google_crc32c
 
 from kubedistill_trainer.checkpoint.errors import CheckpointCorrupt
-from kubedistill_trainer.checkpoint.records import Shard
-from kubedistill_trainer.store import NotFound, Store
+from kubedistill_trainer.checkpoint.records import ShardRecord
+from kubedistill_trainer.store import NotFound, Store, StoreError
 
-PIECE_BYTES = 16 << 20
+PART_BYTES = 16 * 1024 * 1024
+"""One CRC32C is kept for each part of this size; a download asks for parts of it."""
+_PARTS_AHEAD = 4  # of 16 MiB: enough to keep one connection busy while another part is hashed
+_DOWNLOAD_ATTEMPTS = 2  # a part that is wrong twice is wrong in the store
 
 
-def sums(path: Path) -> tuple[str, tuple[int, ...]]:
-    """SHA-256 (hex) of a file, and the CRC-32C of each 16 MiB of it."""
+def describe(folder: Path, path: str, *, rank: int, shared: bool) -> ShardRecord:
+    """Hash `folder/path`: SHA-256 of the whole and CRC32C of each part, in one reading."""
+    whole, parts, size_bytes = hashlib.sha256(), list[int](), 0
+    with (folder / path).open("rb") as file:
+        while part := file.read(PART_BYTES):
+            whole.update(part)
+            parts.append(google_crc32c.value(part))
+            size_bytes += len(part)
+    return ShardRecord(
+        path=path,
+        rank=rank,
+        shared=shared,
+        size_bytes=size_bytes,
+        sha256=whole.hexdigest(),
+        crc32c=parts,
+    )
+
+
+def upload(
+    store: Store, folder: Path, paths: Sequence[str], *, rank: int, is_shared: Callable[[str], bool]
+) -> list[ShardRecord]:
+    """Step 2: hash and upload files of `folder` to `store`; their receipts, in the same order.
+
+    `store` is at the commit's own prefix, so every key is new. Raises StoreError with the object's
+    name, within the store's deadlines, and OSError when a file cannot be read.
+    """
+    receipts = []
+    for path in paths:
+        receipts.append(describe(folder, path, rank=rank, shared=is_shared(path)))
+        store.upload_file(path, folder / path)
+    return receipts
+
+
+def check_by_head(store: Store, shards: Iterable[ShardRecord]) -> None:
+    """Step 3, first half: every shard is there in its full size. Raises CheckpointCorrupt."""
+    with ThreadPoolExecutor(8) as pool:
+        for problem in pool.map(lambda shard: _head_problem(store, shard), shards):
+            if problem:
+                raise CheckpointCorrupt(problem)
+
+
+def download(store: Store, shard: ShardRecord, path: Path) -> None:
+    """Write a shard to `path`, checking each part as it comes and the whole at the end.
+
+    A part with a wrong CRC is fetched once more: it may have been garbled on its way. Raises
+    CheckpointCorrupt, and then leaves no file, when the object is missing, shorter or other than
+    what was committed; StoreError when the store does not answer, which says nothing of the shard.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
     whole = hashlib.sha256()
-    pieces: list[int] = []
-    with path.open("rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            whole.update(piece)
-            pieces.append(google_crc32c.value(piece))
-    return whole.hexdigest(), tuple(pieces)
-
-
-def upload(store: Store, prefix: str, folder: Path, rank: int) -> list[Shard]:
-    """Put all files below `folder` under `prefix`, which is this attempt's alone."""
-    found = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        sha256, crc32c = sums(path)
-        key = f"{prefix}/r{rank}/{name}"
-        store.upload_file(key, path)
-        found.append(
-            Shard(
-                key=key,
-                rank=rank,
-                name=name,
-                size_bytes=path.stat().st_size,
-                sha256=sha256,
-                crc32c=crc32c,
+    try:
+        with partial.open("wb") as file:
+            for part in _parts(store, shard):
+                whole.update(part)
+                file.write(part)
+        if whole.hexdigest() != shard.sha256:
+            raise CheckpointCorrupt(
+                f"{store.uri_of(shard.path)}: SHA-256 {whole.hexdigest()}, committed {shard.sha256}"
             )
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _parts(store: Store, shard: ShardRecord) -> Iterator[bytes]:
+    """The verified parts of a shard in order, some fetched ahead."""
+    expected = -(-shard.size_bytes // PART_BYTES)
+    if len(shard.crc32c) != expected:
+        raise CheckpointCorrupt(
+            f"{store.uri_of(shard.path)}: the record has {len(shard.crc32c)} CRCs for {expected} "
+            "parts"
         )
-    return found
+    with ThreadPoolExecutor(_PARTS_AHEAD) as pool:
+        ahead: deque[Future[bytes]] = deque()
+        for number in range(expected):
+            ahead.append(pool.submit(_fetch_part, store, shard, number))
+            if len(ahead) == _PARTS_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
-def check_present(store: Store, shards: list[Shard]) -> None:
-    """HEAD each shard. CheckpointCorrupt names the first that is missing or of another size."""
-    for shard in shards:
-        info = store.head(shard.key)
-        if info is None:
-            raise CheckpointCorrupt(f"{store.uri_of(shard.key)} is missing")
-        if info.size_bytes != shard.size_bytes:
-            raise CheckpointCorrupt(
-                f"{store.uri_of(shard.key)} has {info.size_bytes} bytes, "
-                f"{shard.size_bytes} were committed"
-            )
-
-
-def download(store: Store, shards: list[Shard], folder: Path) -> None:
-    """Fetch shards below `folder`, verified: CheckpointCorrupt names the first that is not."""
-    for shard in shards:
-        path = folder / shard.name
-        path.parent.mkdir(parents=True, exist_ok=True)
+def _fetch_part(store: Store, shard: ShardRecord, number: int) -> bytes:
+    start = number * PART_BYTES
+    length = min(PART_BYTES, shard.size_bytes - start)
+    problem = ""
+    for _ in range(_DOWNLOAD_ATTEMPTS):
         try:
-            store.download_file(shard.key, path)
+            part = store.get_range(shard.path, start, length)
         except NotFound as error:
-            raise CheckpointCorrupt(f"{store.uri_of(shard.key)} is missing") from error
-        sha256, _ = sums(path)
-        if sha256 != shard.sha256:
-            raise CheckpointCorrupt(
-                f"{store.uri_of(shard.key)} has SHA-256 {sha256[:12]}…, "
-                f"{shard.sha256[:12]}… was committed"
-            )
+            raise CheckpointCorrupt(f"{store.uri_of(shard.path)}: missing") from error
+        except StoreError as error:
+            # 416: the object ends before this part begins.
+            if "InvalidRange" not in error.problem:
+                raise
+            part = b""
+        if len(part) == length and google_crc32c.value(part) == shard.crc32c[number]:
+            return part
+        problem = f"{len(part)} of {length} bytes" if len(part) != length else "wrong CRC32C"
+    raise CheckpointCorrupt(f"{store.uri_of(shard.path)}: {problem} at offset {start}")
+
+
+def _head_problem(store: Store, shard: ShardRecord) -> str:
+    info = store.head(shard.path)
+    if info is None:
+        return f"{store.uri_of(shard.path)}: missing"
+    if info.size_bytes != shard.size_bytes:
+        return f"{store.uri_of(shard.path)}: {info.size_bytes} bytes, committed {shard.size_bytes}"
+    return ""

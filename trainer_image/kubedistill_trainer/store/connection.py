@@ -55,7 +55,7 @@ class Connection:
             region_name=region,
             config=_config(endpoint, limits),
         )
-        events = self.client.meta.events
+        events: Any = self.client.meta.events  # its stubs say that hooks return nothing
         # First, because botocore's own handler answers "no" to what it does not know.
         events.register_first("needs-retry.s3", partial(retry_more, limit=limits.attempts))
         events.register("response-received.s3", count_failures)

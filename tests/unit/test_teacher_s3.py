@@ -1,0 +1,121 @@
+"""Teacher streams through a real S3 server: two writers at once, a reader that was there first."""
+
+from __future__ import annotations
+
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from kubedistill_trainer.store import Store
+from kubedistill_trainer.teacher.errors import PartitionContested, StreamCorrupt
+from kubedistill_trainer.teacher.head import load_head, publish_head
+from kubedistill_trainer.teacher.manifest import Manifest, publish_manifest
+from kubedistill_trainer.teacher.partition_log import PartitionLog
+from kubedistill_trainer.teacher.stream_reader import ReaderSettings, StreamReader
+from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
+from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
+from teacher_builders import (
+    HIDDEN,
+    VOCABULARY,
+    assert_is_sample,
+    hash_of,
+    identity,
+    manifest,
+    outputs_of,
+    tokens_of,
+)
+
+SAMPLES = 16
+SETTINGS = WriterSettings(first_shard_bytes=2500, shard_bytes=2500, lost_commits_allowed=50)
+QUICK = ReaderSettings(poll_seconds=0.05, poll_limit_seconds=0.2, stall_seconds=30)
+
+
+@pytest.fixture
+def store(s3: S3Server) -> Store:  # noqa: F811
+    return s3.store()
+
+
+def write_partition(store: Store, layout: Manifest, partition: int, scratch: Path) -> None:
+    with StreamWriter(store, layout, partition, scratch=scratch, settings=SETTINGS) as writer:
+        for sample in writer.samples():
+            writer.write(sample, tokens_of(sample), outputs_of(sample))
+        writer.end()
+
+
+def test_a_student_reads_while_two_teachers_write(store: Store, tmp_path: Path) -> None:
+    wanted = manifest(samples=SAMPLES, partitions=2)
+    order = [s for seed in (0, 1) for s in random.Random(seed).sample(range(SAMPLES), SAMPLES)]
+
+    def teach(partition: int) -> None:
+        write_partition(store, publish_manifest(store, wanted), partition, tmp_path / "w")
+
+    with ThreadPoolExecutor(2) as teachers:
+        starting = threading.Timer(0.3, lambda: [teachers.submit(teach, p) for p in (0, 1)])
+        starting.start()
+        with StreamReader(store, identity(), cache=tmp_path / "c", settings=QUICK) as source:
+            source.prefetch((sample, hash_of(sample)) for sample in order)
+            for sample in order:
+                assert_is_sample(source.get(sample, hash_of(sample)), sample)
+            assert source.wait_seconds > 0.2
+        starting.join()
+    with StreamReader(store, identity(), cache=tmp_path / "d", settings=QUICK) as late:
+        assert late.refresh().ended
+        assert late.progress().samples == SAMPLES
+
+
+def test_two_writers_on_one_partition_leave_one_history(store: Store, tmp_path: Path) -> None:
+    layout = publish_manifest(store, manifest(samples=SAMPLES, partitions=1))
+
+    def teach(name: str) -> bool:
+        try:
+            write_partition(store, layout, 0, tmp_path / name)
+        except PartitionContested:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as teachers:
+        assert any(teachers.map(teach, ("a", "b")))
+    stream = store.child(identity().address)
+    log = PartitionLog(stream, 0)
+    log.refresh()
+    assert log.ended
+    assert sum(shard.count for shard in log.shards) == SAMPLES
+    assert [shard.first_sample for shard in log.shards] == [
+        sum(earlier.count for earlier in log.shards[:n]) for n in range(len(log.shards))
+    ]
+    assert {info.key for info in stream.list("partitions/0/shards/")} == {
+        shard.key for shard in log.shards
+    }
+    with StreamReader(store, identity(), cache=tmp_path / "c", settings=QUICK) as source:
+        for sample in range(SAMPLES):
+            assert_is_sample(source.get(sample, hash_of(sample)), sample)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_damage_in_the_bucket_is_seen(store: Store, tmp_path: Path, damage: str) -> None:
+    layout = publish_manifest(store, manifest(samples=SAMPLES, partitions=1))
+    write_partition(store, layout, 0, tmp_path / "w")
+    stream = store.child(identity().address)
+    log = PartitionLog(stream, 0)
+    log.refresh()
+    key = log.shards[0].key
+    data = stream.get(key)
+    if damage == "delete":
+        stream.delete([key])
+    else:
+        flipped = data[:200] + bytes([data[200] ^ 1]) + data[201:]
+        stream.put(key, flipped if damage == "flip" else data[:-9])
+    with StreamReader(store, identity(), cache=tmp_path / "c", settings=QUICK) as source:
+        with pytest.raises(StreamCorrupt, match="shards"):
+            source.get(0, hash_of(0))
+        assert_is_sample(source.get(SAMPLES - 1, hash_of(SAMPLES - 1)), SAMPLES - 1)
+
+
+def test_the_head_travels_with_the_stream(store: Store, tmp_path: Path) -> None:
+    weight = torch.randn(VOCABULARY, HIDDEN)
+    digest = publish_head(store, identity(), weight, tmp_path)
+    layout = publish_manifest(store, manifest().model_copy(update={"head_sha256": digest}))
+    assert torch.equal(load_head(store, layout, tmp_path / "c"), weight)
