@@ -69,13 +69,25 @@ STAGE_FAILED = "StageFailed"
 STAGE_RUNNING = "StageRunning"
 
 WHAT_TO_DO: dict[str, str] = {
-    PENDING: "Nothing: the operator has not looked at the object yet. If it stays, check that the operator runs.",
-    VALIDATING: "Nothing: a small pod checks storage, data, tokenizer and sizes before GPUs are asked for.",
+    PENDING: (
+        "Nothing: the operator has not looked at the object yet. If it stays, check that the "
+        "operator runs."
+    ),
+    VALIDATING: (
+        "Nothing: a small pod checks storage, data, tokenizer and sizes before GPUs are asked for."
+    ),
     VALID: "Nothing.",
     WAITING_FOR_DEPENDENCY: "Wait, or look at the job that the message names.",
-    DEPENDENCY_NOT_FOUND: "Create the job that the message names in the same namespace, or correct the name.",
-    DEPENDENCY_FAILED: "Mend the job that the message names, delete and apply it again; this one continues by itself.",
-    DEPENDENCY_CYCLE: "Break the circle that the message prints: one of these jobs needs a model of its own.",
+    DEPENDENCY_NOT_FOUND: (
+        "Create the job that the message names in the same namespace, or correct the name."
+    ),
+    DEPENDENCY_FAILED: (
+        "Mend the job that the message names, delete and apply it again; this one continues "
+        "by itself."
+    ),
+    DEPENDENCY_CYCLE: (
+        "Break the circle that the message prints: one of these jobs needs a model of its own."
+    ),
     DEPENDENCIES_MET: "Nothing.",
     NOT_NEEDED: "Nothing.",
     GENERATING: "Nothing: the teacher writes its stream.",
@@ -83,23 +95,40 @@ WHAT_TO_DO: dict[str, str] = {
     STREAM_COMPLETE: "Nothing.",
     TEACHER_FAILED: "Read the message and the logs of the teacher's pods.",
     STARTING: "Nothing: the pods start.",
-    UNSCHEDULABLE: "Ask for less in spec.workers, free capacity, or add nodes; the scheduler's message says what is short.",
+    UNSCHEDULABLE: (
+        "Ask for less in spec.workers, free capacity, or add nodes; the scheduler's message "
+        "says what is short."
+    ),
     POD_NOT_STARTING: "Read the message: an image, a Secret or a volume is missing.",
     TRAINING: "Nothing.",
     EVALUATING: "Nothing.",
-    RESTARTING: "Nothing: the next attempt resumes from the newest commit. status.attempts says why the last one ended.",
+    RESTARTING: (
+        "Nothing: the next attempt resumes from the newest commit. status.attempts says why "
+        "the last one ended."
+    ),
     IS_SUSPENDED: "Set spec.suspend to false to go on from the newest commit.",
     NOT_SUSPENDED: "Nothing.",
     NO_CHECKPOINT_YET: "Nothing: the first commit comes after spec.checkpoint.intervalSteps steps.",
     COMMITTED: "Nothing.",
-    CHECKPOINT_REJECTED: "Check the store: a committed shard did not verify, and an older commit was used.",
+    CHECKPOINT_REJECTED: (
+        "Check the store: a committed shard did not verify, and an older commit was used."
+    ),
     COMPLETED: "Nothing: status.model says where the model is.",
     INVALID_SPEC: "Correct the field that the message names.",
     UNREADABLE_INPUT: "Correct the data, model or stream that the message names.",
-    SECRET_NOT_FOUND: "Create the Secret that the message names, with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; the job goes on by itself.",
-    OUT_OF_MEMORY: "Lower training.microBatchSize or data.sequenceLength, raise training.deepSpeed.zeroStage, or give more memory.",
+    SECRET_NOT_FOUND: (
+        "Create the Secret that the message names, with AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY; the job goes on by itself."
+    ),
+    OUT_OF_MEMORY: (
+        "Lower training.microBatchSize or data.sequenceLength, raise "
+        "training.deepSpeed.zeroStage, or give more memory."
+    ),
     STORAGE_UNAVAILABLE: "Check the object store and spec.storage.endpoint.",
-    STALLED: "Look at the pods' logs of that attempt; raise stallTimeoutSeconds when steps are really that slow.",
+    STALLED: (
+        "Look at the pods' logs of that attempt; raise stallTimeoutSeconds when steps are "
+        "really that slow."
+    ),
     PEER_LOST: "Look at the other pods of that attempt: one ended first.",
     INTERRUPTED: "Raise the pods' termination grace when this repeats.",
     DISRUPTED: "Nothing: a pod was evicted or preempted; the retry is free.",

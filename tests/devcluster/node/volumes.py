@@ -80,7 +80,7 @@ class Volumes:
         return found
 
     def _make(self, volume: Object) -> Path:
-        folder = self._folder / volume["name"]
+        folder: Path = self._folder / str(volume["name"])
         if "hostPath" in volume:
             return _host_path(volume["hostPath"])
         folder.mkdir(parents=True, exist_ok=True)

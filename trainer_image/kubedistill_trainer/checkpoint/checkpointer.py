@@ -98,6 +98,7 @@ class Checkpointer:
         self._gang = Gang(rank, world_size, control_group)
         self._log = CommitLog(store, fence=fence, attempt=attempt)
         self._verified: int | None = None
+        self._snapshot_bytes = 0
 
     def open(self) -> None:
         """Step 1: rank 0 writes FENCE; then it clears away what earlier attempts left.
@@ -105,8 +106,9 @@ class Checkpointer:
         Raises Fenced on every rank when a fence as high is in the log already.
         """
         self._gang.from_first(self._log.take_over)
-        if self._rank == 0:
-            self._tidy("collect", lambda: retention.collect(self._store, self._log, self._fence))
+        self._gang.from_first(
+            lambda: self._tidy(lambda: retention.collect(self._store, self._log, self._fence))
+        )
 
     def save(self, engine: Any, *, step: int, cursor: dict[str, JsonValue]) -> CommitInfo:
         """Steps 2 and 3: snapshot, upload, commit; then clean up. Returns after the commit.
@@ -118,13 +120,14 @@ class Checkpointer:
         started = time.monotonic()
         folder = snapshot.empty(self._scratch / "save")
         try:
+            self._gang.gather(lambda: snapshot.check_room(folder, self._snapshot_bytes))
             taken = self._gang.gather(lambda: snapshot.take(engine, folder, self._rank))[self._rank]
+            self._snapshot_bytes = taken.size_bytes
             data, receipts = self.upload(taken, step)
             entry = self._gang.from_first(lambda: self._commit(step, cursor, data, receipts))
         finally:
             snapshot.empty(folder)
-        if self._rank == 0:
-            self._tidy("retire", self._retire)
+        self._gang.from_first(lambda: self._tidy(self._retire))
         # Retries draw random numbers in some libraries; a resumed run would not have drawn them.
         rng.restore(taken.generators)
         commit = entry.record
@@ -262,9 +265,9 @@ class Checkpointer:
         )
         retention.retire(self._store, self._log, commits)
 
-    def _tidy(self, what: str, do: Callable[[], object]) -> None:
-        """Clean-up that fails costs space, not the run: the next one does it again."""
+    def _tidy(self, do: Callable[[], object]) -> None:
+        """Clean-up that fails costs space, not the run: a later one does it again."""
         try:
             do()
         except StoreError as error:
-            _log.warning("clean-up failed", extra={"what": what, "error": str(error)})
+            _log.warning("clean-up failed", extra={"error": str(error)})

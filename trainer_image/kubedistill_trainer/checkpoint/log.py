@@ -62,6 +62,8 @@ class CommitLog:
         self._attempt = attempt
         self._entries: list[Entry] = []
         self._fence_sequence: int | None = None
+        self._tried: set[str] = set()
+        """Nonces of all records that were sent. One whose request failed may still have landed."""
 
     @property
     def entries(self) -> list[Entry]:
@@ -95,33 +97,33 @@ class CommitLog:
         self.read()
         record = self._stamp(Fence)
         while True:
-            self._refuse_if_older()
-            sequence = len(self._entries)
-            found = self._put(sequence, record)
-            self._entries.append(found)
-            if found.record == record:
+            if (sequence := self._own_fence()) is not None:
                 self._fence_sequence = sequence
                 return sequence
+            self._refuse_if_older()
+            self._entries.append(self._put(len(self._entries), record))
 
     def append(self, make: Callable[..., Record], **fields: Any) -> Entry:
         """Step 3: write one record at the slot that is expected to be next.
 
-        `make` is Commit, Reject or Retire and `fields` its own fields. Raises Fenced when anything
-        but this very record is in the slot, or when there was no `take_over`.
+        `make` is Commit, Reject or Retire and `fields` its own fields. Raises Fenced when another
+        attempt's record is in the slot, or when there was no `take_over`. After a StoreError the
+        record may be in the log or not: the next call finds out.
         """
         if self._fence_sequence is None:
             raise Fenced(f"{self._store.uri_of('log')}: append without a FENCE of one's own")
         record = self._stamp(make, **fields)
-        sequence = len(self._entries)
-        found = self._put(sequence, record)
-        if found.record != record:
-            self._fence_sequence = None  # never again: the winning history goes on without us
-            raise Fenced(
-                f"{self._store.uri_of(slot_key(sequence))}: expected to be free, holds "
-                f"{_describe(found)}; fence {self._fence} of attempt {self._attempt!r} is over"
-            )
-        self._entries.append(found)
-        return found
+        while True:
+            found = self._put(len(self._entries), record)
+            if not self._is_own(found):
+                self._fence_sequence = None  # never again: the winning history goes on without us
+                raise Fenced(
+                    f"{self._store.uri_of(slot_key(found.sequence))}: expected to be free, holds "
+                    f"{_describe(found)}; fence {self._fence} of attempt {self._attempt!r} is over"
+                )
+            self._entries.append(found)
+            if found.record == record:
+                return found
 
     def commits(self) -> list[CommitEntry]:
         """COMMITs that may be loaded: neither rejected nor retired, oldest first.
@@ -147,6 +149,13 @@ class CommitLog:
         rejected = {e.record.sequence for e in self._entries if isinstance(e.record, Reject)}
         return [e for e in self._entries if e.record is None and e.sequence not in rejected]
 
+    def _is_own(self, entry: Entry) -> bool:
+        return entry.record is not None and entry.record.nonce in self._tried
+
+    def _own_fence(self) -> int | None:
+        own = (e for e in self._entries if isinstance(e.record, Fence) and self._is_own(e))
+        return next((entry.sequence for entry in own), None)
+
     def _refuse_if_older(self) -> None:
         for entry in self._entries:
             if isinstance(entry.record, Fence) and entry.record.fence >= self._fence:
@@ -158,6 +167,7 @@ class CommitLog:
     def _put(self, sequence: int, record: Record) -> Entry:
         """Write if the slot is free, and say what the slot holds now."""
         key = slot_key(sequence)
+        self._tried.add(record.nonce)
         try:
             self._store.put(key, encode(record), only_if_absent=True)
         except PreconditionFailed:

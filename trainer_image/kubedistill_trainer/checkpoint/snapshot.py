@@ -25,6 +25,24 @@ class Snapshot:
     paths: list[str]
     generators: dict[str, JsonValue]
 
+    @property
+    def size_bytes(self) -> int:
+        """On disk."""
+        return sum((self.folder / path).stat().st_size for path in self.paths)
+
+
+def check_room(folder: Path, needed_bytes: int) -> None:
+    """Raise CheckpointFailed when the disk has less than `needed_bytes` (the last snapshot's size).
+
+    Asked before a snapshot: a rank that fails inside one leaves its peers in a barrier.
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise CheckpointFailed(
+            f"{folder}: {free_bytes} bytes free, a snapshot takes {needed_bytes}; give the pods "
+            "more ephemeral storage"
+        )
+
 
 def take(engine: Any, folder: Path, rank: int) -> Snapshot:
     """Write this rank's part of the engine's state into `folder`. Collective over all ranks.

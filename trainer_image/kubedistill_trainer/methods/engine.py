@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from datetime import timedelta
 from typing import Any
@@ -55,11 +56,11 @@ def join_gang(host: str, port: int, rank: int, world_size: int, local_rank: int)
         "LOCAL_WORLD_SIZE": "1",
     }
     import deepspeed
-    import deepspeed.comm.torch
 
     # On the CPU DeepSpeed would compile a shared-memory all-reduce with g++ in every pod: the image
     # has no compiler, gloo does the same, and half a minute of a start is saved.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # (`deepspeed.comm.torch` as an attribute is torch itself.)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(
         dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False, auto_mpi_discovery=False

@@ -1,0 +1,53 @@
+"""Pytest fixtures: `from devcluster.fixtures import *` in a folder's conftest.py."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from devcluster.cluster import DevCluster
+from devcluster.handle import Handle
+from devcluster.node.api import ApiError
+
+__all__ = ["cluster", "devcluster", "namespace"]
+
+
+@pytest.fixture(scope="session")
+def devcluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
+    """One cluster for the whole session, started when first asked for. Has the parts to break."""
+    cluster = DevCluster(tmp_path_factory.mktemp("cluster"))
+    with cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def cluster(devcluster: DevCluster) -> Handle:
+    """To use it: kubectl, helm, API, S3, faults, logs."""
+    return devcluster.handle
+
+
+@pytest.fixture
+def namespace(cluster: Handle) -> Iterator[str]:
+    """The name of a fresh namespace that pods can be made in; removed afterwards, not awaited."""
+    name = f"test-{secrets.token_hex(3)}"
+    meta = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
+    cluster.api.post("/api/v1/namespaces", meta)
+    cluster.wait("the default service account", lambda: _has_account(cluster, name))
+    yield name
+    cluster.faults.come_back()
+    with contextlib.suppress(ApiError):
+        cluster.api.delete(f"/api/v1/namespaces/{name}", {})
+
+
+def _has_account(cluster: Handle, namespace: str) -> bool:
+    """Without it, the API server refuses pods; the root certificate comes a moment later."""
+    base = f"/api/v1/namespaces/{namespace}"
+    try:
+        cluster.api.get(f"{base}/serviceaccounts/default")
+        cluster.api.get(f"{base}/configmaps/kube-root-ca.crt")
+    except ApiError:
+        return False
+    return True
