@@ -8,8 +8,11 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+from botocore.exceptions import ConnectionClosedError
 from devcluster import s3 as devcluster_s3
 from kubedistill_trainer.store import Limits, Store
 
@@ -55,3 +58,36 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             yield found
         finally:
             server.stop()
+
+
+class Faults:
+    """Faults in the requests of one Store (and its children), injected below botocore's retries.
+
+    The server is the real one; what is lost is what a network loses.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._client: Any = store._connection.client
+        self.requests: list[str] = []
+        """`METHOD key` of every request that was about to be sent."""
+        self._losses: dict[str, int] = {}
+        self._client.meta.events.register("before-send.s3", self._before_send)
+
+    def lose_answers(self, method: str, count: int = 1) -> None:
+        """The next `count` requests of a method are applied, and their answers are lost."""
+        self._losses[method] = count
+
+    def ignore_conditions(self) -> None:
+        """From now on the store looks like one that does not know If-None-Match."""
+
+        def strip(params: dict[str, Any], **_event: Any) -> None:
+            params["headers"].pop("If-None-Match", None)
+
+        self._client.meta.events.register("before-call.s3.PutObject", strip)
+
+    def _before_send(self, request: Any, **_event: Any) -> None:
+        self.requests.append(f"{request.method} {urlsplit(request.url).path}")
+        if self._losses.get(request.method, 0) > 0:
+            self._losses[request.method] -= 1
+            self._client._endpoint.http_session.send(request)
+            raise ConnectionClosedError(endpoint_url=request.url)

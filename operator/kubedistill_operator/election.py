@@ -42,7 +42,8 @@ class _Lock(BaseLock):  # type: ignore[misc]
         super().__init__(settings.lease_name, settings.namespace, settings.identity)
         self._leadership = leadership
         self._cluster = cluster
-        self._timeout = settings.lease_retry_seconds
+        # Two tries fit before the leader has to give up, also where the API server is slow.
+        self._timeout = max(settings.lease_retry_seconds, settings.lease_renew_seconds / 2)
         self._lease: dict[str, Any] = {}
 
     async def get(self, name: str, namespace: str) -> tuple[bool, Any]:

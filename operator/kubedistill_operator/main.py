@@ -26,6 +26,7 @@ from kubedistill_operator.settings import Settings
 from kubedistill_operator.watch import Resync, Watcher, kopf_settings, registry_for
 
 _log = logging.getLogger(__name__)
+_END_SECONDS = 5
 
 
 def main() -> None:
@@ -63,9 +64,10 @@ async def run(settings: Settings) -> int:
         if working is not None and not lost:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(working, 10)
-        for task in (working, election):
-            if task is not None:
-                task.cancel()
+        tasks = [task for task in (working, election) if task is not None]
+        for ending in tasks:
+            ending.cancel()
+        await asyncio.wait(tasks, timeout=_END_SECONDS)
         await leadership.release(cluster)
         await health.stop()
         await cluster.close()

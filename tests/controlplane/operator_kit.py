@@ -86,7 +86,7 @@ end(0)
 
 def template(book: Path, behaviour: str = "", **env: str) -> dict[str, Any]:
     """A pod template that runs the stand-in."""
-    variables = {"BOOK": str(book), "BEHAVIOUR": behaviour, **env}
+    variables = {"BOOK": "/book", "BEHAVIOUR": behaviour, **env}
     return {
         "spec": {
             "containers": [
@@ -95,8 +95,10 @@ def template(book: Path, behaviour: str = "", **env: str) -> dict[str, Any]:
                     "image": "local/shell",
                     "command": ["python3", "-c", FAKE_TRAINER],
                     "env": [{"name": k, "value": v} for k, v in variables.items()],
+                    "volumeMounts": [{"name": "book", "mountPath": "/book"}],
                 }
-            ]
+            ],
+            "volumes": [{"name": "book", "hostPath": {"path": str(book)}}],
         }
     }
 
@@ -140,14 +142,15 @@ class Bench:
     def __init__(self, handle: Any, namespace: str) -> None:
         self.handle = handle
         self.namespace = namespace
-        self.kubectl("create", "namespace", namespace, scoped=False)
 
     def kubectl(self, *args: str, scoped: bool = True, **options: Any) -> str:
         scope = ("-n", self.namespace) if scoped else ()
         return str(self.handle.kubectl(*scope, *args, **options))
 
     def apply(self, *objects: dict[str, Any], check: bool = True) -> str:
-        return self.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(objects), check=check)
+        # JSON keeps a string such as "1e-5" a string.
+        whole = {"apiVersion": "v1", "kind": "List", "items": list(objects)}
+        return self.kubectl("apply", "-f", "-", stdin=json.dumps(whole), check=check)
 
     def get(self, *args: str) -> Any:
         return json.loads(self.kubectl("get", *args, "-o", "json"))
@@ -190,8 +193,8 @@ class Operator:
             "KUBEDISTILL_NAMESPACE": "kubedistill-system",
             "KUBEDISTILL_PROGRESS_POLL_SECONDS": "1",
             "KUBEDISTILL_BACKOFF_BASE_SECONDS": "1",
-            "KUBEDISTILL_LEASE_SECONDS": "5",
-            "KUBEDISTILL_LEASE_RENEW_SECONDS": "4",
+            "KUBEDISTILL_LEASE_SECONDS": "15",
+            "KUBEDISTILL_LEASE_RENEW_SECONDS": "12",
             "KUBEDISTILL_LEASE_RETRY_SECONDS": "1",
             "KUBEDISTILL_TERMINATION_GRACE_SECONDS": "5",
             "KUBEDISTILL_TERMINATION_MARGIN_SECONDS": "10",

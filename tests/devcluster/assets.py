@@ -45,8 +45,13 @@ def cache_folder() -> Path:
     return cache_root() / "devcluster" / kubernetes_version() / "bin"
 
 
-def find(name: str) -> Path | None:
-    """The program, if it is there without building."""
+def find() -> dict[str, Path] | None:
+    """All four programs, if they are there without building."""
+    found = {name: path for name in NAMES if (path := _find(name)) is not None}
+    return found if len(found) == len(NAMES) else None
+
+
+def _find(name: str) -> Path | None:
     given = os.environ.get("KUBEBUILDER_ASSETS")
     places = [Path(given)] if given else []
     for folder in [*places, cache_folder()]:
@@ -60,7 +65,7 @@ def ensure() -> dict[str, Path]:
 
     Raises AssetsMissing with a text that says what to do.
     """
-    missing = [name for name in NAMES if find(name) is None]
+    missing = [name for name in NAMES if _find(name) is None]
     if missing and shutil.which("go") is None:
         raise AssetsMissing(
             "no control plane: install Go 1.26 so that it can be built once, or set "
@@ -76,7 +81,7 @@ def ensure() -> dict[str, Path]:
                 # Another program may have built it while this one waited.
                 if not (target / name).is_file():
                     _build(name, target, f"[{number}/{len(missing)}]")
-    return {name: find(name) or cache_folder() / name for name in NAMES}
+    return {name: _find(name) or cache_folder() / name for name in NAMES}
 
 
 def _build(name: str, target: Path, counter: str) -> None:

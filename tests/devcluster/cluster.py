@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+from devcluster import assets
 from devcluster.controlplane import ControlPlane
 from devcluster.handle import Handle
 from devcluster.process import Background, wait_until
@@ -55,10 +56,12 @@ class DevCluster:
 
     def start(self) -> Handle:
         """Start S3, control plane and nodes; ready when all of them are."""
+        assets.ensure()
         self.s3.process.start()
-        self.control_plane.start()
+        # A node waits for the API server; its start is slow enough to run beside.
         for node in self.nodes.values():
             node.start()
+        self.control_plane.start()
         wait_until(self._nodes_ready, "nodes", 60)
         wait_until(self.s3.ready, "SeaweedFS", 60)
         self.handle.save()

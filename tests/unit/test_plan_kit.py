@@ -127,3 +127,9 @@ def started(**changes: Any) -> Observed:
     return after(
         replace(first, **{"batch_jobs": gang_job(), "pods": (), **changes}), status=first.status
     )
+
+
+def teacher_seen(view: dict[str, Any], pods: tuple[PodView, ...] = (), **changes: Any) -> Any:
+    name = names.teacher_name("small")
+    jobs = {name: BatchJobView(name, names.ROLE_TEACHER, **view)}
+    return after(accepted(), batch_jobs=jobs, pods=pods, **changes)

@@ -8,7 +8,7 @@ its pods.
 from __future__ import annotations
 
 from kubedistill_api import reasons
-from kubedistill_api.names import ROLE_STUDENT
+from kubedistill_api.names import ROLE_STUDENT, ROLE_TEACHER
 from kubedistill_api.runspec import Outcome
 from kubedistill_api.status import Attempt
 
@@ -235,7 +235,10 @@ def _between(step: Pass, last: Attempt | None, *, teacher_ready: bool) -> None:
         )
         return
     if step.spec.suspend:
-        _suspended(draft)
+        if any(pod.active for pod in step.seen.pods_of(ROLE_TEACHER)):
+            draft.summary(reasons.IS_SUSPENDED, "the teacher's pods end")
+        else:
+            _suspended(draft)
         return
     draft.set(reasons.SUSPENDED, "False", reasons.NOT_SUSPENDED)
     if not teacher_ready:

@@ -40,7 +40,17 @@ class Registration:
         self._since = now()
 
     def start(self) -> None:
-        """Register, then renew in a thread."""
+        """Register as soon as the API server lets us, then renew in a thread."""
+        while not self._stop.is_set():
+            try:
+                self._register()
+                break
+            except Exception as error:  # whatever it says before it is ready means: not yet
+                _log.info("not registered yet: %s", error)
+                self._stop.wait(0.25)
+        threading.Thread(target=self._renew_for_ever, daemon=True).start()
+
+    def _register(self) -> None:
         labels = {
             "kubernetes.io/hostname": self._name,
             "kubernetes.io/os": "linux",
@@ -53,7 +63,6 @@ class Registration:
             if error.code != 409:
                 raise
         self._report()
-        threading.Thread(target=self._renew_for_ever, daemon=True).start()
 
     def renew(self) -> None:
         """One renewal of the Lease and of the status."""

@@ -1,6 +1,19 @@
 """Distillation losses without a [tokens × vocabulary] tensor."""
 
 from kubedistill_trainer.losses.core import distillation_loss
-from kubedistill_trainer.losses.types import IGNORED, LossParts, TeacherHidden, TeacherSparse
+from kubedistill_trainer.losses.types import (
+    IGNORED,
+    LossParts,
+    Teacher,
+    TeacherHidden,
+    TeacherSparse,
+)
 
-__all__ = ["IGNORED", "LossParts", "TeacherHidden", "TeacherSparse", "distillation_loss"]
+__all__ = [
+    "IGNORED",
+    "LossParts",
+    "Teacher",
+    "TeacherHidden",
+    "TeacherSparse",
+    "distillation_loss",
+]

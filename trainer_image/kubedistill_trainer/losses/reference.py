@@ -49,7 +49,8 @@ def dense_loss(
 def _bucketed(log_q: Tensor, teacher: TeacherSparse, temperature: float) -> Tensor:
     log_p = teacher.logprobs_NK / temperature - teacher.log_z_N[:, None]
     kept = (log_p.exp() * (log_p - log_q.gather(-1, teacher.ids_NK))).sum(-1)
+    if teacher.ids_NK.shape[-1] == log_q.shape[-1]:
+        return kept
     p_tail = 1 - log_p.exp().sum(-1)
-    q_tail = log_q.exp().scatter(-1, teacher.ids_NK, 0.0).sum(-1)
-    tail = torch.where(p_tail > 1e-12, p_tail * (p_tail.clamp_min(1e-12).log() - q_tail.log()), 0)
-    return kept + tail
+    log_q_tail = log_q.scatter(-1, teacher.ids_NK, float("-inf")).logsumexp(-1)
+    return kept + p_tail * (p_tail.log() - log_q_tail)

@@ -30,6 +30,10 @@ def preflight(store: Store) -> None:
     succeeds, or when a race of conditional writes has two winners.
     """
     probe = store.child(f".preflight/{uuid.uuid4()}")
+    # Read before anything is written: SeaweedFS makes a missing bucket on the first PUT to it, and
+    # a mistyped name must not become a bucket.
+    for _ in probe.list():
+        raise UnsupportedStore("list", probe.uri, "a prefix made just now is not empty")
     try:
         _check_write_and_read(probe)
         _check_second_write_fails(probe)

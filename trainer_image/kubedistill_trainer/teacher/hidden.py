@@ -3,8 +3,9 @@
 Final norms leave some channels tens of times louder than the rest, and a loud channel coarsens the
 steps of its whole group. So channels are first divided by the square root of their root mean square
 over the sample, which takes error from the many quiet channels and gives the loud one finer steps
-than full equalisation would. On SmolLM2-135M it cuts the gradient error to between a half and a
-third for one byte a channel and sample; samples too short to spread that byte do without.
+than full equalisation would. On SmolLM2-135M's states, against a student with the same states and
+30% noise, it cuts the gradient error by 56 to 64% (T = 1 … 10) for one byte a channel and sample;
+samples too short to spread that byte do without.
 
 Layout: header (positions u32, hidden size u32, group size u16, precision u8, equalised u8); when
 equalised, an exponent i8 [H] with divisor 2^(e/4); the scales of all positions; the values of all

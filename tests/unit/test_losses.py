@@ -1,0 +1,355 @@
+"""The chunked core against the dense float64 oracle: loss and both gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kubedistill_trainer.losses import (
+    LossParts,
+    Teacher,
+    TeacherHidden,
+    TeacherSparse,
+    distillation_loss,
+)
+from kubedistill_trainer.losses.reference import dense_loss
+from torch import Tensor
+
+TEMPERATURES = [0.5, 1.0, 2.0, 4.0, 10.0, 20.0]
+
+
+@dataclass
+class Case:
+    """Inputs of one call in fp64; `rows` of the head may exceed the vocabulary."""
+
+    hidden: Tensor
+    head: Tensor
+    labels: Tensor
+    teacher: TeacherHidden
+
+    @property
+    def valid(self) -> float:
+        return float((self.labels != -100).sum())
+
+    def cast(self, dtype: torch.dtype) -> Case:
+        teacher = self.teacher
+        states, head = teacher.hidden_NH.to(dtype), teacher.head_VH.to(dtype)
+        return Case(
+            self.hidden.to(dtype),
+            self.head.to(dtype),
+            self.labels,
+            TeacherHidden(states, head, teacher.softcap),
+        )
+
+
+def case(
+    tokens: int = 37, vocab: int = 211, rows: int | None = None, spread: float = 2.0, seed: int = 0
+) -> Case:
+    """A student near its teacher, as in training; a third of the tokens has no label."""
+    torch.manual_seed(seed)
+    hidden, width, teacher_width = torch.randn(tokens, 19).double(), 19, 23
+    head = spread * torch.randn(rows or vocab, width).double() / width**0.5
+    labels = torch.randint(0, vocab, (tokens,))
+    labels[torch.rand(tokens) < 0.33] = -100
+    lift = torch.randn(width, teacher_width).double() / width**0.5
+    states = hidden @ lift + 0.3 * torch.randn(tokens, teacher_width).double()
+    teacher_head = head @ lift + 0.1 * torch.randn(rows or vocab, teacher_width).double()
+    # The oracle gets exactly the numbers that fp32 gets.
+    return (
+        Case(hidden, head, labels, TeacherHidden(states, teacher_head))
+        .cast(torch.float32)
+        .cast(torch.float64)
+    )
+
+
+def sparse_of(
+    teacher: TeacherHidden, k: int, temperature: float, vocab: int | None = None
+) -> TeacherSparse:
+    logits = teacher.hidden_NH @ teacher.head_VH[:vocab].T
+    log_p = torch.log_softmax(logits, dim=-1)
+    top = log_p.topk(k)
+    return TeacherSparse(top.indices, top.values, (log_p / temperature).logsumexp(-1))
+
+
+def evaluate(
+    c: Case, teacher: Teacher | None, *, oracle: bool = False, **options: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, ∂/∂hidden, ∂/∂head)."""
+    hidden, head = c.hidden.clone().requires_grad_(), c.head.clone().requires_grad_()
+    function = dense_loss if oracle else distillation_loss
+    result = function(hidden, head, c.labels, teacher, normalizer=c.valid, **options)  # type: ignore[operator]
+    total = result.total if isinstance(result, LossParts) else result
+    total.backward()
+    assert hidden.grad is not None
+    assert head.grad is not None
+    return total.detach(), hidden.grad, head.grad
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative, in the Euclidean norm."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def check(c: Case, teacher_of: str, tolerance: float, dtype: torch.dtype, **options: float | None):
+    narrow = c.cast(dtype)
+    teacher: Teacher | None = c.teacher
+    narrow_teacher: Teacher | None = narrow.teacher
+    if teacher_of == "sparse":
+        vocab = options.get("vocab_size")
+        kept = sparse_of(c.teacher, 17, options["temperature"] or 1, vocab and int(vocab))
+        teacher = kept
+        # In fp32 already: what the stream gives is what the oracle must get.
+        narrow_teacher = kept
+    elif teacher_of == "none":
+        teacher = narrow_teacher = None
+    found = evaluate(narrow, narrow_teacher, **options)
+    expected = evaluate(c, teacher, oracle=True, **options)
+    for name, ours, oracle in zip(("loss", "hidden", "head"), found, expected, strict=True):
+        assert error(ours, oracle) < tolerance, (name, error(ours, oracle))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("weight", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("teacher", ["hidden", "sparse", "none"])
+def test_equals_the_oracle(
+    teacher: str, weight: float, temperature: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    check(case(), teacher, tolerance, dtype, temperature=temperature, soft_weight=weight)
+
+
+@pytest.mark.parametrize("teacher", ["hidden", "sparse", "none"])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_softcap_and_padded_vocabulary(teacher: str, chunk: int) -> None:
+    c = case(vocab=150, rows=163)
+    c.teacher = TeacherHidden(c.teacher.hidden_NH, c.teacher.head_VH[:152], None)
+    found = {
+        "soft_weight": 0.6, "temperature": 3.0, "vocab_size": 150, "softcap": 2.5,
+    }  # fmt: skip
+    check(c, teacher, 1e-5, torch.float32, **found)
+    kept: Teacher | None = {"hidden": c.teacher, "none": None}.get(
+        teacher, sparse_of(c.teacher, 9, 3.0, 150)
+    )
+    ours = evaluate(c, kept, chunk_tokens=chunk, **found)
+    for a, b in zip(ours, evaluate(c, kept, oracle=True, **found), strict=True):
+        assert error(a, b) < 1e-10
+    assert not ours[2][150:].any()
+
+
+def test_softcap_of_the_teacher() -> None:
+    c = case()
+    c.teacher = TeacherHidden(c.teacher.hidden_NH, c.teacher.head_VH, 1.5)
+    check(c, "hidden", 1e-5, torch.float32, temperature=2.0, soft_weight=0.5)
+
+
+@pytest.mark.parametrize("teacher", ["hidden", "sparse"])
+def test_a_large_vocabulary_at_high_temperature_keeps_its_digits(teacher: str) -> None:
+    """KL is a thousandth of log Z here: the plain sum p (log p − log q) has 1e-4 of error."""
+    c = case(tokens=16, vocab=30_011)
+    check(c, teacher, 1e-5, torch.float32, temperature=20.0, soft_weight=1.0)
+
+
+def test_a_constant_added_to_the_teachers_logits_changes_nothing() -> None:
+    c = case(vocab=3_001).cast(torch.float32)
+    ones = torch.ones(len(c.hidden), 1)
+    shifted = TeacherHidden(
+        torch.cat([c.teacher.hidden_NH, ones], 1),
+        torch.cat([c.teacher.head_VH, torch.full((3_001, 1), 40.0)], 1),
+    )
+    options = {"temperature": 10.0, "soft_weight": 1.0}
+    plain, moved = evaluate(c, c.teacher, **options), evaluate(c, shifted, **options)
+    for a, b in zip(plain, moved, strict=True):
+        # 40 has 32 times fewer digits behind the point than a logit.
+        assert error(b, a.double()) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("teacher", ["hidden", "sparse", "none"])
+def test_any_split_gives_the_same(teacher: str, dtype: torch.dtype) -> None:
+    """Micro-batches, ranks and accumulation steps all are sums of parts over one normaliser."""
+    c = case(tokens=41).cast(dtype)
+    full: Teacher | None = {"hidden": c.teacher, "none": None}.get(
+        teacher, sparse_of(c.teacher, 9, 4.0)
+    )
+    options = {"temperature": 4.0, "soft_weight": 0.7}
+    whole = evaluate(c, full, **options)
+    hidden, head = c.hidden.clone().requires_grad_(), c.head.clone().requires_grad_()
+    total = torch.zeros(())
+    for rows in torch.arange(41).split([1, 5, 30, 0, 5]):
+        part = full
+        if isinstance(full, TeacherHidden):
+            part = TeacherHidden(full.hidden_NH[rows], full.head_VH)
+        elif isinstance(full, TeacherSparse):
+            part = TeacherSparse(full.ids_NK[rows], full.logprobs_NK[rows], full.log_z_N[rows])
+        loss = distillation_loss(
+            hidden[rows], head, c.labels[rows], part, normalizer=torch.tensor(c.valid), **options
+        ).total
+        (loss * 3).backward()
+        total = total + loss.detach()
+    assert error(total, whole[0].double()) < 1e-6
+    assert hidden.grad is not None
+    assert head.grad is not None
+    assert error(hidden.grad / 3, whole[1].double()) < 1e-6
+    assert error(head.grad / 3, whole[2].double()) < 1e-6
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 64])
+def test_any_chunk_gives_the_same(chunk: int) -> None:
+    c = case()
+    options = {"temperature": 2.0, "soft_weight": 0.3}
+    expected = evaluate(c, c.teacher, **options)
+    for a, b in zip(evaluate(c, c.teacher, chunk_tokens=chunk, **options), expected, strict=True):
+        assert error(a, b) < 1e-12
+
+
+def test_without_any_label_it_is_zero_and_every_gradient_exists() -> None:
+    c = case()
+    c.labels = torch.full_like(c.labels, -100)
+    hidden, head = c.hidden.requires_grad_(), c.head.requires_grad_()
+    parts = distillation_loss(
+        hidden, head, c.labels, c.teacher, temperature=4.0, soft_weight=0.5, normalizer=12
+    )
+    parts.total.backward()
+    assert (float(parts.total), float(parts.soft), float(parts.hard)) == (0, 0, 0)
+    for grad in (hidden.grad, head.grad):
+        assert grad is not None
+        assert not grad.any()
+
+
+def test_a_tied_head_gets_both_gradients() -> None:
+    c = case(vocab=61)
+    tokens = torch.randint(0, 61, (len(c.labels),))
+    grads = []
+    for oracle in (False, True):
+        head = c.head.clone().requires_grad_()
+        options = {"temperature": 4.0, "soft_weight": 0.7, "normalizer": c.valid}
+        hidden = torch.tanh(head[tokens])
+        if oracle:
+            loss = dense_loss(hidden, head, c.labels, c.teacher, **options)
+        else:
+            loss = distillation_loss(hidden, head, c.labels, c.teacher, **options).total
+        loss.backward()
+        assert head.grad is not None
+        grads.append(head.grad)
+    assert error(grads[0], grads[1]) < 1e-10
+
+
+def test_what_needs_no_gradient_gets_none() -> None:
+    c = case()
+    options = {"temperature": 4.0, "soft_weight": 0.7, "normalizer": c.valid}
+    frozen_head = c.hidden.clone().requires_grad_()
+    distillation_loss(frozen_head, c.head, c.labels, c.teacher, **options).total.backward()
+    assert c.head.grad is None
+    assert (
+        error(frozen_head.grad, evaluate(c, c.teacher, **_without_normaliser(options))[1]) < 1e-12
+    )
+    with torch.no_grad():
+        parts = distillation_loss(frozen_head, c.head, c.labels, c.teacher, **options)
+    assert not parts.total.requires_grad
+    assert float(parts.total) == pytest.approx(float(0.7 * parts.soft + 0.3 * parts.hard))
+
+
+def _without_normaliser(options: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in options.items() if name != "normalizer"}
+
+
+def test_a_part_without_weight_is_not_computed() -> None:
+    c = case()
+    soft_only = distillation_loss(
+        c.hidden, c.head, c.labels, c.teacher, temperature=4, soft_weight=1, normalizer=1
+    )
+    assert torch.isnan(soft_only.hard)
+    assert float(soft_only.total) == float(soft_only.soft)
+    hard_only = distillation_loss(
+        c.hidden, c.head, c.labels, None, temperature=4, soft_weight=1, normalizer=1
+    )
+    assert torch.isnan(hard_only.soft)
+    assert float(hard_only.total) == float(hard_only.hard)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_sum_in_fp32(dtype: torch.dtype) -> None:
+    c = case(vocab=501)
+    half = c.cast(dtype)
+    c = half.cast(torch.float64)
+    for options in (
+        {"temperature": 1.0, "soft_weight": 0.5},
+        {"temperature": 4.0, "soft_weight": 1.0},
+    ):
+        found = evaluate(half, half.teacher, **options)
+        expected = evaluate(c, c.teacher, oracle=True, **options)
+        assert found[1].dtype == found[2].dtype == dtype
+        for ours, oracle in zip(found, expected, strict=True):
+            assert error(ours, oracle) < (2e-2 if dtype == torch.bfloat16 else 3e-3)
+
+
+def test_fp16_gradients_survive_a_large_normaliser_through_loss_scaling() -> None:
+    half = case(vocab=501).cast(torch.float16)
+    hidden, head = half.hidden.requires_grad_(), half.head.requires_grad_()
+    options = {"temperature": 4.0, "soft_weight": 0.7, "normalizer": 1e6}
+    parts = distillation_loss(hidden, head, half.labels, half.teacher, **options)
+    (parts.total * 2.0**16).backward()
+    wide = half.cast(torch.float64)
+    expected = evaluate(wide, wide.teacher, oracle=True, temperature=4.0, soft_weight=0.7)[2]
+    assert head.grad is not None
+    assert error(head.grad.double() / 2**16 * 1e6 / wide.valid, expected) < 5e-3
+
+
+@pytest.mark.parametrize("kind", ["hidden", "sparse", "none"])
+def test_gradcheck(kind: str) -> None:
+    c = case(tokens=5, vocab=13)
+    teacher: Teacher | None = {"hidden": c.teacher, "none": None}.get(
+        kind, sparse_of(c.teacher, 4, 2.0)
+    )
+
+    def loss(hidden: Tensor, head: Tensor) -> Tensor:
+        return distillation_loss(
+            hidden, head, c.labels, teacher, temperature=2.0, soft_weight=0.4, normalizer=3.0,
+            softcap=3.0, chunk_tokens=2,
+        ).total  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, (c.hidden.requires_grad_(), c.head.requires_grad_()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 9),
+    vocab=st.integers(2, 300),
+    temperature=st.sampled_from(TEMPERATURES),
+    spread=st.sampled_from([0.0, 1e-3, 1.0, 30.0]),
+    seed=st.integers(0, 99),
+)
+def test_kl_is_never_negative_and_zero_for_equal_models(
+    tokens: int, vocab: int, temperature: float, spread: float, seed: int
+) -> None:
+    c = case(tokens, vocab, spread=spread, seed=seed).cast(torch.float32)
+    c.labels = c.labels.clamp_min(0)
+    options = {"temperature": temperature, "soft_weight": 1.0, "normalizer": 1.0}
+    for teacher in (c.teacher, sparse_of(c.teacher, (vocab + 1) // 2, temperature)):
+        parts = distillation_loss(c.hidden, c.head, c.labels, teacher, **options)
+        assert float(parts.soft) >= -1e-5
+    same = TeacherHidden(c.hidden, c.head)
+    hidden = c.hidden.requires_grad_()
+    parts = distillation_loss(hidden, c.head, c.labels, same, **options)
+    parts.total.backward()
+    assert abs(float(parts.soft)) < 1e-5
+    assert float(hidden.grad.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature: 0.0"),
+        ({"soft_weight": 1.5}, "soft_weight: 1.5"),
+        ({"normalizer": 0.0}, "normalizer: 0.0"),
+        ({"vocab_size": 999}, "the student's head has 211 rows"),
+    ],
+)
+def test_refuses(change: dict[str, float], message: str) -> None:
+    c = case()
+    options = {"temperature": 1.0, "soft_weight": 0.5, "normalizer": 1.0, **change}
+    with pytest.raises(ValueError, match=message):
+        distillation_loss(c.hidden, c.head, c.labels, c.teacher, **options)  # type: ignore[arg-type]

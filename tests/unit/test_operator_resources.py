@@ -1,0 +1,205 @@
+"""Builders of Kubernetes objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kubedistill_api import names
+from kubedistill_api.job import DistillationJobSpec
+from kubedistill_operator.plan.actions import Inputs
+from kubedistill_operator.resources import batch_jobs, run_specs
+from kubedistill_operator.resources.merge import strategic_merge
+from kubedistill_operator.resources.owner import Owner
+from kubedistill_operator.resources.pods import TrainerImage, memory_limit, preflight_part
+from kubedistill_operator.resources.quantity import to_bytes
+from test_plan_kit import UID, spec
+
+OWNER = Owner("ml", "small", UID, chain="c", stage="s")
+IMAGE = TrainerImage("image:1", env={"EXTRA": "1", "HOME": "/ignored"})
+
+
+@pytest.mark.parametrize(
+    ("base", "patch", "expected"),
+    [
+        ({"a": 1}, {"b": 2}, {"a": 1, "b": 2}),
+        ({"a": {"b": 1, "c": 2}}, {"a": {"b": None}}, {"a": {"c": 2}}),
+        ({"args": ["x"]}, {"args": ["y"]}, {"args": ["y"]}),
+        ({"env": [{"name": "A", "value": "1"}, {"name": "B", "value": "2"}]},
+         {"env": [{"name": "B", "value": "3"}, {"name": "C", "value": "4"}]},
+         {"env": [{"name": "A", "value": "1"}, {"name": "B", "value": "3"},
+                  {"name": "C", "value": "4"}]}),
+        ({"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "x"}}}]},
+         {"env": [{"name": "A", "value": "1"}]},
+         {"env": [{"name": "A", "value": "1"}]}),
+        ({"volumeMounts": [{"mountPath": "/tmp", "name": "tmp"}]},
+         {"volumeMounts": [{"mountPath": "/tmp", "name": "mine"}]},
+         {"volumeMounts": [{"mountPath": "/tmp", "name": "mine"}]}),
+        ({"tolerations": [{"key": "gpu"}]}, {"tolerations": [{"operator": "Exists"}]},
+         {"tolerations": [{"key": "gpu"}, {"operator": "Exists"}]}),
+    ],
+)  # fmt: skip
+def test_strategic_merge(base: Any, patch: Any, expected: Any) -> None:
+    assert strategic_merge(base, patch) == expected
+
+
+_leaf = st.one_of(st.integers(0, 3), st.sampled_from(["x", "y"]))
+_named = st.lists(
+    st.fixed_dictionaries({"name": st.sampled_from("abc"), "value": _leaf}), max_size=4
+)
+_objects = st.recursive(
+    st.dictionaries(st.sampled_from(["p", "q", "r"]), _leaf, max_size=3),
+    lambda inner: (
+        st.dictionaries(
+            st.sampled_from(["p", "q", "env", "containers"]),
+            st.one_of(inner, st.lists(_leaf, max_size=2)),
+            max_size=3,
+        )
+        | st.fixed_dictionaries({"env": _named})
+    ),
+    max_leaves=8,
+)
+
+
+@given(_objects, _objects)
+def test_merging_twice_is_merging_once(base: Any, patch: Any) -> None:
+    once = strategic_merge(base, patch)
+    assert strategic_merge(once, patch) == once
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("16Gi", 16 * 2**30), ("1500M", 1_500_000_000), ("1.5Ki", 1536), (2048, 2048),
+     ("1e3", 1000), (None, None), ("much", None)],
+)  # fmt: skip
+def test_quantities(text: Any, size: int | None) -> None:
+    assert to_bytes(text) == size
+
+
+def parsed(**changes: Any) -> DistillationJobSpec:
+    return DistillationJobSpec.model_validate(spec(**changes))
+
+
+def gang(**changes: Any) -> dict[str, Any]:
+    whole = parsed(**changes)
+    template = batch_jobs.gang_template(OWNER, whole, IMAGE, attempt=2, grace_seconds=90)
+    return batch_jobs.gang(OWNER, whole.workers.nodes, 2, template)
+
+
+def test_the_gang_is_all_or_nothing() -> None:
+    job = gang(workers={"nodes": 4, "gpusPerNode": 8})
+    assert job["metadata"]["name"] == "small-a2"
+    reference = job["metadata"]["ownerReferences"][0]
+    assert reference["uid"] == UID
+    assert reference["controller"]
+    assert reference["blockOwnerDeletion"]
+    body = job["spec"]
+    assert (body["completions"], body["parallelism"], body["backoffLimit"]) == (4, 4, 0)
+    assert body["podReplacementPolicy"] == "Failed"
+    assert "successPolicy" not in body
+    assert [r["action"] for r in body["podFailurePolicy"]["rules"]] == ["FailJob", "FailJob"]
+    assert body["podFailurePolicy"]["rules"][0]["onPodConditions"][0]["type"] == "DisruptionTarget"
+    assert 0 not in body["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"]
+
+
+def test_pods_are_restricted() -> None:
+    pod = gang(workers={"gpusPerNode": 8})["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["restartPolicy"] == "Never"
+    assert pod["subdomain"] == "small"
+    assert pod["terminationGracePeriodSeconds"] == 90
+    gpus = {"nvidia.com/gpu": "8"}
+    assert container["resources"] == {"requests": gpus, "limits": gpus}
+    assert {v["name"]: v.get("emptyDir") for v in pod["volumes"]}["shm"] == {"medium": "Memory"}
+
+
+def test_credentials_come_by_reference_only() -> None:
+    storage = {"uri": "s3://runs/x", "secretRef": {"name": "keys"}}
+    env = gang(storage=storage)["spec"]["template"]["spec"]["containers"][0]["env"]
+    by_name = {entry["name"]: entry for entry in env}
+    for key in names.SECRET_KEYS:
+        assert by_name[key]["valueFrom"] == {"secretKeyRef": {"name": "keys", "key": key}}
+    assert by_name["HOME"]["value"] == "/tmp"
+    assert by_name["EXTRA"]["value"] == "1"
+    assert len(by_name) == len(env)
+
+
+def test_a_template_is_merged_but_cannot_hide_the_pod() -> None:
+    template = {
+        "metadata": {"labels": {names.LABEL_JOB: "other", "team": "x"}},
+        "spec": {
+            "nodeSelector": {"gpu": "h100"},
+            "containers": [
+                {"name": "trainer", "resources": {"limits": {"memory": "2Gi"}}},
+                {"name": "sidecar", "image": "s"},
+            ],
+        },
+    }
+    pod = gang(workers={"gpusPerNode": 1, "template": template})["spec"]["template"]
+    assert pod["metadata"]["labels"][names.LABEL_JOB] == "small"
+    assert pod["metadata"]["labels"]["team"] == "x"
+    assert pod["spec"]["nodeSelector"] == {"gpu": "h100"}
+    trainer, sidecar = pod["spec"]["containers"]
+    assert trainer["resources"]["limits"] == {"nvidia.com/gpu": "1", "memory": "2Gi"}
+    assert sidecar["name"] == "sidecar"
+    assert memory_limit(pod) == "2Gi"
+
+
+def test_the_preflight_asks_for_no_gpus() -> None:
+    template = {
+        "spec": {
+            "nodeSelector": {"a": "b"},
+            "affinity": {},
+            "containers": [
+                {"name": "trainer", "env": [{"name": "A", "value": "1"}],
+                 "resources": {"limits": {"nvidia.com/gpu": "8"}}},
+            ],
+        }
+    }  # fmt: skip
+    assert preflight_part(template) == {
+        "spec": {
+            "nodeSelector": {"a": "b"},
+            "containers": [{"name": "trainer", "env": [{"name": "A", "value": "1"}]}],
+        }
+    }
+    whole = parsed(workers={"gpusPerNode": 8, "template": template})
+    job = batch_jobs.preflight(OWNER, whole, IMAGE, name="small-p1", tries=1, generation=1)
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    assert "resources" not in container
+    assert container["args"] == ["preflight"]
+
+
+def test_teacher_partitions_are_retried_one_by_one() -> None:
+    teacher = {"model": {"uri": "s3://models/m"}, "workers": {"replicas": 3, "gpusPerReplica": 2}}
+    job = batch_jobs.teacher(OWNER, parsed(teacher=teacher), IMAGE)
+    assert job["spec"]["completions"] == 3
+    assert job["spec"]["backoffLimitPerIndex"] == 3
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "2"}
+
+
+def test_the_run_spec_survives_its_config_map() -> None:
+    base = run_specs.base_run_spec(OWNER, parsed(), Inputs("abc"), "student")
+    run = run_specs.student_run_spec(base, 2, 7, 90, 1024)
+    raw = run_specs.config_map(OWNER, "small-a2", run)
+    assert raw["immutable"]
+    assert run_specs.read_config_map(raw) == run
+    assert run.rendezvous is not None
+    assert run.rendezvous.host == "small-a2-0.small"
+    assert (run.fence, run.inputs_digest) == (7, "abc")
+
+
+def test_the_service_publishes_pods_that_are_not_ready() -> None:
+    service = batch_jobs.service(OWNER)
+    assert service["spec"]["publishNotReadyAddresses"]
+    assert service["spec"]["clusterIP"] == "None"

@@ -1,0 +1,175 @@
+"""Chains: composition of stages and the plan over them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from kubedistill_api import reasons
+from kubedistill_api.chain import DistillationChainSpec, DistillationChainStatus
+from kubedistill_api.status import (
+    Condition,
+    DistillationJobStatus,
+    Metric,
+    ModelStatus,
+    Progress,
+)
+from kubedistill_operator.plan.actions import ChainPlan, CreateStageJob, SuspendStageJob
+from kubedistill_operator.plan.chain import ObservedChain, StageJob, plan_chain
+from kubedistill_operator.plan.compose import compose, merge_patch
+from kubedistill_operator.plan.inputs import parse_spec
+from test_plan_kit import NOW, spec
+
+INITIAL = {"model": {"uri": "s3://models/70b"}}
+
+
+@pytest.mark.parametrize(
+    ("target", "patch", "expected"),
+    [
+        ({"a": "b"}, {"a": "c"}, {"a": "c"}),
+        ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
+        ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
+        ({"a": ["b"]}, {"a": "c"}, {"a": "c"}),
+        ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
+        ({"a": [{"b": "c"}]}, {"a": [1]}, {"a": [1]}),
+        ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
+        ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
+    ],
+)
+def test_merge_patch_as_rfc_7386_has_it(target: Any, patch: Any, expected: Any) -> None:
+    assert merge_patch(target, patch) == expected
+
+
+def chain_spec(*stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    template = {k: v for k, v in spec().items() if k != "teacher"}
+    return {"initialTeacher": INITIAL, "template": template, "stages": list(stages)} | changes
+
+
+def composed(index: int, *stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    chain = DistillationChainSpec.model_validate(chain_spec(*stages, **changes))
+    return compose("c", chain, index)
+
+
+def test_the_teacher_is_passed_down() -> None:
+    stages = ({"name": "m"}, {"name": "s"})
+    assert composed(0, *stages)["teacher"] == INITIAL
+    assert composed(1, *stages)["teacher"] == {"fromJob": {"name": "c-m"}}
+
+
+def test_delivery_of_the_template_stays_with_the_teacher_passed_down() -> None:
+    whole = chain_spec({"name": "m"}, {"name": "s"})
+    whole["template"]["teacher"] = {"delivery": "Online"}
+    chain = DistillationChainSpec.model_validate(whole)
+    teacher = compose("c", chain, 1)["teacher"]
+    assert teacher == {"delivery": "Online", "fromJob": {"name": "c-m"}}
+
+
+def test_a_stages_method_replaces_the_templates() -> None:
+    tuned = composed(1, {"name": "m"}, {"name": "t", "fineTune": {}, "student": None})
+    assert "distill" not in tuned
+    assert "teacher" not in tuned
+    assert tuned["student"] == {"fromJob": {"name": "c-m"}}
+    assert parse_spec(tuned)[1] == []
+
+
+def test_a_stages_source_replaces_the_templates() -> None:
+    student = {"config": {"model_type": "llama"}}
+    assert composed(0, {"name": "m", "student": student})["student"] == student
+
+
+def stage_job(reason: str, status: Any = "Unknown", **changes: Any) -> StageJob:
+    condition = Condition(type="Succeeded", status=status, reason=reason, message="why")
+    whole = composed(0, {"name": "m"})
+    fields: dict[str, Any] = {"conditions": [condition]} | changes
+    return StageJob(whole, DistillationJobStatus(**fields))
+
+
+def seen(jobs: dict[str, StageJob] | None = None, **changes: Any) -> ObservedChain:
+    whole = chain_spec({"name": "m"}, {"name": "s"}, **changes)
+    status = DistillationChainStatus()
+    return ObservedChain("ml", "c", 1, whole, status, NOW, jobs or {})
+
+
+def settled(observed: ObservedChain) -> ChainPlan:
+    plan = plan_chain(observed)
+    again = plan_chain(replace(observed, status=plan.status))
+    assert again.status == plan.status
+    return plan
+
+
+def succeeded(plan: ChainPlan) -> Condition:
+    return next(c for c in plan.status.conditions if c.type == reasons.SUCCEEDED)
+
+
+DONE = stage_job(
+    "Completed", "True", model=ModelStatus(uri="s3://m", parameters=5),
+    metrics=[Metric(name="perplexity", value=9.5)],
+)  # fmt: skip
+
+
+def test_the_first_stage_starts_alone() -> None:
+    plan = settled(seen())
+    assert [type(a) for a in plan.actions] == [CreateStageJob]
+    assert plan.status.current_stage == "m 1/2"
+    assert [s.state for s in plan.status.stages] == ["Pending", "Pending"]
+
+
+def test_the_second_stage_waits_for_the_first() -> None:
+    progress = Progress(percentage=50, estimated_remaining="3m")
+    plan = settled(seen({"c-m": stage_job("Training", progress=progress)}))
+    assert plan.actions == ()
+    assert plan.status.progress == 25
+    assert plan.status.estimated_remaining == "3m"
+    following = settled(seen({"c-m": DONE}))
+    action = following.actions[0]
+    assert isinstance(action, CreateStageJob)
+    assert action.stage == "s"
+    assert following.status.stages[0].perplexity == 9.5
+
+
+def test_a_failed_stage_stops_the_chain() -> None:
+    plan = settled(seen({"c-m": stage_job("Stalled", "False")}))
+    assert succeeded(plan).reason == reasons.STAGE_FAILED
+    assert succeeded(plan).message == "stage m failed (Stalled): why"
+    assert plan.actions == ()
+
+
+def test_all_stages_are_checked_before_one_starts() -> None:
+    observed = seen()
+    broken = dict(observed.spec)
+    broken["stages"] = [{"name": "m"}, {"name": "s", "training": {"epochs": 0}}]
+    plan = settled(replace(observed, spec=broken))
+    assert succeeded(plan).reason == reasons.INVALID_SPEC
+    assert succeeded(plan).message.startswith("stage s: spec.training.epochs: found 0")
+    assert plan.actions == ()
+
+
+def test_suspension_reaches_the_running_stage() -> None:
+    plan = settled(seen({"c-m": stage_job("Training")}, suspend=True))
+    assert plan.actions == (SuspendStageJob("c-m", True),)
+    assert succeeded(plan).reason == reasons.IS_SUSPENDED
+    assert settled(seen(suspend=True)).actions == ()
+
+
+def test_an_edit_of_a_started_stage_is_said_and_not_done() -> None:
+    observed = seen({"c-m": stage_job("Training")})
+    edited = dict(observed.spec)
+    edited["stages"] = [{"name": "m", "training": {"epochs": 9}}, {"name": "s"}]
+    plan = settled(replace(observed, spec=edited))
+    assert plan.actions == ()
+    validated = next(c for c in plan.status.conditions if c.type == reasons.VALIDATED)
+    assert "stage m: started with another spec" in validated.message
+
+
+def test_a_strangers_job_is_not_taken_over() -> None:
+    plan = settled(seen({"c-m": replace(stage_job("Training"), ours=False)}))
+    assert succeeded(plan).reason == reasons.INVALID_SPEC
+    assert "not of this chain" in succeeded(plan).message
+
+
+def test_the_end() -> None:
+    plan = settled(seen({"c-m": DONE, "c-s": DONE}))
+    assert succeeded(plan).status == "True"
+    assert plan.status.progress == 100
+    assert plan.status.current_stage == "s 2/2"
