@@ -36,7 +36,8 @@ lint: .venv/.synced  ## Style, types, layers
 
 crds: .venv/.synced  ## Generate crds/*.yaml and the chart's copies
 	$(UV) run --no-sync python -m kubedistill_api.crd crds
-	mkdir -p charts/kubedistill/files/crds && cp crds/*.yaml charts/kubedistill/files/crds/
+	$(UV) run --no-sync python charts/render.py
+	$(UV) run --no-sync python -m kubedistill_api.reference docs
 
 test: lint  ## Everything: lint, types, unit, control plane, real training
 	$(RUN) pytest

@@ -5,9 +5,14 @@ Import both names where it is used: `from s3_fixture import S3Server, s3  # noqa
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -44,20 +49,29 @@ class S3Server:
         }
 
 
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A SeaweedFS server for the session, with its keys in this process's environment."""
-    server = devcluster_s3.S3Server(tmp_path_factory.mktemp("weed"))
+@functools.cache
+def running_server() -> S3Server:
+    """The server of this process: started once, gone when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="s3-"))
+    server = devcluster_s3.S3Server(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(server.stop)
+    server.start()
     access = server.access
-    found = S3Server(access.endpoint, access.bucket, access.access_key, access.secret_key)
+    return S3Server(access.endpoint, access.bucket, access.access_key, access.secret_key)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """A SeaweedFS server, with its keys in this process's environment.
+
+    A fixture that modules import is a fixture of each of them, hence the one server behind it.
+    """
+    server = running_server()
     with pytest.MonkeyPatch.context() as environment:
-        for name, value in found.environment().items():
+        for name, value in server.environment().items():
             environment.setenv(name, value)
-        try:
-            server.start()
-            yield found
-        finally:
-            server.stop()
+        yield server
 
 
 class Faults:

@@ -319,8 +319,8 @@ def test_readiness_gates_ready_and_the_name(kit: Kit) -> None:
         container={"readinessProbe": probe},
         pod={"hostname": "web", "subdomain": "web"},
     )
-    look = "import socket, time\nwhile True:\n try: print(socket.gethostbyname('web.web'))\n"
-    kit.run(look + " except OSError: print('none')\n time.sleep(0.2)", "look")
+    look = "import socket, time\nwhile True:\n try: print(socket.gethostbyname('web.web'), flush=True)\n"
+    kit.run(look + " except OSError: print('none', flush=True)\n time.sleep(0.2)", "look")
     kit.logged("up", "web")
     kit.logged("none", "look")
     time.sleep(1.5)

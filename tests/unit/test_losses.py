@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kubedistill_trainer.losses import (
-    LossParts,
     Teacher,
     TeacherHidden,
     TeacherSparse,
@@ -17,98 +14,7 @@ from kubedistill_trainer.losses import (
 )
 from kubedistill_trainer.losses.reference import dense_loss
 from torch import Tensor
-
-TEMPERATURES = [0.5, 1.0, 2.0, 4.0, 10.0, 20.0]
-
-
-@dataclass
-class Case:
-    """Inputs of one call in fp64; `rows` of the head may exceed the vocabulary."""
-
-    hidden: Tensor
-    head: Tensor
-    labels: Tensor
-    teacher: TeacherHidden
-
-    @property
-    def valid(self) -> float:
-        return float((self.labels != -100).sum())
-
-    def cast(self, dtype: torch.dtype) -> Case:
-        teacher = self.teacher
-        states, head = teacher.hidden_NH.to(dtype), teacher.head_VH.to(dtype)
-        return Case(
-            self.hidden.to(dtype),
-            self.head.to(dtype),
-            self.labels,
-            TeacherHidden(states, head, teacher.softcap),
-        )
-
-
-def case(
-    tokens: int = 37, vocab: int = 211, rows: int | None = None, spread: float = 2.0, seed: int = 0
-) -> Case:
-    """A student near its teacher, as in training; a third of the tokens has no label."""
-    torch.manual_seed(seed)
-    hidden, width, teacher_width = torch.randn(tokens, 19).double(), 19, 23
-    head = spread * torch.randn(rows or vocab, width).double() / width**0.5
-    labels = torch.randint(0, vocab, (tokens,))
-    labels[torch.rand(tokens) < 0.33] = -100
-    lift = torch.randn(width, teacher_width).double() / width**0.5
-    states = hidden @ lift + 0.3 * torch.randn(tokens, teacher_width).double()
-    teacher_head = head @ lift + 0.1 * torch.randn(rows or vocab, teacher_width).double()
-    # The oracle gets exactly the numbers that fp32 gets.
-    return (
-        Case(hidden, head, labels, TeacherHidden(states, teacher_head))
-        .cast(torch.float32)
-        .cast(torch.float64)
-    )
-
-
-def sparse_of(
-    teacher: TeacherHidden, k: int, temperature: float, vocab: int | None = None
-) -> TeacherSparse:
-    logits = teacher.hidden_NH @ teacher.head_VH[:vocab].T
-    log_p = torch.log_softmax(logits, dim=-1)
-    top = log_p.topk(k)
-    return TeacherSparse(top.indices, top.values, (log_p / temperature).logsumexp(-1))
-
-
-def evaluate(
-    c: Case, teacher: Teacher | None, *, oracle: bool = False, **options: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, ∂/∂hidden, ∂/∂head)."""
-    hidden, head = c.hidden.clone().requires_grad_(), c.head.clone().requires_grad_()
-    function = dense_loss if oracle else distillation_loss
-    result = function(hidden, head, c.labels, teacher, normalizer=c.valid, **options)  # type: ignore[operator]
-    total = result.total if isinstance(result, LossParts) else result
-    total.backward()
-    assert hidden.grad is not None
-    assert head.grad is not None
-    return total.detach(), hidden.grad, head.grad
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    """Relative, in the Euclidean norm."""
-    return float((found.double() - expected).norm() / expected.norm())
-
-
-def check(c: Case, teacher_of: str, tolerance: float, dtype: torch.dtype, **options: float | None):
-    narrow = c.cast(dtype)
-    teacher: Teacher | None = c.teacher
-    narrow_teacher: Teacher | None = narrow.teacher
-    if teacher_of == "sparse":
-        vocab = options.get("vocab_size")
-        kept = sparse_of(c.teacher, 17, options["temperature"] or 1, vocab and int(vocab))
-        teacher = kept
-        # In fp32 already: what the stream gives is what the oracle must get.
-        narrow_teacher = kept
-    elif teacher_of == "none":
-        teacher = narrow_teacher = None
-    found = evaluate(narrow, narrow_teacher, **options)
-    expected = evaluate(c, teacher, oracle=True, **options)
-    for name, ours, oracle in zip(("loss", "hidden", "head"), found, expected, strict=True):
-        assert error(ours, oracle) < tolerance, (name, error(ours, oracle))
+from unit.test_losses_kit import TEMPERATURES, case, check, error, evaluate, sparse_of
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
@@ -176,7 +82,7 @@ def test_any_split_gives_the_same(teacher: str, dtype: torch.dtype) -> None:
     )
     options = {"temperature": 4.0, "soft_weight": 0.7}
     whole = evaluate(c, full, **options)
-    hidden, head = c.hidden.clone().requires_grad_(), c.head.clone().requires_grad_()
+    hidden, head = c.leaves()
     total = torch.zeros(())
     for rows in torch.arange(41).split([1, 5, 30, 0, 5]):
         part = full
@@ -208,12 +114,12 @@ def test_any_chunk_gives_the_same(chunk: int) -> None:
 def test_without_any_label_it_is_zero_and_every_gradient_exists() -> None:
     c = case()
     c.labels = torch.full_like(c.labels, -100)
-    hidden, head = c.hidden.requires_grad_(), c.head.requires_grad_()
+    hidden, head = c.leaves()
     parts = distillation_loss(
         hidden, head, c.labels, c.teacher, temperature=4.0, soft_weight=0.5, normalizer=12
     )
     parts.total.backward()
-    assert (float(parts.total), float(parts.soft), float(parts.hard)) == (0, 0, 0)
+    assert [float(x.detach()) for x in (parts.total, parts.soft, parts.hard)] == [0, 0, 0]
     for grad in (hidden.grad, head.grad):
         assert grad is not None
         assert not grad.any()
@@ -249,7 +155,7 @@ def test_what_needs_no_gradient_gets_none() -> None:
     with torch.no_grad():
         parts = distillation_loss(frozen_head, c.head, c.labels, c.teacher, **options)
     assert not parts.total.requires_grad
-    assert float(parts.total) == pytest.approx(float(0.7 * parts.soft + 0.3 * parts.hard))
+    assert float(parts.total.detach()) == pytest.approx(float(0.7 * parts.soft + 0.3 * parts.hard))
 
 
 def _without_normaliser(options: dict[str, float]) -> dict[str, float]:
@@ -288,7 +194,7 @@ def test_half_types_sum_in_fp32(dtype: torch.dtype) -> None:
 
 def test_fp16_gradients_survive_a_large_normaliser_through_loss_scaling() -> None:
     half = case(vocab=501).cast(torch.float16)
-    hidden, head = half.hidden.requires_grad_(), half.head.requires_grad_()
+    hidden, head = half.leaves()
     options = {"temperature": 4.0, "soft_weight": 0.7, "normalizer": 1e6}
     parts = distillation_loss(hidden, head, half.labels, half.teacher, **options)
     (parts.total * 2.0**16).backward()

@@ -6,8 +6,7 @@ import pytest
 import torch
 from kubedistill_trainer.losses import TeacherHidden, TeacherSparse, distillation_loss
 from torch import Tensor
-
-from unit.test_losses import TEMPERATURES, case, error, evaluate, sparse_of
+from unit.test_losses_kit import TEMPERATURES, case, error, evaluate, sparse_of
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)

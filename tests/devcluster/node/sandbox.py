@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x4000000, 0x10000000, 0x20000000
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 CANNOT_START = 128
+_MOST_LINKS = 40
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -47,9 +49,34 @@ def die_with_parent() -> None:
     check(_libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
 
 
+def inside(root: Path, path: str | Path) -> Path:
+    """Where `path` lies below `root`, with links followed as if `root` were /.
+
+    The system's own resolution would follow /var/run → /run out to the host.
+    """
+    rest = [part for part in str(path).split("/") if part not in ("", ".")]
+    found, links = root, 0
+    while rest:
+        part = rest.pop(0)
+        if part == "..":
+            found = found if found == root else found.parent
+            continue
+        if not (found / part).is_symlink():
+            found /= part
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            raise OSError(errno.ELOOP, f"too many links in {path}")
+        target = os.readlink(found / part)  # noqa: PTH115
+        if target.startswith("/"):
+            found = root
+        rest = [name for name in target.split("/") if name not in ("", ".")] + rest
+    return found
+
+
 def place(root: Path, path: str | Path, *, folder: bool) -> Path:
     """Make the place in the new root where something will be mounted."""
-    target = root / str(path).lstrip("/")
+    target = inside(root, path)
     if folder:
         target.mkdir(parents=True, exist_ok=True)
     else:
@@ -114,7 +141,7 @@ def build_root(spec: dict[str, Any]) -> Path:
     try:
         mount("proc", place(root, "/proc", folder=True), "proc")
     except OSError:
-        mount("/proc", root / "proc", flags=MS_BIND | MS_REC)
+        mount("/proc", inside(root, "/proc"), flags=MS_BIND | MS_REC)
     mount("/sys", place(root, "/sys", folder=True), flags=MS_BIND | MS_REC)
     place(root, spec["workdir"], folder=True)
     know_user(root, spec["passwd"], spec["user"])
@@ -141,7 +168,7 @@ def mount_all(root: Path, spec: dict[str, Any]) -> None:
 
 def know_user(root: Path, entry: str, user: int) -> None:
     """Add the image's user to the container's /etc/passwd: libraries ask for its name."""
-    passwd = root / "etc/passwd"
+    passwd = inside(root, "/etc/passwd")
     text = passwd.read_text()
     if entry and f":x:{user}:" not in text:
         passwd.write_text(text + entry + "\n")
@@ -153,11 +180,11 @@ def open_up(root: Path, path: Path) -> None:
         # The overlay shows one file system of the host only.
         mount(path, place(root, path, folder=path.is_dir()), flags=MS_BIND | MS_REC)
     for folder in [*reversed(path.parents), path]:
-        inside = root / str(folder).lstrip("/")
-        mode = inside.stat().st_mode
-        if mode & 0o055 != 0o055 and inside.is_dir():
+        within = inside(root, folder)
+        mode = within.stat().st_mode
+        if mode & 0o055 != 0o055 and within.is_dir():
             with contextlib.suppress(OSError):
-                inside.chmod(mode | 0o055)
+                within.chmod(mode | 0o055)
 
 
 def become_user(spec: dict[str, Any]) -> None:
