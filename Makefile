@@ -22,9 +22,6 @@ control-plane: .venv/.synced  ## The control plane, built once into the cache
 demo: .venv/.synced  ## A real chain of three stages, end to end
 	$(RUN) python examples/demo/demo.py
 
-demo-smollm2: .venv/.synced  ## The same with the real SmolLM2-135M as the first teacher
-	$(RUN) python examples/demo/demo.py --smollm2
-
 down:  ## End the demo's cluster
 	$(RUN) python -m devcluster down
 
@@ -39,7 +36,10 @@ crds: .venv/.synced  ## Generate crds/*.yaml and the chart's copies
 	$(UV) run --no-sync python charts/render.py
 	$(UV) run --no-sync python -m kubedistill_api.reference docs
 
-test: lint  ## Everything: lint, types, unit, control plane, real training
-	$(RUN) pytest
+test: lint  ## Lint, types, layers, unit tests (with a real store and Helm)
+	$(RUN) pytest tests/unit
 
-.PHONY: help setup control-plane demo demo-smollm2 down lint crds test
+test-cluster: .venv/.synced  ## The real control plane and real training; not yet part of `test`
+	$(RUN) pytest tests/controlplane tests/e2e
+
+.PHONY: help setup control-plane demo down lint crds test test-cluster

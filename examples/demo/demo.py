@@ -13,7 +13,7 @@ from typing import Any
 import corpus
 from devcluster import assets
 from devcluster.__main__ import DEFAULT_STATE, is_up, up
-from devcluster.cluster import Handle
+from devcluster.handle import Handle
 from rich.console import Console
 from rich.table import Table
 
@@ -217,19 +217,13 @@ def run_demo(handle: Handle) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M as first teacher")
     parser.add_argument("--state", type=Path, default=DEFAULT_STATE)
     given = parser.parse_args()
     handle = start_cluster(given.state)
     install_operator(handle)
     install_secret(handle)
     step("operator installed by Helm and ready")
-    if given.smollm2:
-        import smollm2
-
-        smollm2.run(handle)
-    else:
-        run_demo(handle)
+    run_demo(handle)
     step("done")
 
 

@@ -198,7 +198,7 @@ def test_a_swapped_shard_means_the_older_commit(store: Store, tmp_path: Path) ->
 def test_with_no_good_commit_left_the_run_stops(store: Store, tmp_path: Path) -> None:
     save(opened(store, tmp_path, 1), 10)
     store.delete([f"{commits(store)[0].data}/rng-00000.json"])
-    with pytest.raises(CheckpointCorrupt, match="no commit can be loaded.*step 10"):
+    with pytest.raises(CheckpointCorrupt, match=r"no commit can be loaded.*step 10"):
         opened(store, tmp_path, 2).restore(Engine())
 
 
@@ -260,7 +260,7 @@ def test_a_full_disk_fails_loudly_and_leaves_the_last_commit(
         def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointFailed, match="rank 0: OSError: .*No space left"):
+    with pytest.raises(CheckpointFailed, match=r"rank 0: OSError: .*No space left"):
         saver.save(Full(), step=20, cursor={})
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(CheckpointFailed, match="10 bytes free"):

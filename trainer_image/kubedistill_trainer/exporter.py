@@ -93,7 +93,7 @@ def serve(board: ProgressBoard, local_rank: int = 0) -> ThreadingHTTPServer:
 
 
 def _metrics() -> bytes:
-    return bytes(generate_latest(REGISTRY))
+    return bytes(generate_latest(REGISTRY))  # type: ignore[no-untyped-call]
 
 
 def _json(board: ProgressBoard) -> bytes:

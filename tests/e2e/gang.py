@@ -1,0 +1,142 @@
+"""Runs containers of the trainer as plain processes: real ranks over gloo, a real store, no cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from devcluster.process import free_port
+from devcluster.s3 import S3Access
+from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.runspec import Outcome, Rendezvous, ResolvedModel, RunSpec
+
+
+@dataclass(frozen=True)
+class Result:
+    """How the containers of one role ended."""
+
+    codes: list[int]
+    outcomes: list[Outcome]
+    log: str
+
+
+def llama(hidden: int, layers: int) -> dict[str, Any]:
+    """A small architecture."""
+    return {
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+
+
+class Trainer:
+    """Starts containers below one folder against one store."""
+
+    def __init__(self, folder: Path, s3: S3Access) -> None:
+        self._folder = folder
+        self._s3 = s3
+
+    def spec(self, **parts: Any) -> DistillationJobSpec:
+        """A small job; mappings in `parts` are merged over its own."""
+        bucket = f"s3://{self._s3.bucket}"
+        base: dict[str, Any] = {
+            "data": {
+                "sources": [{"uri": f"{bucket}/data/small.jsonl"}],
+                "tokenizer": {"uri": f"{bucket}/tokenizer"},
+                "sequenceLength": 64,
+                "holdout": 0.2,
+            },
+            "training": {
+                "maxSteps": 6, "epochs": 50, "globalBatchSize": 8, "microBatchSize": 2,
+                "learningRate": 3e-3, "precision": "FP32",
+            },
+            "workers": {"nodes": 2, "gpusPerNode": 0},
+            "storage": {"uri": f"{bucket}/runs", "endpoint": self._s3.endpoint},
+            "checkpoint": {"intervalSteps": 2},
+        }  # fmt: skip
+        for name, value in parts.items():
+            base[name] = {**base.get(name, {}), **value}
+        return DistillationJobSpec.model_validate(base)
+
+    def run(
+        self,
+        role: str,
+        spec: DistillationJobSpec,
+        *,
+        name: str = "job",
+        attempt: int = 1,
+        teacher: ResolvedModel | None = None,
+        student: ResolvedModel | None = None,
+        timeout_seconds: float = 600,
+    ) -> Result:
+        """Start all containers of a role and wait for them."""
+        nodes = spec.workers.nodes if role == "student" else 1
+        rendezvous = Rendezvous(host="127.0.0.1", port=free_port(), nodes=nodes)
+        run = RunSpec(
+            namespace="test", name=name, uid=f"uid-{name}", role=role, attempt=attempt,  # type: ignore[arg-type]
+            fence=attempt, spec=spec, teacher_model=teacher, student_model=student,
+            inputs_digest=hashlib.sha256(spec.model_dump_json().encode()).hexdigest(),
+            rendezvous=rendezvous if role == "student" else None,
+        )  # fmt: skip
+        folders = [self._folder / f"{name}-{role}-{attempt}-{i}" for i in range(nodes)]
+        processes = [self._start(role, run, folder, i) for i, folder in enumerate(folders)]
+        try:
+            codes = [process.wait(timeout_seconds) for process in processes]
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+        return Result(
+            codes,
+            [Outcome.model_validate_json((f / "message").read_text()) for f in folders],
+            "\n".join((f / "log").read_text()[-4000:] for f in folders),
+        )
+
+    def _start(self, role: str, run: RunSpec, folder: Path, index: int) -> subprocess.Popen[bytes]:
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(run.model_dump_json(by_alias=True))
+        env = {
+            "PATH": os.environ["PATH"], "HOME": str(folder), "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1", "JOB_COMPLETION_INDEX": str(index),
+            "KUBEDISTILL_RUN_SPEC": str(folder / "run.json"), "KUBEDISTILL_SCRATCH": str(folder),
+            "KUBEDISTILL_TERMINATION_MESSAGE": str(folder / "message"),
+            "KUBEDISTILL_EXPORTER_PORT": str(free_port()), "POD_IP": "127.0.0.1",
+            "AWS_ACCESS_KEY_ID": self._s3.access_key, "AWS_SECRET_ACCESS_KEY": self._s3.secret_key,
+        }  # fmt: skip
+        with (folder / "log").open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "kubedistill_trainer.launch", role],
+                env=env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+
+def model_of(result: Result, job: str) -> ResolvedModel:
+    """What a finished student's job hands on."""
+    model = result.outcomes[0].model
+    assert model is not None, result.log
+    return ResolvedModel(uri=model.uri, digest=model.digest, job=job)
+
+
+def figures(result: Result) -> dict[str, float]:
+    """The evaluation by name."""
+    return {metric.name: metric.value for metric in result.outcomes[0].metrics}
+
+
+def put_data(s3: S3Access, documents: list[str], tokenizer: dict[str, bytes]) -> None:
+    """Write a small corpus and a tokenizer."""
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    objects = {"data/small.jsonl": lines.encode()}
+    objects |= {f"tokenizer/{name}": body for name, body in tokenizer.items()}
+    client = s3.client()
+    for key, body in objects.items():
+        client.put_object(Bucket=s3.bucket, Key=key, Body=body)
