@@ -62,8 +62,8 @@ class DevCluster:
         for node in self.nodes.values():
             node.start()
         self.control_plane.start()
-        wait_until(self._nodes_ready, "nodes", 60)
-        wait_until(self.s3.ready, "SeaweedFS", 60)
+        wait_until(self._nodes_ready, "nodes", 180)
+        wait_until(self.s3.ready, "SeaweedFS", 180)
         self.handle.save()
         return self.handle
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import ssl
 import time
@@ -10,6 +11,9 @@ from pathlib import Path
 from devcluster import assets
 from devcluster.pki import Authority, service_account_key
 from devcluster.process import Background, free_port, wait_until
+
+# Seconds on an idle machine; a process that ends is noticed at once, so this bounds contention.
+_READY_SECONDS = 300.0
 
 
 class ControlPlane:
@@ -43,7 +47,7 @@ class ControlPlane:
             "--log-level=warn",
         )
         self._run(programs["kube-apiserver"], *self._apiserver_flags(etcd_client))
-        wait_until(self.ready, "kube-apiserver", 90)
+        wait_until(self.ready, "kube-apiserver", _READY_SECONDS)
         self._run(programs["kube-controller-manager"], *self._controller_flags())
         scheduler = self._config("scheduler", "system:kube-scheduler")
         self._run(programs["kube-scheduler"], *_common_flags(scheduler))
@@ -60,18 +64,15 @@ class ControlPlane:
         time.sleep(down_seconds)
         self.parts[name].start()
         if name in ("etcd", "kube-apiserver"):
-            wait_until(self.ready, "kube-apiserver", 60)
+            wait_until(self.ready, "kube-apiserver", _READY_SECONDS)
 
     def ready(self) -> bool:
         """Whether /readyz answers ok. RuntimeError when the API server has ended."""
         server = self.parts["kube-apiserver"]
         if not server.running:
             raise RuntimeError(f"kube-apiserver ended:\n{server.tail()}")
-        context = ssl.create_default_context(cafile=str(self.authority.path))
-        pki = self._state / "pki"
-        context.load_cert_chain(pki / "admin.crt", pki / "admin.key")
         connection = http.client.HTTPSConnection(
-            "127.0.0.1", self._port, timeout=5, context=context
+            "127.0.0.1", self._port, timeout=5, context=self._as_admin
         )
         try:
             connection.request("GET", "/readyz")
@@ -80,6 +81,13 @@ class ControlPlane:
             return False
         finally:
             connection.close()
+
+    @functools.cached_property
+    def _as_admin(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=str(self.authority.path))
+        pki = self._state / "pki"
+        context.load_cert_chain(pki / "admin.crt", pki / "admin.key")
+        return context
 
     def dns_config(self) -> Path:
         """For the node's names: it lists all pods, as a cluster's DNS may and a kubelet not."""

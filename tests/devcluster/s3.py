@@ -73,7 +73,7 @@ class S3Server:
     def start(self) -> None:
         """Start it and wait until bucket and port are there."""
         self.process.start()
-        wait_until(self.ready, "SeaweedFS", 60)
+        wait_until(self.ready, "SeaweedFS", 180)
 
     def stop(self) -> None:
         """End it, and remove the sockets that it leaves in the temporary folder."""

@@ -205,9 +205,11 @@ def test_with_no_good_commit_left_the_run_stops(store: Store, tmp_path: Path) ->
 def test_a_store_that_is_away_rejects_nothing(store: Store, tmp_path: Path) -> None:
     save(opened(store, tmp_path, 1), 10)
     reader = opened(store, tmp_path, 2)
-    Faults(store).lose_answers("GET", 100)
+    faults = Faults(store)
+    faults.lose_answers("GET", 100)
     with pytest.raises(StoreUnavailable):
         reader.restore(Engine())
+    faults.lose_answers("GET", 0)
     assert kinds(store) == ["FENCE", "COMMIT", "FENCE"]
 
 

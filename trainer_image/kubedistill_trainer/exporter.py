@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from typing import Any
@@ -65,7 +66,7 @@ def serve(board: ProgressBoard, local_rank: int = 0) -> ThreadingHTTPServer:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            answers = {
+            answers: dict[str, Callable[[], tuple[str, bytes]]] = {
                 "/metrics": lambda: (CONTENT_TYPE_LATEST, _metrics()),
                 "/progress": lambda: ("application/json", _json(board)),
                 "/healthz": lambda: ("text/plain", b"ok\n"),
@@ -93,7 +94,7 @@ def serve(board: ProgressBoard, local_rank: int = 0) -> ThreadingHTTPServer:
 
 
 def _metrics() -> bytes:
-    return bytes(generate_latest(REGISTRY))  # type: ignore[no-untyped-call]
+    return bytes(generate_latest(REGISTRY))
 
 
 def _json(board: ProgressBoard) -> bytes:

@@ -11,6 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import boto3
+import botocore.loaders
+import botocore.session
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
 
@@ -49,7 +51,7 @@ class Connection:
         self.endpoint = endpoint
         self.region = region
         self.limits = limits
-        self.client: S3Client = boto3.session.Session().client(
+        self.client: S3Client = _session().client(
             "s3",
             endpoint_url=endpoint or None,
             region_name=region,
@@ -87,6 +89,17 @@ class Connection:
             raise
         finally:
             timer.cancel()
+
+
+# A second to parse the description of S3, once a process instead of once a store.
+_descriptions: Any = botocore.loaders.create_loader()
+
+
+def _session() -> boto3.session.Session:
+    """A session of its own, so that credentials are looked up anew."""
+    inner = botocore.session.Session()
+    inner.register_component("data_loader", _descriptions)
+    return boto3.session.Session(botocore_session=inner)
 
 
 def _config(endpoint: str, limits: Limits) -> Config:
