@@ -39,7 +39,7 @@ crds: .venv/.synced  ## Generate crds/*.yaml and the chart's copies
 test: lint  ## Lint, types, layers, unit tests (with a real store and Helm)
 	$(RUN) pytest tests/unit
 
-test-cluster: .venv/.synced  ## The real control plane and real training; not yet part of `test`
-	$(RUN) pytest tests/controlplane tests/e2e
+test-cluster: .venv/.synced  ## Real store, control plane and training; not yet part of `test`
+	$(RUN) pytest tests/store tests/controlplane tests/e2e
 
 .PHONY: help setup control-plane demo down lint crds test test-cluster

@@ -18,7 +18,6 @@ from pathlib import Path
 import psutil
 
 from devcluster import assets, tools
-from devcluster.cluster import DevCluster
 from devcluster.handle import Handle
 
 DEFAULT_STATE = Path(__file__).resolve().parents[2] / ".devcluster"
@@ -67,6 +66,9 @@ def up(state: Path, *, gpus: int = 8) -> Handle:
         if is_up(state):
             return Handle.load(state)
         _end(state)
+        # Slow to import, and of no use when the cluster runs already.
+        from devcluster.cluster import DevCluster
+
         started = time.monotonic()
         say("starting control plane, S3 and node …")
         cluster = DevCluster(state, gpus=gpus, detached=True)
@@ -95,9 +97,10 @@ def _end(state: Path, timeout_seconds: float = 5.0) -> None:
         if process is None:
             continue
         with contextlib.suppress(psutil.Error):
-            # SeaweedFS takes long to end when asked politely, and has nothing to save.
-            process.kill() if process.name() == "weed" else process.terminate()
-            process.wait(timeout_seconds)
+            # Only a node has something to put in order: what it runs. All data goes anyway.
+            if "devcluster.node.agent" in process.cmdline():
+                process.terminate()
+                process.wait(timeout_seconds)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     shutil.rmtree(state, ignore_errors=True)
