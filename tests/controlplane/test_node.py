@@ -9,146 +9,10 @@ from typing import Any
 import pytest
 from devcluster.fixtures import cluster, devcluster, namespace  # noqa: F401
 from devcluster.handle import Handle
-from devcluster.node.api import ApiError
+from devcluster.kit import Kit, container, state
+from devcluster.programs import API_CALL, ON_TERM, PEER, READY, RESTRICTED, SLEEP
 
 pytestmark = pytest.mark.controlplane
-
-READY = "open('/tmp/ready', 'w').close()"
-SLEEP = "import time; time.sleep(600)"
-ON_TERM = """
-import pathlib, signal, sys, time
-def end(*_):
-    print("got SIGTERM", flush=True)
-    time.sleep(0.5)
-    pathlib.Path("/dev/termination-log").write_text("checkpoint written")
-    sys.exit(7)
-signal.signal(signal.SIGTERM, end)
-print("up", flush=True)
-time.sleep(600)
-"""
-PEER = """
-import os, socket, time
-own, index = os.environ["POD_IP"], os.environ["JOB_COMPLETION_INDEX"]
-if index == "0":
-    with socket.create_server((own, 29500)) as server:
-        connection, peer = server.accept()
-        print("heard", connection.recv(64).decode(), "from", peer[0])
-else:
-    while True:
-        try:
-            connection = socket.create_connection((os.environ["HEAD"], 29500), 5, (own, 0))
-            break
-        except OSError as error:
-            print(error, flush=True)
-            time.sleep(0.1)
-    connection.sendall(b"rank " + index.encode())
-"""
-API_CALL = """
-import json, os, pathlib, ssl, urllib.error, urllib.request
-home = pathlib.Path("/var/run/secrets/kubernetes.io/serviceaccount")
-namespace = (home / "namespace").read_text()
-server = os.environ["KUBERNETES_SERVICE_HOST"] + ":" + os.environ["KUBERNETES_SERVICE_PORT"]
-context = ssl.create_default_context(cafile=str(home / "ca.crt"))
-for kind in ("pods", "secrets"):
-    request = urllib.request.Request(
-        f"https://{server}/api/v1/namespaces/{namespace}/{kind}",
-        headers={"Authorization": "Bearer " + (home / "token").read_text()},
-    )
-    try:
-        with urllib.request.urlopen(request, context=context) as answer:
-            print(kind, [item["metadata"]["labels"]["app"] for item in json.load(answer)["items"]])
-    except urllib.error.HTTPError as error:
-        print(kind, error.code)
-print("done", flush=True)
-import time; time.sleep(600)
-"""
-
-
-class Kit:
-    """A namespace of the cluster and the few things that tests do in it."""
-
-    def __init__(self, cluster: Handle, namespace: str) -> None:  # noqa: F811
-        self.cluster = cluster
-        self.namespace = namespace
-
-    def create(self, kind: str, body: dict[str, Any]) -> None:
-        """`kind` is the plural in the API's path."""
-        groups = {"jobs": "/apis/batch/v1", "deployments": "/apis/apps/v1"}
-        rbac = dict.fromkeys(("roles", "rolebindings"), "/apis/rbac.authorization.k8s.io/v1")
-        group = (groups | rbac).get(kind, "/api/v1")
-        self.cluster.api.post(f"{group}/namespaces/{self.namespace}/{kind}", body)
-
-    def run(self, program: str, name: str = "p", **given: Any) -> None:
-        """A pod with one container `main`; `container` and `pod` go into its specs."""
-        main = container(program) | given.get("container", {})
-        spec = {
-            "containers": [main],
-            "restartPolicy": "Never",
-            "automountServiceAccountToken": False,
-        }
-        meta = {"name": name, "labels": {"app": name}}
-        self.create("pods", {"metadata": meta, "spec": spec | given.get("pod", {})})
-
-    def pod(self, name: str = "p") -> dict[str, Any]:
-        return self.cluster.pod(self.namespace, name)
-
-    def phase(self, wanted: str, name: str = "p", timeout_seconds: float = 30.0) -> dict[str, Any]:
-        """The pod, once it is in this phase."""
-
-        def reached() -> dict[str, Any] | None:
-            pod = self.pod(name)
-            return pod if pod["status"].get("phase") == wanted else None
-
-        found: dict[str, Any] = self.cluster.wait(f"{name} {wanted}", reached, timeout_seconds)
-        return found
-
-    def logged(self, text: str, name: str = "p") -> str:
-        """The log of `main`, once it holds the text."""
-
-        def reached() -> str | None:
-            log = self.cluster.log(self.namespace, name)
-            return log if text in log else None
-
-        found: str = self.cluster.wait(f"{text!r} in the log of {name}", reached)
-        return found
-
-    def waiting(self, reason: str, name: str = "p") -> str:
-        """The message of `main`, once it waits for this reason."""
-
-        def reached() -> dict[str, Any] | None:
-            entry = state(self.pod(name)).get("waiting") or {}
-            return entry if entry.get("reason") == reason else None
-
-        return str(self.cluster.wait(f"{name} {reason}", reached).get("message", ""))
-
-    def condition(self, kind: str, name: str = "p") -> str | None:
-        found = {c["type"]: c["status"] for c in self.pod(name)["status"].get("conditions") or []}
-        return found.get(kind)
-
-    def delete(self, name: str = "p", **options: Any) -> None:
-        self.cluster.api.delete(f"/api/v1/namespaces/{self.namespace}/pods/{name}", options)
-
-    def gone(self, name: str = "p") -> bool:
-        try:
-            self.pod(name)
-        except ApiError as error:
-            return error.code == 404
-        return False
-
-    def pods_of(self, label: str) -> list[dict[str, Any]]:
-        path = f"/api/v1/namespaces/{self.namespace}/pods?labelSelector={label}"
-        items: list[dict[str, Any]] = self.cluster.api.get(path)["items"]
-        return items
-
-
-def container(program: str) -> dict[str, Any]:
-    return {"name": "main", "image": "local/shell", "command": ["python", "-c", program]}
-
-
-def state(pod: dict[str, Any], number: int = 0) -> dict[str, Any]:
-    statuses = pod["status"].get("containerStatuses") or [{"state": {}}]
-    found: dict[str, Any] = statuses[number]["state"]
-    return found
 
 
 @pytest.fixture
@@ -385,21 +249,10 @@ def test_eviction_marks_the_pod(kit: Kit) -> None:
 
 
 def test_restricted_pod(kit: Kit) -> None:
-    program = """
-import getpass, os
-print(os.getuid(), os.getgid(), os.getgroups(), os.getcwd())
-for place in ("/", "/etc", "/usr", "/tmp", "/dev/shm", "/scratch", "/config"):
-    try:
-        open(place + "/probe", "w").close(); print(place, "writable")
-    except OSError as error:
-        print(place, error.strerror)
-print(oct(os.stat("/config/a").st_mode & 0o777), os.path.exists("/var/run/secrets/kubernetes.io"))
-print(open("/proc/self/status").read().split("NoNewPrivs:")[1].split()[0])
-"""
     mounts = {"scratch": "/scratch", "shm": "/dev/shm", "config": "/config"}
     kit.create("configmaps", {"metadata": {"name": "c"}, "data": {"a": "1"}})
     kit.run(
-        program,
+        RESTRICTED,
         container={
             "volumeMounts": [{"name": n, "mountPath": path} for n, path in mounts.items()],
             "workingDir": "/scratch",

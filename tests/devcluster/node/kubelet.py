@@ -52,10 +52,14 @@ def serve(listener: socket.socket, state: Path, logs: Path, running: Running) ->
         def log_message(self, format: str, *args: Any) -> None:
             """Requests for logs are no news."""
 
+    _listen(listener, state, Handler)
+
+
+def _listen(listener: socket.socket, state: Path, handler: type[BaseHTTPRequestHandler]) -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(state / "ca.crt"))
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_cert_chain(state / "kubelet.crt", state / "kubelet.key")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler, bind_and_activate=False)
     server.socket.close()
     server.socket = context.wrap_socket(listener, server_side=True)
     server.daemon_threads = True

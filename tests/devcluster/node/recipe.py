@@ -30,11 +30,7 @@ def recipe(
     security = {**of_pod, **(container.get("securityContext") or {})}
     user = int(security.get("runAsUser", image.user))
     if security.get("runAsNonRoot") and user == 0:
-        name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
-        raise ConfigError(
-            f'container has runAsNonRoot and image will run as root (pod: "{name}({uid})", '
-            f"container: {container['name']})"
-        )
+        raise ConfigError(_runs_as_root(pod, container))
     hostname = pod["spec"].get("hostname") or pod["metadata"]["name"]
     own = environment(container, pod, service, read, allocatable)
     limit = ((container.get("resources") or {}).get("limits") or {}).get("memory")
@@ -57,6 +53,12 @@ def recipe(
         passwd=image.passwd,
         memory_limit_bytes=quantity(limit) if limit else None,
     )
+
+
+def _runs_as_root(pod: dict[str, Any], container: dict[str, Any]) -> str:
+    name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
+    where = f'(pod: "{name}({uid})", container: {container["name"]})'
+    return f"container has runAsNonRoot and image will run as root {where}"
 
 
 def _base(image: Image, hostname: str) -> dict[str, str]:

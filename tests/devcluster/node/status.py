@@ -142,13 +142,7 @@ def pod_status(
     if verdict is not None and final:
         now_phase = "Failed"
     initialized = all(s.initialized for s in init if not s.sidecar or not final)
-    unready = [s.name for s in [*init, *main] if (s.sidecar or not s.init) and not s.ready]
-    ready = initialized and not unready
-    why = ("", "")
-    if now_phase in ("Succeeded", "Failed"):
-        ready, why = False, ("PodCompleted" if now_phase == "Succeeded" else "PodFailed", "")
-    elif not ready:
-        why = ("ContainersNotReady", f"containers with unready status: [{' '.join(unready)}]")
+    ready, why = _readiness(now_phase, initialized, [*init, *main])
     default = "PodInitializing" if init else "ContainerCreating"
     own = {"PodReadyToStartContainers": sandbox and not final, "Initialized": initialized}
     result = {
@@ -169,6 +163,19 @@ def pod_status(
     if verdict is not None:
         result |= {"reason": verdict[0], "message": verdict[1]}
     return result
+
+
+def _readiness(
+    now_phase: str, initialized: bool, states: list[ContainerState]
+) -> tuple[bool, tuple[str, str]]:
+    """Whether the pod is ready, and (reason, message) of it when it is not."""
+    if now_phase in ("Succeeded", "Failed"):
+        return False, ("PodCompleted" if now_phase == "Succeeded" else "PodFailed", "")
+    unready = [s.name for s in states if (s.sidecar or not s.init) and not s.ready]
+    if initialized and not unready:
+        return True, ("", "")
+    text = f"containers with unready status: [{' '.join(unready)}]"
+    return False, ("ContainersNotReady", text)
 
 
 def _condition(
