@@ -50,11 +50,17 @@ class Case:
 
 
 def case(
-    tokens: int = 37, vocab: int = 211, rows: int | None = None, spread: float = 2.0, seed: int = 0
+    tokens: int = 37,
+    vocab: int = 211,
+    *,
+    rows: int | None = None,
+    width: int = 19,
+    spread: float = 2.0,
+    seed: int = 0,
 ) -> Case:
     """A student near its teacher, as in training; a third of the tokens has no label."""
     torch.manual_seed(seed)
-    hidden, width, teacher_width = torch.randn(tokens, 19).double(), 19, 23
+    hidden, teacher_width = torch.randn(tokens, width).double(), width + 4
     head = spread * torch.randn(rows or vocab, width).double() / width**0.5
     labels = torch.randint(0, vocab, (tokens,))
     labels[torch.rand(tokens) < 0.33] = -100
