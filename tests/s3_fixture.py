@@ -85,11 +85,18 @@ class Faults:
         self.requests: list[str] = []
         """`METHOD key` of every request that was about to be sent."""
         self._losses: dict[str, int] = {}
+        self._last: int | None = None
+        self._last_applied = False
         self._client.meta.events.register("before-send.s3", self._before_send)
 
     def lose_answers(self, method: str, count: int = 1) -> None:
         """The next `count` requests of a method are applied, and their answers are lost."""
         self._losses[method] = count
+
+    def die_at(self, request: int, *, applied: bool) -> None:
+        """Request number `request` (from now, from 0) is the last: `applied` or not, unanswered."""
+        self._last = len(self.requests) + request
+        self._last_applied = applied
 
     def ignore_conditions(self) -> None:
         """From now on the store looks like one that does not know If-None-Match."""
@@ -100,7 +107,12 @@ class Faults:
         self._client.meta.events.register("before-call.s3.PutObject", strip)
 
     def _before_send(self, request: Any, **_event: Any) -> None:
+        number = len(self.requests)
         self.requests.append(f"{request.method} {urlsplit(request.url).path}")
+        if self._last is not None and number >= self._last:
+            if number == self._last and self._last_applied:
+                self._client._endpoint.http_session.send(request)
+            raise ConnectionClosedError(endpoint_url=request.url)
         if self._losses.get(request.method, 0) > 0:
             self._losses[request.method] -= 1
             self._client._endpoint.http_session.send(request)

@@ -306,3 +306,40 @@ def test_a_clean_up_that_fails_does_not_fail_the_save(store: Store, tmp_path: Pa
     Faults(store).lose_answers("POST", 100)  # DeleteObjects
     save(saver, 30)
     assert [commit.step for commit in commits(store)] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("applied", [False, True], ids=["before", "after"])
+def test_death_at_any_call_leaves_the_old_or_the_new(
+    s3: S3Server,  # noqa: F811
+    tmp_path: Path,
+    applied: bool,
+) -> None:
+    """Call by call through a save with its clean-up, until one is not reached any more."""
+    restored_steps = []
+    for call in range(100):
+        store = s3.store()
+        saver = opened(store, tmp_path, 1, keep_last=2)
+        save(saver, 10, 20)
+        faults = Faults(store)
+        faults.die_at(call, applied=applied)
+        before = len(faults.requests)
+        failed = False
+        try:
+            save(saver, 30)
+        except StoreUnavailable:
+            failed = True
+        reached = len(faults.requests) - before > call
+        engine = Engine()
+        restored = opened(s3.store(store.prefix), tmp_path, 2).restore(engine)
+        assert restored is not None
+        assert engine.value == restored.step
+        assert restored.rejected == []
+        assert restored.step == 30 or (failed and restored.step == 20)
+        left = {info.key.rsplit("/", 1)[0] for info in s3.store(store.prefix).list("data/")}
+        assert len({prefix.split("/")[2] for prefix in left} - {"s30"}) <= 2
+        restored_steps.append(restored.step)
+        if not reached:
+            break
+    assert restored_steps == sorted(restored_steps)
+    assert {20, 30} == set(restored_steps)
+    assert len(restored_steps) > 8, "uploads, HEADs, COMMIT, RETIRE, list and delete"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kubedistill_trainer.teacher.payload import Sparse, SparseSpec, sparse_of_logits
 from kubedistill_trainer.teacher.sparse import decode_sparse, encode_sparse
@@ -40,6 +40,9 @@ def _round_trip(payload: Sparse, spec: SparseSpec, vocabulary: int) -> Sparse:
     masked=st.booleans(),
     tied=st.booleans(),
 )
+@example(
+    positions=3, vocabulary=7, share=1.0, levels=8, spread=1.0, seed=0, masked=False, tied=False
+)  # all of the vocabulary is kept, so the row is shifted back to a mass of 1
 @settings(max_examples=50, deadline=None)
 def test_round_trip(
     positions: int,
@@ -69,8 +72,11 @@ def test_round_trip(
     # a level is at most one step wide: range · (2t + step) · step with t = sqrt(depth / range)
     step = 1 / (levels - 2)
     bound = 0.02 + (span + 0.01) * step * (2 * (depth / (span + 1e-6)).clamp(0, 1).sqrt() + step)
+    # Rounding may lift the kept mass over 1, and the decoder then shifts the row back to 1: by at
+    # most the log-sum-exp of the true values, each raised by its own rounding bound.
+    shift = torch.logsumexp(payload.log_probs + bound, -1, keepdim=True).clamp_min(0)
     error = (found.log_probs - payload.log_probs).abs()
-    assert bool((error[finite] <= bound[finite]).all())
+    assert bool((error <= bound + shift)[finite].all())
 
 
 @given(vocabulary=st.integers(2, 120), spread=st.sampled_from([0.1, 3.0, 20.0]))
