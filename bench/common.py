@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+
+# The profiler announces every start and stop otherwise.
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 TEMPERATURE, SOFT_WEIGHT = 4.0, 0.5
-LIGER_CHUNKS = (64, 256, 1024)
+LIGER_CHUNKS = (64, 128, 256, 1024)
 MIB = 1 << 20
 GOAL_MEMORY, GOAL_FLAT, GOAL_TIME = 15.0, 1.25, 1.02
 
@@ -45,7 +45,7 @@ class Plan:
 
 
 FULL = Plan((32_000, 49_152, 128_256, 151_936), 1024, 2048, 576, 7, 60)
-QUICK = Plan((32_000, 128_256), 256, 1024, 64, 5, 8)
+QUICK = Plan((32_000, 128_256), 128, 512, 64, 5, 6)
 
 
 @dataclass(frozen=True)
