@@ -33,18 +33,14 @@ class ApiModel(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def cel(
-    rule: str, message: str, field_path: str = "", *, optional_old: bool = False
-) -> dict[str, Any]:
-    """One `x-kubernetes-validations` entry; `field_path` is relative to the model that carries it."""
+def cel(rule: str, message: str, field_path: str = "") -> dict[str, Any]:
+    """One `x-kubernetes-validations` entry; `field_path` is relative to the model that has it."""
     entry: dict[str, Any] = {"rule": rule, "message": message}
     if field_path:
         entry["fieldPath"] = field_path
-    if optional_old:
-        entry["optionalOldSelf"] = True
     return entry
 
 
-def rules(entries: Iterable[dict[str, Any]], **extra: Any) -> ConfigDict:
-    """Model configuration that carries CEL rules (and other schema keywords) into the CRD."""
-    return ConfigDict(json_schema_extra={"x-kubernetes-validations": list(entries), **extra})
+def rules(entries: Iterable[dict[str, Any]]) -> ConfigDict:
+    """Model configuration that carries CEL rules into the CRD."""
+    return ConfigDict(json_schema_extra={"x-kubernetes-validations": list(entries)})

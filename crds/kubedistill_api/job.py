@@ -63,7 +63,6 @@ class FineTune(ApiModel):
 class TeacherWorkers(ApiModel):
     """The teacher's own pods, for `delivery: Stream`: independent writers of parts of the data."""
 
-    model_config = rules([], description="The teacher's own pods, used by `delivery: Stream`.")
     replicas: int = Field(1, ge=1, le=256, description="Writers; each takes a part of the data.")
     gpus_per_replica: int = Field(
         1, ge=0, le=16, description="GPUs of a writer; 0 runs on the CPU."

@@ -73,11 +73,6 @@ def run_uri(storage_uri: str, namespace: str, name: str, uid: str) -> str:
     return f"{storage_uri.rstrip('/')}/{namespace}/{name}-{uid}"
 
 
-def streams_uri(storage_uri: str) -> str:
-    """The prefix under which teacher streams lie, each by its digest."""
-    return f"{storage_uri.rstrip('/')}/streams"
-
-
 def models_uri(storage_uri: str, namespace: str, name: str) -> str:
     """The prefix under which a job's finished models lie, each by its digest."""
     return f"{storage_uri.rstrip('/')}/{namespace}/{name}/model"

@@ -42,15 +42,7 @@ def start_cluster(state: Path) -> Handle:
 
 def put_data(handle: Handle, objects: dict[str, bytes]) -> None:
     """Write objects into the demo's bucket."""
-    import boto3
-
-    client = boto3.client(
-        "s3",
-        endpoint_url=handle.s3.endpoint,
-        aws_access_key_id=handle.s3.access_key,
-        aws_secret_access_key=handle.s3.secret_key,
-        region_name="us-east-1",
-    )
+    client = handle.s3.client()
     for key, body in objects.items():
         client.put_object(Bucket=handle.s3.bucket, Key=key, Body=body)
 

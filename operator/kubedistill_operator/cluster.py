@@ -6,7 +6,6 @@ client's older models.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -228,10 +227,3 @@ def _error(status: int, document: Mapping[str, Any], reason: str) -> ApiError:
     kinds: dict[int, type[ApiError]] = {404: NotFound, 409: Conflict}
     kind = kinds.get(status, ApiError)
     return kind(status, document.get("reason") or reason, document.get("message") or "")
-
-
-def transient(error: BaseException) -> bool:
-    """Whether the same call may succeed later: the network, a busy or a restarting server."""
-    if isinstance(error, ApiError):
-        return error.status == 429 or error.status >= 500
-    return isinstance(error, aiohttp.ClientError | asyncio.TimeoutError | OSError)

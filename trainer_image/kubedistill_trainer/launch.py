@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from kubedistill_api.exit_codes import ExitCode, policy
@@ -92,10 +93,10 @@ def _student(run: RunSpec) -> tuple[ExitCode, Outcome]:
     return gang.wait()
 
 
-def wait_for_name(host: str, timeout_seconds: float, stop: object = None) -> bool:
+def wait_for_name(host: str, timeout_seconds: float, stop: Callable[[], bool]) -> bool:
     """Whether `host` got an address in time. DNS of a headless Service follows its pods."""
     deadline = time.monotonic() + timeout_seconds
-    while time.monotonic() < deadline and not (callable(stop) and stop()):
+    while time.monotonic() < deadline and not stop():
         try:
             socket.getaddrinfo(host, None)
         except socket.gaierror:

@@ -8,6 +8,7 @@ from pathlib import Path
 from kubedistill_api.exit_codes import ExitCode, policy
 from kubedistill_api.runspec import TERMINATION_MESSAGE_PATH, Outcome
 
+from kubedistill_trainer.checkpoint import Fenced
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.store import (
     AccessDenied,
@@ -16,6 +17,12 @@ from kubedistill_trainer.store import (
     NoSuchBucket,
     StoreError,
     UnsupportedStore,
+)
+from kubedistill_trainer.teacher.errors import (
+    SampleMissing,
+    StreamCorrupt,
+    StreamMismatch,
+    StreamStalled,
 )
 
 _REFUSALS = (AccessDenied, CredentialsMissing, InvalidStoreUri, NoSuchBucket, UnsupportedStore)
@@ -37,15 +44,16 @@ def _code_of(error: BaseException) -> ExitCode:
         return ExitCode.BAD_CONFIGURATION
     if isinstance(error, StoreError):
         return ExitCode.STORAGE_UNAVAILABLE
-    name = type(error).__name__
-    if name == "Fenced":
+    if isinstance(error, Fenced):
         return ExitCode.FENCED
+    if isinstance(error, (StreamMismatch, SampleMissing, StreamCorrupt)):
+        return ExitCode.UNREADABLE_INPUT
+    if isinstance(error, StreamStalled):
+        return ExitCode.STALLED
+    # By name where the type is torch's: the preflight ends without having imported it.
+    name = type(error).__name__
     if isinstance(error, MemoryError) or name == "OutOfMemoryError":
         return ExitCode.OUT_OF_MEMORY
-    if name in ("StreamMismatch", "SampleMissing", "StreamCorrupt"):
-        return ExitCode.UNREADABLE_INPUT
-    if name == "StreamStalled":
-        return ExitCode.STALLED
     if name.startswith("Dist") or "Connection closed by peer" in str(error):
         return ExitCode.PEER_LOST
     return ExitCode.UNKNOWN

@@ -15,8 +15,6 @@ IMMUTABLE_PARTS = (
     "distill", "fineTune", "teacher", "student", "data", "training", "workers", "storage",
     "checkpoint",
 )  # fmt: skip
-_TEACHER_SOURCES = ("model", "fromJob")
-_STUDENT_STARTS = ("model", "fromJob", "fromTeacher", "config")
 _FOUND_LIMIT = 80
 
 

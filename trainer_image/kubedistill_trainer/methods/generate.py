@@ -14,7 +14,7 @@ from kubedistill_trainer import exporter
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import load_dataset
 from kubedistill_trainer.failures import refuse
-from kubedistill_trainer.methods.signal import final_hidden, softcap_of
+from kubedistill_trainer.methods.signal import final_hidden, softcap_of, softcapped
 from kubedistill_trainer.models.folder import download, read_config
 from kubedistill_trainer.models.load import dtype_of, load_model
 from kubedistill_trainer.teacher.digest import teacher_digest
@@ -133,10 +133,7 @@ def teacher_outputs(model: Any, identity: StreamIdentity, sequence: Any) -> Teac
     payload = identity.payloads[0]
     if not isinstance(payload, SparseSpec):
         return TeacherOutputs(hidden=Hidden(hidden.float().cpu()))
-    logits = model.get_output_embeddings()(hidden).float()
-    cap = softcap_of(model)
-    if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
+    logits = softcapped(model.get_output_embeddings()(hidden).float(), softcap_of(model))
     sparse = sparse_of_logits(
         logits.cpu(),
         payload.k,

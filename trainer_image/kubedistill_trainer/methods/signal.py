@@ -142,6 +142,11 @@ def final_hidden(decoder: Any, tokens: Tensor, positions: Tensor) -> Tensor:
     return hidden
 
 
+def softcapped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(logits / cap), or the logits where there is no cap."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def softcap_of(model: Any) -> float | None:
     """The cap of the final logits (Gemma 2), if the architecture has one."""
     value = getattr(model.config, "final_logit_softcapping", None)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kubedistill_trainer.losses import LossParts, distillation_loss
-from kubedistill_trainer.methods.signal import TeacherBatch, final_hidden, softcap_of
+from kubedistill_trainer.methods.signal import TeacherBatch, final_hidden, softcap_of, softcapped
 
 
 class StudentWithLoss(nn.Module):
@@ -66,5 +65,4 @@ class StudentWithLoss(nn.Module):
 
     def _logits(self, hidden_NH: Tensor) -> Tensor:
         logits = hidden_NH @ self.head[: self._vocab_size].T
-        cap = softcap_of(self.model)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return softcapped(logits, softcap_of(self.model))

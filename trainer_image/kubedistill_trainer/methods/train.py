@@ -21,7 +21,6 @@ from kubedistill_trainer import exporter
 from kubedistill_trainer.checkpoint import Checkpointer, fits_grace
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset
-from kubedistill_trainer.data.order import micro_batch_size
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.methods.interruption import Interruption
 from kubedistill_trainer.methods.schedule import learning_rate
@@ -67,7 +66,7 @@ class Loop:
         spec = context.run.spec
         self._training = spec.training
         self._per_rank = spec.training.global_batch_size // context.world_size
-        self._micro = micro_batch_size(self._per_rank, spec.training.micro_batch_size)
+        self._micro = int(engine.train_micro_batch_size_per_gpu())
 
     def run(self) -> int:
         """Restore, train, commit the last step; the number of steps is returned.
@@ -136,7 +135,7 @@ class Loop:
         sums = torch.zeros(3, dtype=torch.float64)
         # DeepSpeed divides by the ranks and by the accumulation steps; the normaliser already
         # speaks of the whole step.
-        scale = self._context.world_size * (self._per_rank // self._micro)
+        scale = self._context.world_size * self._engine.gradient_accumulation_steps()
         for samples in self._micro_batches_of(batch):
             parts = self._forward(samples, float(max(1, valid)))
             self._engine.backward(parts.total * scale)

@@ -14,7 +14,7 @@ from kubedistill_api.status import Metric
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.data.packing import IGNORED
 from kubedistill_trainer.losses import TeacherHidden, TeacherSparse
-from kubedistill_trainer.methods.signal import Signal
+from kubedistill_trainer.methods.signal import Signal, softcapped
 
 _CHUNK_TOKENS = 256
 
@@ -104,8 +104,7 @@ def _add(engine: Any, teacher: Signal, dataset: Dataset, sample: int, sums: Sums
 
 def _add_hidden(batch: TeacherHidden, chunk: Any, student: Any, target: Any, sums: Sums) -> None:
     scores = (batch.hidden_NH[chunk].to(batch.head_VH.dtype) @ batch.head_VH.T).float()
-    if batch.softcap is not None:
-        scores = batch.softcap * torch.tanh(scores / batch.softcap)
+    scores = softcapped(scores, batch.softcap)
     teacher = torch.log_softmax(scores[:, : student.shape[-1]], dim=-1)
     sums.teacher_tokens += len(chunk)
     sums.teacher_nll -= float(teacher.gather(-1, target).sum())

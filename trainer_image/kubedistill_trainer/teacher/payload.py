@@ -141,15 +141,3 @@ def sparse_of_logits(
     top, ids = log_probs.topk(k, dim=-1)
     ids, order = ids.sort(dim=-1)
     return Sparse(ids, top.gather(-1, order), torch.stack(log_z, dim=-1), temperatures)
-
-
-def concatenated(chunks: list[Sparse]) -> Sparse:
-    """One payload of consecutive chunks with the same k and grid."""
-    if len({(chunk.token_ids.shape[1], chunk.temperatures) for chunk in chunks}) != 1:
-        raise ValueError("chunks of one sample must share k and temperatures, and be at least one")
-    return Sparse(
-        torch.cat([chunk.token_ids for chunk in chunks]),
-        torch.cat([chunk.log_probs for chunk in chunks]),
-        torch.cat([chunk.log_z for chunk in chunks]),
-        chunks[0].temperatures,
-    )
