@@ -20,6 +20,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "demo"
 SYSTEM = "kubedistill-system"
+RESOURCES = f"/apis/kubedistill.dev/v1alpha1/namespaces/{NAMESPACE}"
 VOCAB_SIZE = 2048
 console = Console(highlight=False)
 
@@ -116,8 +117,11 @@ def watch(handle: Handle, name: str, timeout_seconds: float) -> dict[str, dict[s
     shown: dict[str, str] = {}
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
-        chain = handle.get("dchain", name, "-n", NAMESPACE)
-        jobs = {j["metadata"]["name"]: j for j in handle.get("dj", "-n", NAMESPACE)["items"]}
+        chain = handle.api.get(f"{RESOURCES}/distillationchains/{name}")
+        jobs = {
+            item["metadata"]["name"]: item
+            for item in handle.api.get(f"{RESOURCES}/distillationjobs")["items"]
+        }
         for job_name, job in jobs.items():
             line = _line(job)
             if shown.get(job_name) != line:

@@ -7,8 +7,11 @@ listing finds what a watch missed, deletions included, and tells when watches ha
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
+import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import kopf
@@ -76,12 +79,27 @@ class Watcher:
         self.child(self._cache.pods, raw, deleted=deleted)
 
 
+def server_of(environment: Mapping[str, str]) -> str | None:
+    """The API server's address from what a kubelet puts in every container.
+
+    kopf takes `https://kubernetes.default.svc`, which needs a cluster DNS that is up, and port 443.
+    """
+    host = environment.get("KUBERNETES_SERVICE_HOST")
+    if not host:
+        return None
+    port = environment.get("KUBERNETES_SERVICE_PORT") or "443"
+    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+
+
 def registry_for(watcher: Watcher) -> kopf.OperatorRegistry:
     """kopf handlers that do nothing but hand over what they got."""
     registry = kopf.OperatorRegistry()
 
     async def log_in(**kwargs: Any) -> kopf.ConnectionInfo | None:
-        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+        account = kopf.login_with_service_account(**kwargs)
+        if account is not None:
+            return dataclasses.replace(account, server=server_of(os.environ) or account.server)
+        return kopf.login_with_kubeconfig(**kwargs)
 
     kopf.on.login(registry=registry)(log_in)
     ours = {LABEL_MANAGED_BY: MANAGER}

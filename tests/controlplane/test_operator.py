@@ -204,7 +204,7 @@ def chain(name: str, pods: dict[str, Any], *stages: dict[str, Any]) -> dict[str,
 
 
 def test_a_chain_runs_its_stages_in_order(bench: Bench, operator: Operator, book: Path) -> None:
-    stages = ({"name": "m"}, {"name": "s"}, {"name": "tuned", "fineTune": {}, "student": None})
+    stages = ({"name": "m"}, {"name": "s"}, {"name": "tuned", "fineTune": {}})
     bench.apply(chain("steps", template(book), *stages))
     status = bench.wait_state("steps", "Completed", seconds=150, resource="dchain")
     assert [s["state"] for s in status["stages"]] == ["Completed"] * 3
@@ -246,4 +246,4 @@ def test_an_operator_that_is_killed_goes_on(
             assert third.stop() == 0
     finally:
         second.stop()
-        operator.__init__(account, operator.log)  # type: ignore[misc]
+        operator.start()

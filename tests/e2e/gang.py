@@ -17,6 +17,8 @@ from devcluster.s3 import S3Access
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import Outcome, Rendezvous, ResolvedModel, RunSpec
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
+
 
 @dataclass(frozen=True)
 class Result:
@@ -132,10 +134,13 @@ def figures(result: Result) -> dict[str, float]:
     return {metric.name: metric.value for metric in result.outcomes[0].metrics}
 
 
-def put_data(s3: S3Access, documents: list[str], tokenizer: dict[str, bytes]) -> None:
-    """Write a small corpus and a tokenizer."""
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+def put_inputs(s3: S3Access) -> None:
+    """A small part of the demo's text and a tokenizer, where the examples look for them."""
+    import corpus
+
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in corpus.documents()[:12])
     objects = {"data/small.jsonl": lines.encode()}
+    tokenizer = corpus.tokenizer_files(512)
     objects |= {f"tokenizer/{name}": body for name, body in tokenizer.items()}
     client = s3.client()
     for key, body in objects.items():

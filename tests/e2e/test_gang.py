@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,22 +10,18 @@ from devcluster.s3 import S3Server
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.runspec import ResolvedModel
 
-from e2e.gang import Trainer, figures, llama, model_of, put_data
+from e2e.gang import Trainer, figures, llama, model_of, put_inputs
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples" / "demo"))
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
-    import corpus
-
     folder = tmp_path_factory.mktemp("gang")
     server = S3Server(folder / "s3")
     server.start()
     try:
-        put_data(server.access, corpus.documents()[:12], corpus.tokenizer_files(512))
+        put_inputs(server.access)
         yield Trainer(folder, server.access)
     finally:
         server.stop()

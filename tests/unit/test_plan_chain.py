@@ -66,7 +66,7 @@ def test_delivery_of_the_template_stays_with_the_teacher_passed_down() -> None:
 
 
 def test_a_stages_method_replaces_the_templates() -> None:
-    tuned = composed(1, {"name": "m"}, {"name": "t", "fineTune": {}, "student": None})
+    tuned = composed(1, {"name": "m"}, {"name": "t", "fineTune": {}})
     assert "distill" not in tuned
     assert "teacher" not in tuned
     assert tuned["student"] == {"fromJob": {"name": "c-m"}}

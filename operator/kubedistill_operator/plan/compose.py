@@ -56,7 +56,11 @@ def _put_aside(template: dict[str, Any], stage: Mapping[str, Any]) -> dict[str, 
 
 
 def _pass_down(merged: dict[str, Any], chain: str, spec: DistillationChainSpec, index: int) -> None:
-    """The default teacher of a distilling stage, and the default student of a tuned one."""
+    """The default teacher of a distilling stage, and the default student of a tuned one.
+
+    A stage that tunes goes on from the stage before it: what the template says of students is meant
+    for the stages that distil.
+    """
     previous = stage_job_name(chain, spec.stages[index - 1].name) if index else None
     if merged.get("distill") is not None:
         teacher = merged.get("teacher")
@@ -68,5 +72,5 @@ def _pass_down(merged: dict[str, Any], chain: str, spec: DistillationChainSpec, 
                 teacher["model"] = spec.initial_teacher.model.to_wire()
         if teacher:
             merged["teacher"] = teacher
-    elif merged.get("student") is None and previous is not None:
+    elif spec.stages[index].job_part().get("student") is None and previous is not None:
         merged["student"] = {"fromJob": {"name": previous}}

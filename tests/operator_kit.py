@@ -199,10 +199,15 @@ class Operator:
             "KUBEDISTILL_TERMINATION_GRACE_SECONDS": "5",
             "KUBEDISTILL_TERMINATION_MARGIN_SECONDS": "10",
         } | {f"KUBEDISTILL_{name.upper()}": value for name, value in settings.items()}
-        with log.open("ab") as output:
+        self._env = env
+        self.start()
+
+    def start(self) -> None:
+        """Start it, again after `kill` or `stop`."""
+        with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "kubedistill_operator.main"],
-                env=env, stdout=output, stderr=output,
+                env=self._env, stdout=output, stderr=output,
             )  # fmt: skip
 
     @property
@@ -227,7 +232,7 @@ class Operator:
 
 def install_role(handle: Any, state: Path) -> Path:
     """CRDs, and the operator's account with exactly its rules; the kubeconfig of that account."""
-    crds = Path(__file__).resolve().parents[2] / "crds"
+    crds = Path(__file__).resolve().parents[1] / "crds"
     handle.kubectl("apply", "--server-side", "-f", str(crds))
     handle.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
     meta = {"name": "kubedistill-operator"}

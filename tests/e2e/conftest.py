@@ -1,0 +1,41 @@
+"""One cluster and one operator for all tests with real training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from devcluster.fixtures import cluster, devcluster, namespace  # noqa: F401
+from devcluster.handle import Handle
+from operator_kit import Operator, install_role
+
+from e2e.gang import put_inputs
+from e2e.kit import Team, start_operator
+
+
+@pytest.fixture(scope="session")
+def account(cluster: Handle, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """The kubeconfig of the operator's account; the CRDs are established, the text is in S3."""
+    put_inputs(cluster.s3)
+    return install_role(cluster, tmp_path_factory.mktemp("account"))
+
+
+@pytest.fixture(scope="session")
+def operator(account: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    """The operator."""
+    running = start_operator(account, tmp_path_factory.mktemp("operator") / "log")
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def team(
+    cluster: Handle,  # noqa: F811
+    operator: Operator,
+    request: pytest.FixtureRequest,
+) -> Team:
+    """A namespace for a module's jobs."""
+    name = str(request.module.__name__).rsplit(".", 1)[-1].replace("_", "-")
+    cluster.kubectl("create", "namespace", name)
+    return Team(cluster, name)

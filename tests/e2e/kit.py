@@ -1,0 +1,149 @@
+"""Real training on the dev cluster: the operator as a process, real pods, a real store."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from devcluster.handle import Handle
+from operator_kit import Bench, Operator, wait_for
+
+from e2e.gang import llama
+
+SLOW_SECONDS = 1500.0
+"""Until a real job reaches a state: each of its processes imports torch and DeepSpeed."""
+
+
+def start_operator(account: Path, log: Path) -> Operator:
+    """An operator whose trainers run on the CPU."""
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return Operator(
+        account, log, trainer_env=json.dumps(environment), termination_grace_seconds="60"
+    )
+
+
+class Team(Bench):
+    """A namespace with the Secret `s3` in it, and what a team does there."""
+
+    def __init__(self, handle: Handle, namespace: str) -> None:
+        super().__init__(handle, namespace)
+        s3 = handle.s3
+        self.secret("s3", s3.access_key, s3.secret_key)
+        self.storage = {
+            "uri": f"s3://{s3.bucket}/runs",
+            "endpoint": s3.endpoint,
+            "secretRef": {"name": "s3"},
+        }
+
+    def secret(self, name: str, access_key: str, secret_key: str) -> None:
+        self.kubectl(
+            "create", "secret", "generic", name,
+            f"--from-literal=AWS_ACCESS_KEY_ID={access_key}",
+            f"--from-literal=AWS_SECRET_ACCESS_KEY={secret_key}",
+        )  # fmt: skip
+
+    def tuned(self, name: str, **parts: Any) -> dict[str, Any]:
+        """A fineTune job on two pods; mappings in `parts` are merged over its own."""
+        bucket = f"s3://{self.handle.s3.bucket}"
+        spec: dict[str, Any] = {
+            "fineTune": {},
+            "student": {"config": llama(48, 2)},
+            "data": {
+                "sources": [{"uri": f"{bucket}/data/small.jsonl"}],
+                "tokenizer": {"uri": f"{bucket}/tokenizer"},
+                "sequenceLength": 64,
+                "holdout": 0.2,
+            },
+            "training": {
+                "maxSteps": 12, "epochs": 50, "globalBatchSize": 8, "learningRate": 3e-3,
+                "precision": "FP32", "deepSpeed": {"zeroStage": 1},
+            },
+            "workers": {"nodes": 2, "gpusPerNode": 0},
+            "storage": self.storage,
+            "checkpoint": {"intervalSteps": 2},
+        }  # fmt: skip
+        for part, value in parts.items():
+            if value is None:
+                spec.pop(part, None)
+            else:
+                spec[part] = {**spec.get(part, {}), **value} if isinstance(value, dict) else value
+        return {
+            "apiVersion": "kubedistill.dev/v1alpha1",
+            "kind": "DistillationJob",
+            "metadata": {"name": name},
+            "spec": spec,
+        }
+
+    def distilled(self, name: str, teacher: str, **parts: Any) -> dict[str, Any]:
+        """A student of one layer, taught by what the job `teacher` made."""
+        source = {"fromJob": {"name": teacher}, "workers": {"gpusPerReplica": 0}}
+        own: dict[str, Any] = {
+            "fineTune": None,
+            "distill": {},
+            "teacher": source,
+            "student": {"fromTeacher": {"layers": 1}},
+            **parts,
+        }
+        whole = self.tuned(name, **own)
+        whole["spec"]["student"] = own["student"]
+        return whole
+
+    def example(self, path: Path) -> list[dict[str, Any]]:
+        """The documents of an example, with this cluster's store in place of its own."""
+        text = re.sub(r"http://s3\.example:8333", self.handle.s3.endpoint, path.read_text())
+        return list(yaml.safe_load_all(text))
+
+    def ends(self, name: str, *reasons: str, resource: str = "dj") -> dict[str, Any]:
+        """The status once the object has ended; it must have ended for one of these reasons."""
+
+        def ended() -> bool:
+            found = self.condition(name, resource=resource).get("status")
+            return found in ("True", "False")
+
+        wait_for(ended, f"{name} does not end: {self.status(name, resource)}", SLOW_SECONDS)
+        status = self.status(name, resource)
+        assert self.condition(name, resource=resource)["reason"] in reasons, self.story(name)
+        return status
+
+    def story(self, name: str) -> str:
+        """Why a test fails: the status and the last lines of every container."""
+        logs = sorted((self.handle.logs / self.namespace).glob(f"{name}-*/*.log"))
+        tails = [f"--- {path.parent.name}\n{path.read_text()[-1500:]}" for path in logs]
+        return json.dumps(self.status(name), indent=1) + "\n".join(tails)
+
+    def steps(self, name: str, at_least: int) -> None:
+        """Wait until a commit of this step or a later one is in status."""
+
+        def committed() -> bool:
+            status = self.status(name)
+            return bool((status.get("checkpoint") or {}).get("step", 0) >= at_least)
+
+        wait_for(committed, f"{name} has no commit of step {at_least}", SLOW_SECONDS)
+
+    def pod(self, name: str, index: int) -> str:
+        """The name of a running gang's pod."""
+        selector = f"kubedistill.dev/job={name},batch.kubernetes.io/job-completion-index={index}"
+        pods = self.get("pods", "-l", selector, "--field-selector=status.phase=Running")["items"]
+        return str(pods[0]["metadata"]["name"])
+
+    def objects(self, uri: str) -> dict[str, bytes]:
+        """Everything below an s3:// address, by what follows it."""
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        return dict(_objects(self.handle, bucket, prefix.rstrip("/") + "/"))
+
+    def weights(self, name: str) -> bytes:
+        """The exported weights of a finished job."""
+        found = self.objects(self.status(name)["model"]["uri"])
+        return found["model.safetensors"]
+
+
+def _objects(handle: Handle, bucket: str, prefix: str) -> Iterator[tuple[str, bytes]]:
+    client = handle.s3.client()
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for item in page.get("Contents", []):
+            body = client.get_object(Bucket=bucket, Key=item["Key"])["Body"].read()
+            yield item["Key"].removeprefix(prefix), body

@@ -1,0 +1,148 @@
+"""Inputs that cannot work: one clear message each, no gang and no teacher started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from e2e.careless_store import CarelessStore
+from e2e.gang import llama
+from e2e.kit import SLOW_SECONDS, Team
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2 * SLOW_SECONDS)]
+
+
+def cases(team: Team, careless: str) -> dict[str, tuple[dict[str, Any], str, list[str]]]:
+    """Name → what differs from a good job, the reason, and the words that must be said."""
+    bucket = f"s3://{team.handle.s3.bucket}"
+
+    def data(name: str) -> dict[str, Any]:
+        return {"data": {"sources": [{"uri": f"{bucket}/{name}"}]}}
+
+    narrow = {"spec": {"containers": [
+        {"name": "trainer", "resources": {"limits": {"memory": "2Gi"}}}]}}  # fmt: skip
+    return {
+        "no-bucket": (
+            {"storage": {"uri": "s3://elsewhere/runs"}},
+            "InvalidSpec", ["bucket 'elsewhere' does not exist", "storage.uri"],
+        ),
+        "no-data": (
+            data("data/none.jsonl"),
+            "UnreadableInput",
+            ["spec.data.sources[0].uri", "no such object", "data/none.jsonl", "upload the file"],
+        ),
+        "no-data-bucket": (
+            {"data": {"sources": [{"uri": "s3://nowhere/small.jsonl"}]}},
+            "UnreadableInput", ["spec.data.sources[0].uri", "bucket 'nowhere' does not exist"],
+        ),
+        "wrong-keys": (
+            {"storage": {"secretRef": {"name": "wrong"}}},
+            "InvalidSpec", ["refuses these credentials", "storage.secretRef"],
+        ),
+        "careless": (
+            {"storage": {"endpoint": careless}},
+            "InvalidSpec", ["ignores If-None-Match", careless],
+        ),
+        "not-json": (
+            data("data/broken.jsonl"),
+            "UnreadableInput", ["data/broken.jsonl line 2", "not JSON", "maxBadRecords"],
+        ),
+        "empty": (
+            data("data/empty.jsonl"),
+            "UnreadableInput", ["spec.data.sources", "no text in", "give a file that holds text"],
+        ),
+        "other-tokenizer": (
+            {
+                "student": {"config": None, "model": {"uri": f"{bucket}/models/foreign"}},
+            },
+            "UnreadableInput", ["spec.student", "models/foreign", "differs from"],
+        ),
+        "too-wide": (
+            {
+                "student": {"config": llama(4096, 16)},
+                "workers": {"template": narrow},
+            },
+            "InvalidSpec", ["spec.student", "GiB", "memory limit of 2.0 GiB", "smaller"],
+        ),
+    }  # fmt: skip
+
+
+NAMES = [
+    "no-bucket", "no-data", "no-data-bucket", "wrong-keys", "careless", "not-json", "empty",
+    "other-tokenizer", "too-wide",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bad(team: Team) -> Iterator[dict[str, tuple[str, list[str]]]]:
+    """All bad jobs are applied at once; name → reason and words."""
+    client, bucket = team.handle.s3.client(), team.handle.s3.bucket
+    good = json.dumps({"text": "a line"})
+    client.put_object(Bucket=bucket, Key="data/broken.jsonl", Body=f"{good}\nnot json\n".encode())
+    client.put_object(Bucket=bucket, Key="data/empty.jsonl", Body=b"\n\n")
+    _put_foreign_model(team)
+    team.secret("wrong", "nobody", "nothing")
+    with CarelessStore(team.handle.s3) as careless:
+        table = cases(team, careless.endpoint)
+        assert list(table) == NAMES
+        team.apply(*(team.tuned(name, **change) for name, (change, _, _) in table.items()))
+        yield {name: (reason, words) for name, (_, reason, words) in table.items()}
+
+
+def _put_foreign_model(team: Team) -> None:
+    """A model's folder with a tokenizer that is not the data's; its weights are not looked at."""
+    import corpus
+
+    files = corpus.tokenizer_files(384)
+    config = {**llama(48, 2), "vocab_size": 384, "architectures": ["LlamaForCausalLM"]}
+    files["config.json"] = json.dumps(config).encode()
+    client, bucket = team.handle.s3.client(), team.handle.s3.bucket
+    for name, body in files.items():
+        client.put_object(Bucket=bucket, Key=f"models/foreign/{name}", Body=body)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_message_and_nothing_started(
+    team: Team, bad: dict[str, tuple[str, list[str]]], name: str
+) -> None:
+    reason, words = bad[name]
+    status = team.ends(name, reason)
+    message = team.condition(name)["message"]
+    assert [word for word in words if word not in message] == [], message
+    assert team.condition(name, "Validated")["status"] == "False"
+    assert not status.get("attempts")
+    started = [job["metadata"]["name"] for job in team.get("jobs")["items"]]
+    assert [job for job in started if job.startswith((f"{name}-a", f"{name}-teacher"))] == []
+
+
+def test_a_gpu_that_no_node_has_is_a_condition(team: Team) -> None:
+    team.apply(team.tuned("greedy", workers={"nodes": 1, "gpusPerNode": 64}))
+    team.wait_state("greedy", "Unschedulable", seconds=SLOW_SECONDS)
+    assert "nvidia.com/gpu" in team.condition("greedy")["message"]
+
+
+def test_a_stream_of_other_data_is_refused(team: Team) -> None:
+    """Its address says what it is made of; what lies there says something else."""
+    team.apply(team.tuned("source", training={"maxSteps": 2}, workers={"nodes": 1}))
+    team.ends("source", "Completed")
+    own = {"objective": {"temperature": 2}}
+    team.apply(team.distilled("own", "source", distill=own, workers={"nodes": 1}))
+    written = team.objects(team.ends("own", "Completed")["teacherStream"]["uri"])
+    # The same but for the temperature, and GPUs that nobody has: the address, and no stream.
+    waiting = team.distilled("waiting", "source", distill={"objective": {"temperature": 3}})
+    waiting["spec"]["teacher"]["workers"]["gpusPerReplica"] = 64
+    team.apply(waiting)
+    team.wait_state("waiting", "Unschedulable", seconds=SLOW_SECONDS)
+    uri = team.status("waiting")["resolved"]["streamUri"]
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    client = team.handle.s3.client()
+    for key, body in written.items():
+        client.put_object(Bucket=bucket, Key=f"{prefix}/{key}", Body=body)
+    foreign = team.distilled("foreign", "source", distill={"objective": {"temperature": 3}})
+    team.apply(foreign)
+    team.ends("foreign", "UnreadableInput")
+    message = team.condition("foreign")["message"]
+    assert "temperature" in message

@@ -1,0 +1,56 @@
+"""Every file of examples/ is applied as it is and reaches its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2e.kit import SLOW_SECONDS, Team
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2 * SLOW_SECONDS)]
+EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def applied(team: Team) -> dict[str, list[dict[str, Any]]]:
+    """All examples at once, once the teacher that three of them name is in its place."""
+    team.apply(team.tuned("tiny", training={"maxSteps": 4}, workers={"nodes": 1}))
+    model = team.objects(team.ends("tiny", "Completed")["model"]["uri"])
+    client, bucket = team.handle.s3.client(), team.handle.s3.bucket
+    for name, body in model.items():
+        client.put_object(Bucket=bucket, Key=f"models/tiny/{name}", Body=body)
+    documents = {path.name: team.example(path) for path in EXAMPLES}
+    # Backwards, so that students are there before their teachers.
+    team.apply(*[one for several in documents.values() for one in reversed(several)])
+    return documents
+
+
+@pytest.mark.parametrize("name", [path.name for path in EXAMPLES])
+def test_it_reaches_its_end(
+    team: Team, applied: dict[str, list[dict[str, Any]]], name: str
+) -> None:
+    for document in applied[name]:
+        resource = {"DistillationJob": "dj", "DistillationChain": "dchain"}[document["kind"]]
+        team.ends(document["metadata"]["name"], "Completed", resource=resource)
+
+
+def test_a_finished_chain_names_its_students(
+    team: Team, applied: dict[str, list[dict[str, Any]]]
+) -> None:
+    status = team.ends("small-chain", "Completed", resource="dchain")
+    assert [stage["state"] for stage in status["stages"]] == ["Completed"] * 3
+    table = team.kubectl("get", "distill")
+    assert "small-chain" in table
+    assert "Completed" in table
+
+
+def test_two_writers_shared_a_sparse_stream(
+    team: Team, applied: dict[str, list[dict[str, Any]]]
+) -> None:
+    stream = team.ends("sparse-stream", "Completed")["teacherStream"]
+    assert (stream["payload"], stream["complete"]) == ("Sparse", True)
+    written = team.objects(stream["uri"])
+    shards = {key.split("/")[1] for key in written if "/shards/" in key}
+    assert shards == {"0", "1"}

@@ -1,0 +1,79 @@
+"""Jobs with real gangs on the real control plane, and what happens to them on the way."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from operator_kit import Operator, wait_for
+
+from e2e.kit import SLOW_SECONDS, Team
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2 * SLOW_SECONDS)]
+
+
+@pytest.fixture(scope="module")
+def calm(team: Team) -> dict[str, Any]:
+    """The status of a job that nothing happened to; two more start beside it."""
+    steps = {"training": {"maxSteps": 60}}
+    team.apply(team.tuned("calm", **steps), team.tuned("struck", **steps))
+    team.apply(team.distilled("taught", "calm", training={"deepSpeed": {"zeroStage": 3}}))
+    team.steps("struck", 2)
+    team.handle.faults.kill(team.namespace, team.pod("struck", 1))
+    return team.ends("calm", "Completed")
+
+
+def test_a_job_succeeds(team: Team, calm: dict[str, Any]) -> None:
+    assert team.condition("calm")["status"] == "True"
+    assert calm["progress"]["percentage"] == 100
+    assert {"perplexity"} <= {metric["name"] for metric in calm["metrics"]}
+    model = team.objects(calm["model"]["uri"])
+    assert {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "MODEL_CARD.md", "report.json",
+    } <= set(model)  # fmt: skip
+    assert json.loads(model["config.json"])["num_hidden_layers"] == 2
+
+
+def test_a_killed_member_costs_an_attempt_and_no_bit(team: Team, calm: dict[str, Any]) -> None:
+    status = team.ends("struck", "Completed")
+    first, second = status["attempts"]
+    assert first["reason"] != "Completed"
+    assert second["resumedFromStep"] >= 2
+    assert status["fence"] == 2
+    assert team.weights("struck") == team.weights("calm")
+
+
+def test_a_student_under_zero_3_learns_from_the_stream(team: Team, calm: dict[str, Any]) -> None:
+    status = team.ends("taught", "Completed")
+    assert status["teacherStream"]["complete"]
+    names = {metric["name"] for metric in status["metrics"]}
+    assert {"perplexity", "perplexityRatio", "teacherAgreement"} <= names
+
+
+def test_suspended_with_its_operator_killed_and_resumed(team: Team, operator: Operator) -> None:
+    team.apply(team.tuned("paused", training={"maxSteps": 60, "deepSpeed": {"zeroStage": 2}}))
+    team.steps("paused", 2)
+    operator.kill()
+    operator.start()
+    team.kubectl("patch", "dj", "paused", "--type=merge", "-p", '{"spec": {"suspend": true}}')
+    status = team.wait_state("paused", "Suspended", seconds=SLOW_SECONDS)
+    (attempt,) = status["attempts"]
+    assert (attempt["reason"], attempt["charged"]) == ("GracefulCheckpoint", False)
+    assert [p for p in team.get("pods")["items"] if p["status"]["phase"] == "Running"] == []
+    team.kubectl("patch", "dj", "paused", "--type=merge", "-p", '{"spec": {"suspend": false}}')
+    status = team.ends("paused", "Completed")
+    assert status["attempts"][1]["resumedFromStep"] == attempt["lastStep"]
+
+
+def test_nothing_is_left_of_a_job_deleted_on_its_way(team: Team, operator: Operator) -> None:
+    team.apply(team.tuned("dropped", training={"maxSteps": 500}))
+    team.steps("dropped", 2)
+    team.kubectl("delete", "dj", "dropped")
+
+    def left() -> list[str]:
+        items = team.get("jobs,pods,services,configmaps")["items"]
+        return [i["metadata"]["name"] for i in items if i["metadata"]["name"].startswith("dropped")]
+
+    wait_for(lambda: not left(), "something is left after the job was deleted", SLOW_SECONDS)
