@@ -16,6 +16,8 @@ import aiohttp
 from kubedistill_api.base import CHAIN_PLURAL, GROUP, JOB_PLURAL, VERSION
 from kubernetes.aio import client, config
 
+from kubedistill_operator.wire import yaml_safe_json
+
 FIELD_MANAGER = "kubedistill-operator"
 STATUS_MANAGER = "kubedistill-status"
 _LIST_CHUNK = 500
@@ -46,6 +48,9 @@ SERVICES = Resource("api/v1", "services")
 CONFIG_MAPS = Resource("api/v1", "configmaps")
 EVENTS = Resource("api/v1", "events")
 LEASES = Resource("apis/coordination.k8s.io/v1", "leases")
+
+_APPLY = "application/apply-patch+yaml; charset=utf-8"
+"""With a parameter, so that the client sends the text as it is given."""
 
 
 class ApiError(Exception):
@@ -150,7 +155,7 @@ class Cluster:
         }
         path = resource.path(metadata["namespace"], metadata["name"], "status")
         query = {"fieldManager": STATUS_MANAGER, "force": "true"}
-        return await self._write("PATCH", path, query, body, "application/apply-patch+yaml")
+        return await self._write("PATCH", path, query, body, _APPLY)
 
     async def delete(
         self, resource: Resource, namespace: str, name: str, propagation: str = "Background"
@@ -205,8 +210,9 @@ class Cluster:
         )
         if query:
             url = f"{url}?{urlencode(query)}"
+        sent = yaml_safe_json(body) if content_type == _APPLY and body is not None else body
         response = await self.api.rest_client.request(
-            method, url, headers=headers, body=body, _request_timeout=self._timeout
+            method, url, headers=headers, body=sent, _request_timeout=self._timeout
         )
         text = await response.read()
         document: dict[str, Any] = _json(text)

@@ -59,7 +59,7 @@ def test_each_field_is_in_the_digest_and_named_when_it_differs(
 ) -> None:
     found = identity(**changes)
     assert found.digest() != identity().digest()
-    with pytest.raises(StreamMismatch, match=rf"does not match: {field} is .*, wanted "):
+    with pytest.raises(StreamMismatch, match=rf"its {field} is .*, this job needs "):
         check_identity(found, identity())
 
 

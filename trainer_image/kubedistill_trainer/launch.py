@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from kubedistill_trainer import logs, outcome
 from kubedistill_trainer.context import Context, read_run_spec, scratch_directory
 from kubedistill_trainer.failures import RunFailure
+from kubedistill_trainer.imports import quiet_collector
 from kubedistill_trainer.rank import outcome_file
 
 _log = logging.getLogger(__name__)
@@ -61,11 +62,13 @@ def _preflight(run: RunSpec) -> tuple[ExitCode, Outcome]:
 
 def _teacher(run: RunSpec) -> tuple[ExitCode, Outcome]:
     from kubedistill_trainer import exporter
-    from kubedistill_trainer.methods.generate import run_teacher
 
     signal.signal(signal.SIGTERM, _interrupt)
     board = exporter.ProgressBoard(run.attempt)
     exporter.serve(board)
+    with quiet_collector():
+        from kubedistill_trainer.methods.generate import run_teacher
+
     partition = int(os.environ.get("JOB_COMPLETION_INDEX", "0"))
     context = Context(run, scratch_directory(), partition=partition)
     return ExitCode.SUCCESS, run_teacher(context, board)

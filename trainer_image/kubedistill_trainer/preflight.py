@@ -11,6 +11,7 @@ from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset, load_dataset, ranks_of, tokenizer_source
 from kubedistill_trainer.data.tokenizer import load_tokenizer
 from kubedistill_trainer.failures import refuse, unreadable
+from kubedistill_trainer.imports import quiet_collector
 from kubedistill_trainer.models.folder import read_config
 from kubedistill_trainer.store import preflight as check_store
 from kubedistill_trainer.teacher.digest import teacher_digest
@@ -74,7 +75,8 @@ def _student_parameters(
     context: Context, dataset: Dataset, teacher_config: dict[str, Any] | None
 ) -> int:
     # Here, not at the top: torch takes seconds to import, and a wrong key should not wait for it.
-    from kubedistill_trainer.models import load
+    with quiet_collector():
+        from kubedistill_trainer.models import load
 
     student = context.run.spec.student
     vocab_size = dataset.tokenizer.vocab_size

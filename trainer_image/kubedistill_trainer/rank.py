@@ -12,6 +12,7 @@ from kubedistill_api.exit_codes import ExitCode
 from kubedistill_trainer import exporter, logs, outcome
 from kubedistill_trainer.context import Context, read_run_spec, scratch_directory
 from kubedistill_trainer.failures import refuse
+from kubedistill_trainer.imports import quiet_collector
 from kubedistill_trainer.methods.interruption import Interruption
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,10 @@ def main() -> None:
     board = exporter.ProgressBoard(run.attempt)
     try:
         exporter.serve(board, local_rank)
-        from kubedistill_trainer.run import run_student
+        with quiet_collector():
+            import deepspeed  # noqa: F401
+
+            from kubedistill_trainer.run import run_student
 
         _check_device(context)
         code, result = ExitCode.SUCCESS, run_student(context, board, interruption, local_rank)

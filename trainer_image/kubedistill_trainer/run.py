@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from kubedistill_api.runspec import Outcome
+from kubedistill_api.status import Metric
 
 from kubedistill_trainer import exporter
 from kubedistill_trainer.checkpoint import Checkpointer
@@ -24,7 +26,7 @@ from kubedistill_trainer.models import load
 from kubedistill_trainer.models.export import export, gather_weights
 from kubedistill_trainer.models.folder import download, read_config
 from kubedistill_trainer.report.card import card, report
-from kubedistill_trainer.report.evaluate import evaluate
+from kubedistill_trainer.report.evaluate import evaluate, initial_perplexity
 from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.request import stream_identity
 
@@ -69,9 +71,18 @@ def run_student(
     )
     engine = wrap(module, spec.training, context.world_size, micro)
     teacher = _signal(context, dataset, teacher_folder, engine.device)
+    # Random weights say nothing: there only what comes of them is worth a figure.
+    began = None
+    if spec.student.config is None:
+        began = partial(
+            initial_perplexity, engine, dataset, context.rank, context.world_size, group
+        )
+    loop = Loop(
+        context, dataset, engine, teacher, checkpointer, board, interruption, group, began
+    )
     try:
-        Loop(context, dataset, engine, teacher, checkpointer, board, interruption, group).run()
-        return _finish(context, dataset, engine, teacher, board, group)
+        loop.run()
+        return _finish(context, dataset, engine, teacher, board, group, loop.initial_perplexity)
     finally:
         teacher.close()
 
@@ -135,10 +146,13 @@ def _finish(
     teacher: Signal,
     board: exporter.ProgressBoard,
     group: Any,
+    initial: float | None,
 ) -> Outcome:
     """Evaluate on all ranks, export on rank 0."""
     board.update(phase="Evaluating")
     metrics = evaluate(engine, teacher, dataset, context.rank, context.world_size, group)
+    if initial is not None:
+        metrics.append(Metric(name="initialPerplexity", value=initial))
     for metric in metrics:
         exporter.EVALUATION.labels(metric.name).set(metric.value)
         if metric.name == "teacherAgreement":

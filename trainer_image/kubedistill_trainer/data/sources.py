@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kubedistill_api.job import Data, DataSource
 
 from kubedistill_trainer.failures import unreadable
-from kubedistill_trainer.store import NotFound, Store
+from kubedistill_trainer.store import NoSuchBucket, NotFound, Store
 from kubedistill_trainer.store.uri import S3Uri
 
 OpenStore = Callable[[str], Store]
@@ -98,6 +98,10 @@ def _read(source: DataSource, field: str, open_store: OpenStore) -> bytes:
         raise unreadable(field, source.uri, "name a file, not a bucket or a folder")
     try:
         return open_store(f"s3://{uri.bucket}/{folder}".rstrip("/")).get(name)
+    except NoSuchBucket as error:
+        raise unreadable(
+            field, f"bucket {uri.bucket!r} does not exist", "correct the address"
+        ) from error
     except NotFound as error:
         raise unreadable(
             field, f"no such object {source.uri}", "upload the file or correct the address"

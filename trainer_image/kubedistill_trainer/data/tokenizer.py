@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from kubedistill_trainer.failures import unreadable
-from kubedistill_trainer.store import NotFound, Store
+from kubedistill_trainer.store import NoSuchBucket, NotFound, Store
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,7 +38,7 @@ def load_tokenizer(store: Store, field: str) -> TextTokenizer:
     """Read the tokenizer of a folder. InputsRefused when there is none or it does not parse."""
     try:
         body = store.get("tokenizer.json")
-    except NotFound as error:
+    except (NotFound, NoSuchBucket) as error:
         raise unreadable(
             field, f"no tokenizer.json in {store.uri}", "give a folder with a tokenizer.json"
         ) from error

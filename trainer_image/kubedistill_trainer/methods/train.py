@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.status import CheckpointStatus
+from pydantic import JsonValue
 
 from kubedistill_trainer import exporter
 from kubedistill_trainer.checkpoint import Checkpointer, fits_grace
@@ -29,6 +30,7 @@ from kubedistill_trainer.methods.signal import Signal
 _log = logging.getLogger(__name__)
 Ids = npt.NDArray[np.int64]
 _GRACE_MARGIN_SECONDS = 5.0
+_INITIAL = "initialPerplexity"
 
 
 @dataclass
@@ -52,7 +54,9 @@ class Loop:
         board: exporter.ProgressBoard,
         interruption: Interruption,
         control_group: Any,
+        evaluate_start: Callable[[], float] | None = None,
     ) -> None:
+        """`evaluate_start` gives the student's held-out perplexity before its first step."""
         self._context = context
         self._dataset = dataset
         self._engine = engine
@@ -61,6 +65,8 @@ class Loop:
         self._board = board
         self._interruption = interruption
         self._control_group = control_group
+        self._evaluate_start = evaluate_start
+        self.initial_perplexity: float | None = None
         self._timings = Timings()
         self._committed_step = -1
         spec = context.run.spec
@@ -76,6 +82,8 @@ class Loop:
         """
         total = self._dataset.total_steps
         step = self._restore()
+        if step == 0 and self._evaluate_start is not None:
+            self.initial_perplexity = self._evaluate_start()
         self._board.update(phase="Training", total_steps=total, step=step)
         self._teacher.expect(self._micro_batches(step))
         self._engine.train()
@@ -110,6 +118,8 @@ class Loop:
             rejected_checkpoints=[str(rejected) for rejected in restored.rejected][:8],
         )
         self._committed_step = restored.step
+        began = restored.cursor.get(_INITIAL)
+        self.initial_perplexity = float(began) if isinstance(began, int | float) else None
         return int(restored.step)
 
     def _micro_batches(self, first_step: int) -> Iterator[Ids]:
@@ -194,7 +204,10 @@ class Loop:
 
     def _commit(self, step: int) -> None:
         with exporter.CHECKPOINT_DURATION.labels("save").time():
-            info = self._checkpointer.save(self._engine, step=step, cursor={"step": step})
+            cursor: dict[str, JsonValue] = {"step": step}
+            if self.initial_perplexity is not None:
+                cursor[_INITIAL] = self.initial_perplexity
+            info = self._checkpointer.save(self._engine, step=step, cursor=cursor)
         self._committed_step = step
         self._timings.saves.append(info.duration_seconds)
         exporter.LAST_COMMIT.set(time.time())

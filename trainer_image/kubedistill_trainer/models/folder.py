@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kubedistill_trainer.failures import unreadable
-from kubedistill_trainer.store import NotFound, Store
+from kubedistill_trainer.store import NoSuchBucket, NotFound, Store
 
 NOT_IN_DIGEST = ("MODEL_CARD.md", "README.md", "report.json")
 """Written for people, with times in them: not what the model is."""
@@ -33,7 +33,7 @@ def read_config(store: Store, field: str) -> dict[str, Any]:
     """config.json of a model folder. InputsRefused when there is none or it is not JSON."""
     try:
         config = json.loads(store.get("config.json"))
-    except NotFound as error:
+    except (NotFound, NoSuchBucket) as error:
         raise unreadable(
             field, f"no config.json in {store.uri}", "give a folder in Hugging Face layout"
         ) from error

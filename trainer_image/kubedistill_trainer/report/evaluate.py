@@ -14,7 +14,7 @@ from kubedistill_api.status import Metric
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.data.packing import IGNORED
 from kubedistill_trainer.losses import TeacherHidden, TeacherSparse
-from kubedistill_trainer.methods.signal import Signal, softcapped
+from kubedistill_trainer.methods.signal import NoTeacher, Signal, softcapped
 
 _CHUNK_TOKENS = 256
 
@@ -74,6 +74,14 @@ def evaluate(
         counted = index * world_size + rank < len(heldout)
         exact &= _add(engine, teacher, dataset, sample, sums if counted else Sums())
     return sums.reduce(group).metrics(exact_teacher=exact)
+
+
+def initial_perplexity(
+    engine: Any, dataset: Dataset, rank: int, world_size: int, group: Any
+) -> float:
+    """Held-out perplexity of the student as it is now, without its teacher."""
+    metrics = evaluate(engine, NoTeacher(), dataset, rank, world_size, group)
+    return next(metric.value for metric in metrics if metric.name == "perplexity")
 
 
 def _add(engine: Any, teacher: Signal, dataset: Dataset, sample: int, sums: Sums) -> bool:

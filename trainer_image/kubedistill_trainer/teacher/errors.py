@@ -50,7 +50,11 @@ class StreamMismatch(StreamError):
         self.wanted = wanted
 
     def __str__(self) -> str:
-        return f"teacher stream does not match: {self.field} is {self.found}, wanted {self.wanted}"
+        return (
+            f"the teacher's stream was made for something else: its {self.field} is {self.found}, "
+            f"this job needs {self.wanted}; delete that stream, so that it is written anew, or "
+            "give the job another spec.storage.uri"
+        )
 
 
 class StreamStalled(StreamError):
