@@ -22,6 +22,9 @@ control-plane: .venv/.synced  ## The control plane, built once into the cache
 demo: .venv/.synced  ## A real chain of three stages, end to end
 	$(RUN) python examples/demo/demo.py
 
+demo-smollm2: .venv/.synced  ## The real SmolLM2-135M as teacher; half an hour
+	$(RUN) python examples/demo/demo.py --smollm2
+
 down:  ## End the demo's cluster
 	$(RUN) python -m devcluster down
 
@@ -42,4 +45,4 @@ test: lint  ## Lint, types, layers, unit tests (with a real store and Helm)
 test-cluster: .venv/.synced  ## Real store, control plane and training; not yet part of `test`
 	$(RUN) pytest tests/store tests/controlplane tests/e2e
 
-.PHONY: help setup control-plane demo down lint crds test test-cluster
+.PHONY: help setup control-plane demo demo-smollm2 down lint crds test test-cluster

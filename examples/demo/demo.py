@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import corpus
+import smollm2
 from devcluster import assets
 from devcluster.__main__ import DEFAULT_STATE, is_up, up
 from devcluster.handle import Handle
@@ -121,6 +122,7 @@ def watch(handle: Handle, name: str, timeout_seconds: float) -> dict[str, dict[s
         jobs = {
             item["metadata"]["name"]: item
             for item in handle.api.get(f"{RESOURCES}/distillationjobs")["items"]
+            if item["metadata"]["name"].startswith(f"{name}-")
         }
         for job_name, job in jobs.items():
             line = _line(job)
@@ -211,15 +213,45 @@ def run_demo(handle: Handle) -> None:
         sys.exit("the distilled student does not beat the control")
 
 
+def run_smollm2(handle: Handle) -> None:
+    """A student of half of SmolLM2's layers."""
+    step("converting SmolLM2-135M-Instruct to a Hugging Face folder, unless it is cached")
+    folder = smollm2.model_folder()
+    client = handle.s3.client()
+    for path in sorted(folder.iterdir()):
+        client.upload_file(str(path), handle.s3.bucket, f"models/{folder.name}/{path.name}")
+    put_data(handle, {"data/topics.jsonl": corpus.jsonl()})
+    step("teacher and text are in S3")
+    bucket = f"s3://{handle.s3.bucket}"
+    sets = {
+        "initialTeacher.model.uri": f"{bucket}/models/{folder.name}",
+        "data.sources": [{"uri": f"{bucket}/data/topics.jsonl"}],
+    }
+    install_chain(handle, "smollm2", ROOT / "examples" / "demo" / "smollm2.yaml", sets)
+    step("chain installed: smollm2, one stage")
+    job = watch(handle, "smollm2", 5000)["smollm2-half"]
+    show(handle, {"smollm2-half": job}, ["smollm2-half"])
+    before, after = metric(job, "initialPerplexity"), metric(job, "perplexity")
+    assert before is not None and after is not None
+    console.print(
+        f"Held-out perplexity with half the layers gone: {before:,.0f}; "
+        f"after distillation: {after:.1f}, {before / after:.1f} times less."
+    )
+    next_steps(handle, job["status"]["model"]["uri"])
+    if before < 3 * after:
+        sys.exit("distillation should lower the perplexity at least three times")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--state", type=Path, default=DEFAULT_STATE)
+    parser.add_argument("--smollm2", action="store_true", help="the real SmolLM2-135M as teacher")
     given = parser.parse_args()
     handle = start_cluster(given.state)
     install_operator(handle)
     install_secret(handle)
     step("operator installed by Helm and ready")
-    run_demo(handle)
+    (run_smollm2 if given.smollm2 else run_demo)(handle)
     step("done")
 
 

@@ -104,7 +104,10 @@ class Team(Bench):
             found = self.condition(name, resource=resource).get("status")
             return found in ("True", "False")
 
-        wait_for(ended, f"{name} does not end: {self.status(name, resource)}", SLOW_SECONDS)
+        try:
+            wait_for(ended, "", SLOW_SECONDS)
+        except TimeoutError:
+            raise TimeoutError(f"{name} does not end: {self.story(name)}") from None
         status = self.status(name, resource)
         assert self.condition(name, resource=resource)["reason"] in reasons, self.story(name)
         return status
