@@ -78,9 +78,7 @@ def run_student(
         began = partial(
             initial_perplexity, engine, dataset, context.rank, context.world_size, group
         )
-    loop = Loop(
-        context, dataset, engine, teacher, checkpointer, board, interruption, group, began
-    )
+    loop = Loop(context, dataset, engine, teacher, checkpointer, board, interruption, group, began)
     try:
         loop.run()
         return _finish(context, dataset, engine, teacher, board, group, loop.initial_perplexity)

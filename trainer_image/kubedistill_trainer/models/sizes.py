@@ -92,4 +92,6 @@ def _size(keys: Mapping[str, Any], name: str, field: str) -> int:
 
 def _check_divides(whole: int, part: int, field: str, name: str) -> None:
     if whole % part:
-        raise refuse(field, f"{whole}, which {name} {part} does not divide", f"a multiple of {part}")
+        raise refuse(
+            field, f"{whole}, which {name} {part} does not divide", f"a multiple of {part}"
+        )
