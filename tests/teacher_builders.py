@@ -14,13 +14,8 @@ import torch
 from kubedistill_trainer.store.errors import NotFound, PreconditionFailed
 from kubedistill_trainer.teacher.codec import token_hash
 from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity
-from kubedistill_trainer.teacher.payload import (
-    Hidden,
-    HiddenSpec,
-    SparseSpec,
-    TeacherOutputs,
-    sparse_of_logits,
-)
+from kubedistill_trainer.teacher.payload import Hidden, TeacherOutputs, sparse_of_logits
+from kubedistill_trainer.teacher.payload_spec import HiddenSpec, SparseSpec
 
 LENGTH, VOCABULARY, HIDDEN = 8, 64, 48
 GRID = (1.0, 2.0, 4.0)

@@ -107,7 +107,10 @@ class Effects:
     async def _preflight(self, raw: Raw, action: CreatePreflight) -> None:
         owner, spec = owner_of(raw), _spec(raw)
         name = names.preflight_name(owner.name, action.inputs.digest)
-        run = run_specs.base_run_spec(owner, spec, action.inputs, "preflight")
+        gang = batch_jobs.gang_template(owner, spec, self._trainer, attempt=1, grace_seconds=1)
+        run = run_specs.base_run_spec(owner, spec, action.inputs, "preflight").model_copy(
+            update={"memory_limit_bytes": to_bytes(memory_limit(gang))}
+        )
         await self._create(CONFIG_MAPS, run_specs.config_map(owner, name, run), owner.uid)
         body = batch_jobs.preflight(
             owner,

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kubedistill_trainer.teacher.hidden import decode_hidden, encode_hidden
-from kubedistill_trainer.teacher.payload import Hidden, HiddenSpec
+from kubedistill_trainer.teacher.payload import Hidden
+from kubedistill_trainer.teacher.payload_spec import HiddenSpec
 
 
 def _round_trip(states: torch.Tensor, spec: HiddenSpec | None = None) -> torch.Tensor:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kubedistill_trainer.teacher.payload import Sparse, SparseSpec, sparse_of_logits
+from kubedistill_trainer.teacher.payload import Sparse, sparse_of_logits
+from kubedistill_trainer.teacher.payload_spec import SparseSpec
 from kubedistill_trainer.teacher.sparse import decode_sparse, encode_sparse
 
 GRID = (0.5, 1.0, 2.0, 4.0)

@@ -16,7 +16,7 @@ from kubedistill_trainer.teacher.manifest import (
     publish_manifest,
     read_manifest,
 )
-from kubedistill_trainer.teacher.payload import HiddenSpec, SparseSpec
+from kubedistill_trainer.teacher.payload_spec import HiddenSpec, SparseSpec
 from teacher_builders import GRID, HIDDEN, VOCABULARY, MemoryStore, identity, manifest
 
 CHANGES: list[tuple[str, dict[str, Any], str]] = [

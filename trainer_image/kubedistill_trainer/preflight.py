@@ -13,6 +13,7 @@ from kubedistill_trainer.data.tokenizer import load_tokenizer
 from kubedistill_trainer.failures import refuse, unreadable
 from kubedistill_trainer.imports import quiet_collector
 from kubedistill_trainer.models.folder import read_config
+from kubedistill_trainer.models.sizes import check_layers, check_vocabulary, decoder_parameters
 from kubedistill_trainer.store import preflight as check_store
 from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.request import stream_identity
@@ -74,32 +75,39 @@ def _check_tokenizers(context: Context, dataset: Dataset) -> None:
 def _student_parameters(
     context: Context, dataset: Dataset, teacher_config: dict[str, Any] | None
 ) -> int:
+    field, keys = _student_config(context, teacher_config)
+    vocab_size = dataset.tokenizer.vocab_size
+    check_vocabulary(keys, vocab_size, field)
+    counted = decoder_parameters(keys, vocab_size, field)
+    if counted is not None:
+        return counted
     # Here, not at the top: torch takes seconds to import, and a wrong key should not wait for it.
     with quiet_collector():
         from kubedistill_trainer.models import load
 
+    config = load.config_of(keys, vocab_size, field, dataset.packed.sequence_length)
+    return load.parameter_count(load.empty_model(config, field))
+
+
+def _student_config(
+    context: Context, teacher_config: dict[str, Any] | None
+) -> tuple[str, dict[str, Any]]:
+    """The student's Hugging Face config as it will be, and the field that it comes from."""
     student = context.run.spec.student
-    vocab_size = dataset.tokenizer.vocab_size
-    length = dataset.packed.sequence_length
     if student.config is not None:
-        field = "spec.student.config"
-        config = load.config_of(student.config, vocab_size, field, length)
-    elif student.from_teacher is not None:
-        if teacher_config is None:
-            raise refuse("spec.student.fromTeacher", "no teacher", "give spec.teacher")
+        return "spec.student.config", student.config
+    if student.from_teacher is not None:
         field = "spec.student.fromTeacher"
-        load.check_layers(int(teacher_config["num_hidden_layers"]), student.from_teacher.layers)
+        if teacher_config is None:
+            raise refuse(field, "no teacher", "give spec.teacher")
+        check_layers(int(teacher_config["num_hidden_layers"]), student.from_teacher.layers)
         keys = {**teacher_config, "num_hidden_layers": student.from_teacher.layers}
         keys.pop("layer_types", None)
-        config = load.config_of(keys, vocab_size, field, length)
-    else:
-        model = context.run.student_model
-        if model is None:
-            raise refuse("spec.student", "no start", "give model, fromJob, fromTeacher or config")
-        field = "spec.student"
-        keys = read_config(context.open_store(model.uri), field)
-        config = load.config_of(keys, vocab_size, field, length)
-    return load.parameter_count(load.empty_model(config, field))
+        return field, keys
+    model = context.run.student_model
+    if model is None:
+        raise refuse("spec.student", "no start", "give model, fromJob, fromTeacher or config")
+    return "spec.student", read_config(context.open_store(model.uri), "spec.student")
 
 
 def memory_bytes(parameters: int, precision: str, zero_stage: int, ranks: int) -> int:

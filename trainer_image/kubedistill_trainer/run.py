@@ -25,6 +25,7 @@ from kubedistill_trainer.methods.train import Loop
 from kubedistill_trainer.models import load
 from kubedistill_trainer.models.export import export, gather_weights
 from kubedistill_trainer.models.folder import download, read_config
+from kubedistill_trainer.models.sizes import check_layers
 from kubedistill_trainer.report.card import card, report
 from kubedistill_trainer.report.evaluate import evaluate, initial_perplexity
 from kubedistill_trainer.teacher.digest import teacher_digest
@@ -77,9 +78,7 @@ def run_student(
         began = partial(
             initial_perplexity, engine, dataset, context.rank, context.world_size, group
         )
-    loop = Loop(
-        context, dataset, engine, teacher, checkpointer, board, interruption, group, began
-    )
+    loop = Loop(context, dataset, engine, teacher, checkpointer, board, interruption, group, began)
     try:
         loop.run()
         return _finish(context, dataset, engine, teacher, board, group, loop.initial_perplexity)
@@ -109,7 +108,7 @@ def _student_model(context: Context, dataset: Dataset, teacher_folder: Path | No
         return load.random_model(config, spec.training.seed, dtype)
     if spec.student.from_teacher is not None and teacher_folder is not None:
         teacher = load.load_model(teacher_folder, "spec.teacher", dtype)
-        load.check_layers(teacher.config.num_hidden_layers, spec.student.from_teacher.layers)
+        check_layers(teacher.config.num_hidden_layers, spec.student.from_teacher.layers)
         return load.fewer_layers(teacher, spec.student.from_teacher.layers)
     source = context.run.student_model
     if source is None:

@@ -20,7 +20,8 @@ from kubedistill_trainer.models.load import dtype_of, load_model
 from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.head import publish_head
 from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity, publish_manifest
-from kubedistill_trainer.teacher.payload import Hidden, SparseSpec, TeacherOutputs, sparse_of_logits
+from kubedistill_trainer.teacher.payload import Hidden, TeacherOutputs, sparse_of_logits
+from kubedistill_trainer.teacher.payload_spec import SparseSpec
 from kubedistill_trainer.teacher.request import stream_identity
 from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kubedistill_trainer.failures import refuse, unreadable
+from kubedistill_trainer.models.sizes import check_vocabulary
 
 Model = Any
 """A transformers causal language model (the library has no types worth the name)."""
@@ -22,12 +23,7 @@ def config_of(keys: dict[str, Any], vocab_size: int, field: str, max_positions: 
         raise refuse(f"{field}.model_type", repr(model_type), "name an architecture, such as llama")
     keys.setdefault("vocab_size", vocab_size)
     keys.setdefault("max_position_embeddings", max(max_positions, 2048))
-    if int(keys["vocab_size"]) < vocab_size:
-        raise refuse(
-            f"{field}.vocab_size",
-            str(keys["vocab_size"]),
-            f"the tokenizer has {vocab_size} ids: leave it out, or give at least that many",
-        )
+    check_vocabulary(keys, vocab_size, field)
     try:
         return AutoConfig.for_model(model_type, **keys)
     except Exception as error:  # each architecture checks its own keys with its own exceptions
@@ -89,16 +85,6 @@ def fewer_layers(model: Model, layers: int) -> Model:
     if layer_types is not None:
         model.config.layer_types = [layer_types[i] for i in kept]
     return model
-
-
-def check_layers(teacher_layers: int, wanted: int) -> None:
-    """Refuse a student with more layers than its teacher."""
-    if wanted > teacher_layers:
-        raise refuse(
-            "spec.student.fromTeacher.layers",
-            str(wanted),
-            f"the teacher has {teacher_layers} layers: keep at most that many",
-        )
 
 
 def parameter_count(model: Model) -> int:

@@ -14,14 +14,8 @@ import torch
 from torch import Tensor
 
 from kubedistill_trainer.teacher.hidden import decode_hidden, encode_hidden
-from kubedistill_trainer.teacher.payload import (
-    Hidden,
-    HiddenSpec,
-    PayloadSpec,
-    Sparse,
-    SparseSpec,
-    TeacherOutputs,
-)
+from kubedistill_trainer.teacher.payload import Hidden, Sparse, TeacherOutputs
+from kubedistill_trainer.teacher.payload_spec import HiddenSpec, PayloadSpec, SparseSpec
 from kubedistill_trainer.teacher.sparse import decode_sparse, encode_sparse
 
 _LENGTH = struct.Struct("<Q")

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kubedistill_trainer.teacher.payload import Hidden, HiddenSpec
+from kubedistill_trainer.teacher.payload import Hidden
+from kubedistill_trainer.teacher.payload_spec import HiddenSpec
 
 _HEADER = struct.Struct("<IIHBB")
 _PRECISIONS = ("int8", "bfloat16")

@@ -31,7 +31,7 @@ from pydantic import (
 from kubedistill_trainer.store.client import Store
 from kubedistill_trainer.store.errors import NotFound, PreconditionFailed
 from kubedistill_trainer.teacher.errors import StreamCorrupt, StreamMismatch
-from kubedistill_trainer.teacher.payload import PayloadSpec, SparseSpec
+from kubedistill_trainer.teacher.payload_spec import PayloadSpec, SparseSpec
 from kubedistill_trainer.teacher.shard import FORMAT_VERSION
 
 MANIFEST_KEY = "manifest.json"

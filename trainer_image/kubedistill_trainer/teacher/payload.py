@@ -1,4 +1,4 @@
-"""What a teacher stream can carry for each position of a sample, and how each kind is set.
+"""What a teacher stream can carry for each position of a sample.
 
 `Sparse` is the top of the teacher's distribution with exact normalisers; `Hidden` the teacher's
 last hidden state, exact at every temperature once the LM head is applied. A stream may carry both.
@@ -6,48 +6,11 @@ last hidden state, exact at every temperature once the LM head is applied. A str
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
-
-
-class _Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class SparseSpec(_Spec):
-    """Top-k log-probabilities at T = 1 and log Z_T for a grid of temperatures."""
-
-    kind: Literal["Sparse"] = "Sparse"
-    k: int = Field(default=100, ge=1, le=65535)
-    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
-    """Strictly rising; the student may train at these and no other."""
-    levels: int = Field(default=128, ge=8, le=256)
-    """Quantisation levels of a log-probability; fine at the top of the distribution."""
-
-    @field_validator("temperatures")
-    @classmethod
-    def _rising(cls, grid: tuple[float, ...]) -> tuple[float, ...]:
-        if not grid or grid[0] <= 0 or any(b <= a for a, b in itertools.pairwise(grid)):
-            raise ValueError(f"temperatures {grid} must be positive and strictly rising")
-        return grid
-
-
-class HiddenSpec(_Spec):
-    """Final-norm hidden state: int8 with one fp16 scale a group, or bfloat16."""
-
-    kind: Literal["Hidden"] = "Hidden"
-    precision: Literal["int8", "bfloat16"] = "int8"
-    group_size: int = Field(default=32, ge=1, le=65535)
-    """Neighbouring channels that share a scale."""
-
-
-PayloadSpec = Annotated[SparseSpec | HiddenSpec, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from kubedistill_api.job import Teacher
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.failures import refuse
 from kubedistill_trainer.teacher.manifest import StreamIdentity
-from kubedistill_trainer.teacher.payload import HiddenSpec, PayloadSpec, SparseSpec
+from kubedistill_trainer.teacher.payload_spec import HiddenSpec, PayloadSpec, SparseSpec
 
 
 def stream_identity(

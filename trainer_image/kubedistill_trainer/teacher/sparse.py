@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from kubedistill_trainer.teacher import quantise
-from kubedistill_trainer.teacher.payload import Sparse, SparseSpec
+from kubedistill_trainer.teacher.payload import Sparse
+from kubedistill_trainer.teacher.payload_spec import SparseSpec
 from kubedistill_trainer.teacher.quantise import F32, F64, I64
 from kubedistill_trainer.teacher.sparse_symbols import (
     MAX_VOCABULARY,

@@ -1,0 +1,97 @@
+"""What a model's config says of its size, without importing torch.
+
+A preflight has to say how large a student is. Building it on torch's meta device is right for every
+architecture and takes as long as importing torch and transformers; for models of Llama's shape the
+sizes can be added up. Anything unusual gives None, and the model is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kubedistill_trainer.failures import refuse
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Where an architecture differs from Llama."""
+
+    qkv_bias: bool = False
+    head_norms: bool = False
+
+
+_SHAPES = {
+    "llama": _Shape(),
+    "mistral": _Shape(),
+    "qwen2": _Shape(qkv_bias=True),
+    "qwen3": _Shape(head_norms=True),
+}
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def check_layers(teacher_layers: int, wanted: int) -> None:
+    """Refuse a student with more layers than its teacher."""
+    if wanted > teacher_layers:
+        raise refuse(
+            "spec.student.fromTeacher.layers",
+            str(wanted),
+            f"the teacher has {teacher_layers} layers: keep at most that many",
+        )
+
+
+def check_vocabulary(keys: Mapping[str, Any], vocab_size: int, field: str) -> None:
+    """Refuse a model without an embedding for each id of the tokenizer."""
+    given = keys.get("vocab_size")
+    if given is not None and int(given) < vocab_size:
+        raise refuse(
+            f"{field}.vocab_size",
+            str(given),
+            f"the tokenizer has {vocab_size} ids: leave it out, or give at least that many",
+        )
+
+
+def decoder_parameters(keys: Mapping[str, Any], vocab_size: int, field: str) -> int | None:
+    """Parameters, tied ones once; None where the config has to be built to be counted.
+
+    InputsRefused, naming a key below `field`, for sizes that make no model.
+    """
+    shape = _SHAPES.get(str(keys.get("model_type")))
+    if shape is None or any(keys.get(name) is None for name in (*_SIZES, "num_key_value_heads")):
+        return None
+    if keys.get("mlp_bias") or (keys.get("head_dim") is None and shape.head_norms):
+        return None
+    hidden, inner, layers, heads = (_size(keys, name, field) for name in _SIZES)
+    kv_heads = _size(keys, "num_key_value_heads", field)
+    head = keys.get("head_dim")
+    if head is None:
+        _check_divides(hidden, heads, f"{field}.hidden_size", "num_attention_heads")
+        head = hidden // heads
+    _check_divides(heads, kv_heads, f"{field}.num_attention_heads", "num_key_value_heads")
+    queries, values = heads * int(head), kv_heads * int(head)
+    attention = hidden * (2 * queries + 2 * values)
+    if keys.get("attention_bias"):
+        attention += queries + 2 * values + hidden
+    elif shape.qkv_bias:
+        attention += queries + 2 * values
+    if shape.head_norms:
+        attention += 2 * int(head)
+    layer = attention + 3 * hidden * inner + 2 * hidden
+    vocabulary = int(keys.get("vocab_size") or vocab_size)
+    embeddings = vocabulary * hidden * (1 if keys.get("tie_word_embeddings") else 2)
+    return layers * layer + hidden + embeddings
+
+
+def _size(keys: Mapping[str, Any], name: str, field: str) -> int:
+    value = keys[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise refuse(f"{field}.{name}", repr(value), "give a whole number of at least 1")
+    return value
+
+
+def _check_divides(whole: int, part: int, field: str, name: str) -> None:
+    if whole % part:
+        raise refuse(
+            field, f"{whole}, which {name} {part} does not divide", f"a multiple of {part}"
+        )
