@@ -135,7 +135,8 @@ def _signal(
         teacher_digest(model, store),
         config,
     )
-    return stream_teacher(context, dataset, identity, config)
+    temperature = spec.distill.objective.temperature
+    return stream_teacher(context, dataset, identity, config, temperature, device)
 
 
 def _finish(

@@ -83,9 +83,16 @@ class StreamTeacher:
     """The teacher's stream in S3, read ahead."""
 
     def __init__(
-        self, reader: StreamReader, head: Tensor | None, dataset: Dataset, softcap: float | None
+        self,
+        reader: StreamReader,
+        head: Tensor | None,
+        dataset: Dataset,
+        temperature: float,
+        softcap: float | None,
     ) -> None:
+        """`head`: the teacher's LM head where the payload is Hidden, else None."""
         self._reader = reader
+        self._temperature = temperature
         self._head = head
         self._dataset = dataset
         self._softcap = softcap
@@ -97,7 +104,9 @@ class StreamTeacher:
 
     def batch(self, samples: Ids, tokens: Tensor, positions: Tensor) -> TeacherBatch:
         outputs = [self._reader.get(int(s), self._hash(int(s))) for s in samples]
-        return _joined(outputs, self._head, self._softcap, tokens.device)
+        if self._head is None:
+            return joined_sparse(outputs, self._temperature, tokens.device)
+        return _joined_hidden(outputs, self._head, self._softcap, tokens.device)
 
     def status(self) -> TeacherStreamStatus | None:
         progress = self._reader.progress()
@@ -117,17 +126,22 @@ class StreamTeacher:
         return token_hash(self._dataset.packed.tokens[sample])
 
 
-def _joined(
-    outputs: list[TeacherOutputs], head: Tensor | None, softcap: float | None, device: torch.device
-) -> TeacherBatch:
-    if head is not None:
-        states = torch.cat([o.hidden.states for o in outputs if o.hidden is not None])
-        return TeacherHidden(states.to(device, head.dtype), head, softcap)
+def _joined_hidden(
+    outputs: list[TeacherOutputs], head: Tensor, softcap: float | None, device: torch.device
+) -> TeacherHidden:
+    states = torch.cat([o.hidden.states for o in outputs if o.hidden is not None])
+    return TeacherHidden(states.to(device, head.dtype), head, softcap)
+
+
+def joined_sparse(
+    outputs: list[TeacherOutputs], temperature: float, device: torch.device
+) -> TeacherSparse:
+    """One batch of several samples' sparse payloads, with the normaliser of `temperature`."""
     sparse = [o.sparse for o in outputs if o.sparse is not None]
     return TeacherSparse(
         ids_NK=torch.cat([s.token_ids for s in sparse]).to(device),
         logprobs_NK=torch.cat([s.log_probs for s in sparse]).to(device),
-        log_z_N=torch.cat([s.log_z for s in sparse]).to(device),
+        log_z_N=torch.cat([s.log_z_at(temperature) for s in sparse]).to(device),
     )
 
 
@@ -159,12 +173,17 @@ def online_teacher(folder: Path, dtype: torch.dtype, device: torch.device) -> On
 
 
 def stream_teacher(
-    context: Context, dataset: Dataset, identity: Any, config: dict[str, Any]
+    context: Context,
+    dataset: Dataset,
+    identity: Any,
+    config: dict[str, Any],
+    temperature: float,
+    device: torch.device,
 ) -> StreamTeacher:
     """Wait for the stream's manifest and open it."""
     settings = ReaderSettings(stall_seconds=float(context.run.spec.stall_timeout_seconds))
     cache = context.scratch / f"stream-{context.rank}"
     reader = StreamReader(context.storage, identity, cache=cache, settings=settings)
     hidden = identity.payloads[0].kind == "Hidden"
-    head = load_head(context.storage, reader.manifest, cache) if hidden else None
-    return StreamTeacher(reader, head, dataset, config.get("final_logit_softcapping"))
+    head = load_head(context.storage, reader.manifest, cache).to(device) if hidden else None
+    return StreamTeacher(reader, head, dataset, temperature, config.get("final_logit_softcapping"))
