@@ -39,10 +39,10 @@ crds: .venv/.synced  ## Generate crds/*.yaml and the chart's copies
 	$(UV) run --no-sync python charts/render.py
 	$(UV) run --no-sync python -m kubedistill_api.reference docs
 
-test: lint  ## Lint, types, layers, unit tests (with a real store and Helm)
-	$(RUN) pytest tests/unit
+test: lint  ## Lint, types, layers; unit tests, a real store, the operator on a real control plane
+	$(RUN) pytest tests/unit tests/store tests/controlplane
 
-test-cluster: .venv/.synced  ## Real store, control plane and training; not yet part of `test`
-	$(RUN) pytest tests/store tests/controlplane tests/e2e
+test-training: .venv/.synced  ## Real training gangs; minutes of two cores, so not yet part of `test`
+	$(RUN) pytest tests/e2e
 
-.PHONY: help setup control-plane demo demo-smollm2 down lint crds test test-cluster
+.PHONY: help setup control-plane demo demo-smollm2 down lint crds test test-training

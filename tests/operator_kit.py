@@ -183,6 +183,9 @@ class Bench:
         return self.status(name, resource)
 
 
+_LEADING = '"message": "leading"'
+
+
 class Operator:
     """The operator as a process, under its own role."""
 
@@ -215,7 +218,13 @@ class Operator:
 
     @property
     def leads(self) -> bool:
-        return '"message": "leading"' in self.log.read_text()
+        return _LEADING in self.log.read_text()
+
+    def restart(self) -> None:
+        """Start it again after `kill`; it leads when this returns."""
+        led = self.log.read_text().count(_LEADING)
+        self.start()
+        wait_for(lambda: self.log.read_text().count(_LEADING) > led, "it does not lead", 120)
 
     def kill(self) -> None:
         """SIGKILL: no goodbye."""

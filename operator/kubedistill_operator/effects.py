@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, assert_never
 
 from kubedistill_api import names
@@ -53,7 +54,18 @@ class NameTaken(RuntimeError):
 class Effects:
     """Actions on the cluster, on behalf of one object at a time."""
 
-    def __init__(self, cluster: Cluster, cache: Cache, trainer: TrainerImage) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        cache: Cache,
+        trainer: TrainerImage,
+        take_job: Callable[[Raw], None],
+    ) -> None:
+        """`take_job` gets each DistillationJob that is written here for a chain.
+
+        It has to be looked at then: to the watch that brings it later, it is no news.
+        """
+        self._take_job = take_job
         self._cluster = cluster
         self._cache = cache
         self._trainer = trainer
@@ -81,8 +93,9 @@ class Effects:
             await self._stage_job(raw, action)
         elif isinstance(action, SuspendStageJob):
             patch = {"spec": {"suspend": action.suspend}}
-            job = await self._cluster.merge_patch(DISTILLATION_JOBS, namespace, action.name, patch)
-            self._cache.put_job(job)
+            self._take_job(
+                await self._cluster.merge_patch(DISTILLATION_JOBS, namespace, action.name, patch)
+            )
         else:
             assert_never(action)
 
@@ -186,7 +199,7 @@ class Effects:
             },
             "spec": action.spec,
         }
-        self._cache.put_job(await self._create(DISTILLATION_JOBS, body, metadata["uid"]))
+        self._take_job(await self._create(DISTILLATION_JOBS, body, metadata["uid"]))
 
     async def tell(self, raw: Raw, event: Event, now: Any) -> None:
         """Post an event. Its name follows from what it says, so that it is there once."""

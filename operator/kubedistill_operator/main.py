@@ -101,10 +101,9 @@ async def _lead(
     trainer = TrainerImage(
         settings.trainer_image, settings.trainer_image_pull_policy, settings.trainer_env
     )
-    reconciler = Reconciler(
-        cluster, cache, Effects(cluster, cache, trainer), poller, metrics, timing_of(settings)
-    )
     watcher = Watcher(cache, queue)
+    effects = Effects(cluster, cache, trainer, watcher.job)
+    reconciler = Reconciler(cluster, cache, effects, poller, metrics, timing_of(settings))
     resync = Resync(cluster, cache, watcher, queue, settings)
     await resync.once()
     health.resync = resync

@@ -206,7 +206,7 @@ def chain(name: str, pods: dict[str, Any], *stages: dict[str, Any]) -> dict[str,
 def test_a_chain_runs_its_stages_in_order(bench: Bench, operator: Operator, book: Path) -> None:
     stages = ({"name": "m"}, {"name": "s"}, {"name": "tuned", "fineTune": {}})
     bench.apply(chain("steps", template(book), *stages))
-    status = bench.wait_state("steps", "Completed", seconds=150, resource="dchain")
+    status = bench.wait_state("steps", "Completed", seconds=300, resource="dchain")
     assert [s["state"] for s in status["stages"]] == ["Completed"] * 3
     assert status["progress"] == 100
     assert bench.get("dj", "steps-s")["spec"]["teacher"]["fromJob"] == {"name": "steps-m"}
@@ -219,7 +219,7 @@ def test_a_chain_runs_its_stages_in_order(bench: Bench, operator: Operator, book
 
 def test_a_chain_stops_at_a_failed_stage(bench: Bench, operator: Operator, book: Path) -> None:
     bench.apply(chain("stops", template(book, "bad-data"), {"name": "m"}, {"name": "s"}))
-    bench.wait_state("stops", "StageFailed", resource="dchain")
+    bench.wait_state("stops", "StageFailed", seconds=150, resource="dchain")
     assert "stage m failed" in bench.condition("stops", resource="dchain")["message"]
     assert len(bench.get("dj")["items"]) == 1
 
@@ -246,4 +246,4 @@ def test_an_operator_that_is_killed_goes_on(
             assert third.stop() == 0
     finally:
         second.stop()
-        operator.start()
+        operator.restart()
