@@ -94,7 +94,7 @@ def test_the_first_writer_decides_the_layout() -> None:
     second = publish_manifest(store, manifest(partitions=5))
     assert first == second
     assert second.partitions == 3
-    with pytest.raises(StreamMismatch, match="samples is 12, wanted 13"):
+    with pytest.raises(StreamMismatch, match="samples is 12, this job needs 13"):
         publish_manifest(store, manifest(samples=13))
 
 
