@@ -182,7 +182,7 @@ def test_another_identity_or_other_tokens_are_refused(store: MemoryStore, tmp_pa
         source.prefetch([(3, 99)])
         assert_is_sample(source.get(3, hash_of(3)), 3)
     store.objects[key] = store.objects[key].replace(b'"seed":7', b'"seed":8')
-    with pytest.raises(StreamMismatch, match="seed is 8, wanted 7"):
+    with pytest.raises(StreamMismatch, match="seed is 8, this job needs 7"):
         reader(store, tmp_path)
 
 
