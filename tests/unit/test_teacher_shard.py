@@ -93,7 +93,9 @@ def test_other_tokens_are_refused() -> None:
 
 
 def test_a_shard_of_another_stream_is_refused() -> None:
-    with pytest.raises(StreamMismatch, match="stream of shard here is digest, this job needs other"):
+    with pytest.raises(
+        StreamMismatch, match="stream of shard here is digest, this job needs other"
+    ):
         ShardReader(SHARD, name="here", stream="other")
 
 
