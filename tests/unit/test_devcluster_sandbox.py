@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from devcluster.node.sandbox import inside, place
+from devcluster.node.sandbox import hidden_by, inside, place
 
 
 @pytest.fixture
@@ -52,3 +52,15 @@ def test_mount_points_are_made_inside(root: Path) -> None:
     assert target == root / "run/secrets/token"
     assert target.is_file()
     assert not (root / "run").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("targets", "paths", "hidden"),
+    [
+        (["/tmp"], ["/work/main", "/usr"], []),
+        (["/tmp"], ["/tmp/clone", "/tmp/clone/.venv", "/tmpx"], ["/tmp/clone", "/tmp/clone/.venv"]),
+        (["/tmp", "/data/a"], ["/data", "/data/a", "/data/a/b"], ["/data/a", "/data/a/b"]),
+    ],
+)
+def test_what_a_mount_hides(targets: list[str], paths: list[str], hidden: list[str]) -> None:
+    assert hidden_by(targets, paths) == hidden

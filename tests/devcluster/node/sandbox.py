@@ -150,9 +150,11 @@ def build_root(spec: dict[str, Any]) -> Path:
 
 
 def mount_all(root: Path, spec: dict[str, Any]) -> None:
-    """/tmp, the pod's volumes, and at last the read-only root."""
+    """/tmp, the pod's volumes, what of the image they hide, and at last the read-only root."""
     read_only = []
-    if not any(entry["target"].rstrip("/") == "/tmp" for entry in spec["mounts"]):
+    targets = [entry["target"].rstrip("/") for entry in spec["mounts"]]
+    hidden = hold(root, spec, hidden_by(["/tmp", *targets], spec["reachable"]))
+    if "/tmp" not in targets:
         # The host's /tmp is nobody's business.
         target = place(root, "/tmp", folder=True)
         mount("tmpfs", target, "tmpfs", data="mode=1777")
@@ -161,9 +163,32 @@ def mount_all(root: Path, spec: dict[str, Any]) -> None:
         target = place(root, entry["target"], folder=Path(entry["source"]).is_dir())
         mount(entry["source"], target, flags=MS_BIND)
         read_only += [target] * entry["read_only"]
+    for path, held in hidden.items():
+        target = place(root, path, folder=True)
+        mount(held, target, flags=MS_BIND | MS_REC)
+        read_only += [target] * spec["read_only_root"]
     read_only += [root] * spec["read_only_root"]
     for target in read_only:
         mount("none", target, flags=MS_BIND | MS_REMOUNT | MS_RDONLY)
+
+
+def hidden_by(targets: list[str], paths: list[str]) -> list[str]:
+    """Those of the paths that are at or below a mount point."""
+    return [
+        path
+        for path in paths
+        if any(Path(path).is_relative_to(target or "/") for target in targets)
+    ]
+
+
+def hold(root: Path, spec: dict[str, Any], paths: list[str]) -> dict[str, Path]:
+    """Keep hold of folders that stand for the image, such as a clone below /tmp, before a mount
+    covers them; path → where it is held."""
+    held = {}
+    for number, path in enumerate(paths):
+        held[path] = place(Path(spec["folder"]), f"held-{number}", folder=True)
+        mount(inside(root, path), held[path], flags=MS_BIND | MS_REC)
+    return held
 
 
 def know_user(root: Path, entry: str, user: int) -> None:
