@@ -155,7 +155,7 @@ class Cluster:
         }
         path = resource.path(metadata["namespace"], metadata["name"], "status")
         query = {"fieldManager": STATUS_MANAGER, "force": "true"}
-        return await self._write("PATCH", path, query, body, _APPLY)
+        return await self._write("PATCH", path, query, yaml_safe_json(body), _APPLY)
 
     async def delete(
         self, resource: Resource, namespace: str, name: str, propagation: str = "Background"
@@ -187,7 +187,7 @@ class Cluster:
         method: str,
         path: str,
         query: Mapping[str, str],
-        body: Mapping[str, Any],
+        body: Mapping[str, Any] | str,
         content_type: str,
     ) -> dict[str, Any]:
         if not self.may_write():
@@ -199,7 +199,7 @@ class Cluster:
         method: str,
         path: str,
         query: Mapping[str, str] | None = None,
-        body: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | str | None = None,
         content_type: str = "application/json",
     ) -> dict[str, Any]:
         self.calls[method] = self.calls.get(method, 0) + 1
@@ -210,9 +210,8 @@ class Cluster:
         )
         if query:
             url = f"{url}?{urlencode(query)}"
-        sent = yaml_safe_json(body) if content_type == _APPLY and body is not None else body
         response = await self.api.rest_client.request(
-            method, url, headers=headers, body=sent, _request_timeout=self._timeout
+            method, url, headers=headers, body=body, _request_timeout=self._timeout
         )
         text = await response.read()
         document: dict[str, Any] = _json(text)

@@ -40,8 +40,7 @@ from kubedistill_operator.plan.actions import (
 from kubedistill_operator.plan.times import format_time
 from kubedistill_operator.resources import batch_jobs, run_specs
 from kubedistill_operator.resources.owner import Owner, owner_reference
-from kubedistill_operator.resources.pods import TrainerImage, memory_limit
-from kubedistill_operator.resources.quantity import to_bytes
+from kubedistill_operator.resources.pods import TrainerImage
 
 _log = logging.getLogger(__name__)
 _COMPONENT = "kubedistill-operator"
@@ -120,10 +119,7 @@ class Effects:
     async def _preflight(self, raw: Raw, action: CreatePreflight) -> None:
         owner, spec = owner_of(raw), _spec(raw)
         name = names.preflight_name(owner.name, action.inputs.digest)
-        gang = batch_jobs.gang_template(owner, spec, self._trainer, attempt=1, grace_seconds=1)
-        run = run_specs.base_run_spec(owner, spec, action.inputs, "preflight").model_copy(
-            update={"memory_limit_bytes": to_bytes(memory_limit(gang))}
-        )
+        run = run_specs.base_run_spec(owner, spec, action.inputs, "preflight")
         await self._create(CONFIG_MAPS, run_specs.config_map(owner, name, run), owner.uid)
         body = batch_jobs.preflight(
             owner,
@@ -155,7 +151,6 @@ class Effects:
             action.attempt,
             action.fence,
             template["spec"]["terminationGracePeriodSeconds"],
-            to_bytes(memory_limit(template)),
         )
         name = names.attempt_name(owner.name, action.attempt)
         await self._create(SERVICES, batch_jobs.service(owner), owner.uid)

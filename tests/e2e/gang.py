@@ -16,6 +16,7 @@ from devcluster.process import free_port
 from devcluster.s3 import S3Access
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import Outcome, Rendezvous, ResolvedModel, RunSpec
+from kubedistill_operator.plan.compose import merge_patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "demo"))
 
@@ -38,6 +39,25 @@ def llama(hidden: int, layers: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def small_spec(s3: S3Access) -> dict[str, Any]:
+    """What small jobs share: the text of `put_inputs`, two pods of one rank, frequent commits."""
+    bucket = f"s3://{s3.bucket}"
+    return {
+        "data": {
+            "sources": [{"uri": f"{bucket}/data/small.jsonl"}],
+            "tokenizer": {"uri": f"{bucket}/tokenizer"},
+            "sequenceLength": 64,
+            "holdout": 0.2,
+        },
+        "training": {
+            "epochs": 50, "globalBatchSize": 8, "learningRate": 3e-3, "precision": "FP32",
+        },
+        "workers": {"nodes": 2, "gpusPerNode": 0},
+        "storage": {"uri": f"{bucket}/runs", "endpoint": s3.endpoint},
+        "checkpoint": {"intervalSteps": 2},
+    }  # fmt: skip
+
+
 class Trainer:
     """Starts containers below one folder against one store."""
 
@@ -46,26 +66,11 @@ class Trainer:
         self._s3 = s3
 
     def spec(self, **parts: Any) -> DistillationJobSpec:
-        """A small job; mappings in `parts` are merged over its own."""
-        bucket = f"s3://{self._s3.bucket}"
-        base: dict[str, Any] = {
-            "data": {
-                "sources": [{"uri": f"{bucket}/data/small.jsonl"}],
-                "tokenizer": {"uri": f"{bucket}/tokenizer"},
-                "sequenceLength": 64,
-                "holdout": 0.2,
-            },
-            "training": {
-                "maxSteps": 6, "epochs": 50, "globalBatchSize": 8, "microBatchSize": 2,
-                "learningRate": 3e-3, "precision": "FP32",
-            },
-            "workers": {"nodes": 2, "gpusPerNode": 0},
-            "storage": {"uri": f"{bucket}/runs", "endpoint": self._s3.endpoint},
-            "checkpoint": {"intervalSteps": 2},
-        }  # fmt: skip
-        for name, value in parts.items():
-            base[name] = {**base.get(name, {}), **value}
-        return DistillationJobSpec.model_validate(base)
+        """A small job; `parts` are merged over its own (RFC 7386)."""
+        own = {"training": {"maxSteps": 6, "microBatchSize": 2}}
+        return DistillationJobSpec.model_validate(
+            merge_patch(merge_patch(small_spec(self._s3), own), parts)
+        )
 
     def run(
         self,

@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 from devcluster.handle import Handle
+from kubedistill_operator.plan.compose import merge_patch
 from operator_kit import Bench, Operator, wait_for
 
-from e2e.gang import llama
+from e2e.gang import llama, small_spec
 
 SLOW_SECONDS = 1500.0
 """Until a real job reaches a state: each of its processes imports torch and DeepSpeed."""
@@ -31,13 +32,7 @@ class Team(Bench):
 
     def __init__(self, handle: Handle, namespace: str) -> None:
         super().__init__(handle, namespace)
-        s3 = handle.s3
-        self.secret("s3", s3.access_key, s3.secret_key)
-        self.storage = {
-            "uri": f"s3://{s3.bucket}/runs",
-            "endpoint": s3.endpoint,
-            "secretRef": {"name": "s3"},
-        }
+        self.secret("s3", handle.s3.access_key, handle.s3.secret_key)
 
     def secret(self, name: str, access_key: str, secret_key: str) -> None:
         self.kubectl(
@@ -47,30 +42,14 @@ class Team(Bench):
         )  # fmt: skip
 
     def tuned(self, name: str, **parts: Any) -> dict[str, Any]:
-        """A fineTune job on two pods; mappings in `parts` are merged over its own."""
-        bucket = f"s3://{self.handle.s3.bucket}"
-        spec: dict[str, Any] = {
+        """A fineTune job on two pods; `parts` are merged over its own (RFC 7386)."""
+        own = {
             "fineTune": {},
             "student": {"config": llama(48, 2)},
-            "data": {
-                "sources": [{"uri": f"{bucket}/data/small.jsonl"}],
-                "tokenizer": {"uri": f"{bucket}/tokenizer"},
-                "sequenceLength": 64,
-                "holdout": 0.2,
-            },
-            "training": {
-                "maxSteps": 12, "epochs": 50, "globalBatchSize": 8, "learningRate": 3e-3,
-                "precision": "FP32", "deepSpeed": {"zeroStage": 1},
-            },
-            "workers": {"nodes": 2, "gpusPerNode": 0},
-            "storage": self.storage,
-            "checkpoint": {"intervalSteps": 2},
-        }  # fmt: skip
-        for part, value in parts.items():
-            if value is None:
-                spec.pop(part, None)
-            else:
-                spec[part] = {**spec.get(part, {}), **value} if isinstance(value, dict) else value
+            "training": {"maxSteps": 12, "deepSpeed": {"zeroStage": 1}},
+            "storage": {"secretRef": {"name": "s3"}},
+        }
+        spec = merge_patch(merge_patch(small_spec(self.handle.s3), own), parts)
         return {
             "apiVersion": "kubedistill.dev/v1alpha1",
             "kind": "DistillationJob",
@@ -80,17 +59,14 @@ class Team(Bench):
 
     def distilled(self, name: str, teacher: str, **parts: Any) -> dict[str, Any]:
         """A student of one layer, taught by what the job `teacher` made."""
-        source = {"fromJob": {"name": teacher}, "workers": {"gpusPerReplica": 0}}
         own: dict[str, Any] = {
             "fineTune": None,
             "distill": {},
-            "teacher": source,
-            "student": {"fromTeacher": {"layers": 1}},
+            "teacher": {"fromJob": {"name": teacher}, "workers": {"gpusPerReplica": 0}},
+            "student": {"config": None, "fromTeacher": {"layers": 1}},
             **parts,
         }
-        whole = self.tuned(name, **own)
-        whole["spec"]["student"] = own["student"]
-        return whole
+        return self.tuned(name, **own)
 
     def example(self, path: Path) -> list[dict[str, Any]]:
         """The documents of an example, with this cluster's store in place of its own."""

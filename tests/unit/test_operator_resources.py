@@ -189,14 +189,17 @@ def test_teacher_partitions_are_retried_one_by_one() -> None:
 
 
 def test_the_run_spec_survives_its_config_map() -> None:
-    base = run_specs.base_run_spec(OWNER, parsed(), Inputs("abc"), "student")
-    run = run_specs.student_run_spec(base, 2, 7, 90, 1024)
+    limits = {"name": "trainer", "resources": {"limits": {"memory": "1Ki"}}}
+    whole = parsed(workers={"template": {"spec": {"containers": [limits]}}})
+    base = run_specs.base_run_spec(OWNER, whole, Inputs("abc"), "student")
+    run = run_specs.student_run_spec(base, 2, 7, 90)
     raw = run_specs.config_map(OWNER, "small-a2", run)
     assert raw["immutable"]
     assert run_specs.read_config_map(raw) == run
     assert run.rendezvous is not None
     assert run.rendezvous.host == "small-a2-0.small"
     assert (run.fence, run.inputs_digest) == (7, "abc")
+    assert run.memory_limit_bytes == 1024
 
 
 def test_the_service_publishes_pods_that_are_not_ready() -> None:

@@ -13,7 +13,7 @@ from kubedistill_trainer.data.tokenizer import load_tokenizer
 from kubedistill_trainer.failures import refuse, unreadable
 from kubedistill_trainer.imports import quiet_collector
 from kubedistill_trainer.models.folder import read_config
-from kubedistill_trainer.models.sizes import check_layers, check_vocabulary, decoder_parameters
+from kubedistill_trainer.models.sizes import check_layers, decoder_parameters
 from kubedistill_trainer.store import preflight as check_store
 from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.request import stream_identity
@@ -77,7 +77,6 @@ def _student_parameters(
 ) -> int:
     field, keys = _student_config(context, teacher_config)
     vocab_size = dataset.tokenizer.vocab_size
-    check_vocabulary(keys, vocab_size, field)
     counted = decoder_parameters(keys, vocab_size, field)
     if counted is not None:
         return counted

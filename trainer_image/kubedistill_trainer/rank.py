@@ -39,6 +39,7 @@ def main() -> None:
     try:
         exporter.serve(board, local_rank)
         with quiet_collector():
+            # The engine imports it late, and then with the collector at work: here for its time.
             import deepspeed  # noqa: F401
 
             from kubedistill_trainer.run import run_student

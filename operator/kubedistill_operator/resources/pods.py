@@ -144,8 +144,8 @@ def preflight_part(template: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def memory_limit(template: Mapping[str, Any]) -> str | None:
-    """The memory limit of the trainer's container in a pod template, as it is written."""
-    for container in template["spec"]["containers"]:
+    """The memory limit of the trainer's container in a pod template, as a person wrote it."""
+    for container in (template.get("spec") or {}).get("containers") or []:
         if container.get("name") == names.CONTAINER:
             limit = ((container.get("resources") or {}).get("limits") or {}).get("memory")
             return None if limit is None else str(limit)

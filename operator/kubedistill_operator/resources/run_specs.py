@@ -10,6 +10,8 @@ from kubedistill_api.runspec import Rendezvous, RunSpec
 
 from kubedistill_operator.plan.actions import Inputs
 from kubedistill_operator.resources.owner import Owner
+from kubedistill_operator.resources.pods import memory_limit
+from kubedistill_operator.resources.quantity import to_bytes
 
 Role = Literal["preflight", "teacher", "student"]
 
@@ -27,6 +29,7 @@ def base_run_spec(owner: Owner, spec: DistillationJobSpec, inputs: Inputs, role:
         inputs_digest=inputs.digest,
         teacher_model=inputs.teacher,
         student_model=inputs.student,
+        memory_limit_bytes=to_bytes(memory_limit(spec.workers.template)),
     )
 
 
@@ -35,9 +38,7 @@ def inputs_of(run: RunSpec) -> Inputs:
     return Inputs(run.inputs_digest, run.teacher_model, run.student_model)
 
 
-def student_run_spec(
-    base: RunSpec, attempt: int, fence: int, grace_seconds: int, memory_limit_bytes: int | None
-) -> RunSpec:
+def student_run_spec(base: RunSpec, attempt: int, fence: int, grace_seconds: int) -> RunSpec:
     """The run spec of one attempt of the gang."""
     workers = base.spec.workers
     return base.model_copy(
@@ -52,7 +53,6 @@ def student_run_spec(
                 ranks_per_node=max(1, workers.gpus_per_node),
             ),
             "termination_grace_seconds": grace_seconds,
-            "memory_limit_bytes": memory_limit_bytes,
         }
     )
 

@@ -62,6 +62,7 @@ def decoder_parameters(keys: Mapping[str, Any], vocab_size: int, field: str) -> 
         return None
     if keys.get("mlp_bias") or (keys.get("head_dim") is None and shape.head_norms):
         return None
+    check_vocabulary(keys, vocab_size, field)
     hidden, inner, layers, heads = (_size(keys, name, field) for name in _SIZES)
     kv_heads = _size(keys, "num_key_value_heads", field)
     head = keys.get("head_dim")
