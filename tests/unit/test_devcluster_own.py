@@ -36,5 +36,5 @@ def test_what_is_missing_is_named(kubeconfig: Path, tmp_path: Path, name: str) -
 
 
 def test_a_kubeconfig_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="no kubeconfig at .*/nowhere"):
+    with pytest.raises(RuntimeError, match=r"no kubeconfig at .*/nowhere"):
         Handle.own(tmp_path / "nowhere", ENVIRONMENT, tmp_path)
