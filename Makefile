@@ -4,6 +4,11 @@ SHELL := /bin/bash
 UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 RUN := PYTHONPATH=tests $(UV) run --no-sync
 export UV_COMPILE_BYTECODE := 1
+# On a fresh machine the control plane (Go) is built beside the Python set-up.
+MAKEFLAGS += -j2
+# `make demo CLUSTER=current [VALUES=FILE]`: the cluster of your kubeconfig, asked for and never taken
+# by accident; the file's values go to the operator's chart.
+OWN_CLUSTER := $(if $(filter current,$(CLUSTER)),--current $(if $(VALUES),--operator-values $(VALUES)))
 
 help:  ## This list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -16,14 +21,14 @@ help:  ## This list
 
 setup: .venv/.synced  ## The virtual environment
 
-control-plane: .venv/.synced  ## The control plane, built once into the cache
-	$(RUN) python -m devcluster build
+control-plane:  ## The control plane, built once into the cache
+	$(if $(OWN_CLUSTER)$(KUBECONFIG_E2E),,PYTHONPATH=tests python3 -m devcluster.assets)
 
-demo: .venv/.synced  ## A real chain of three stages, end to end
-	$(RUN) python examples/demo/demo.py
+demo: .venv/.synced control-plane  ## A real chain of three stages, end to end
+	$(RUN) python examples/demo/demo.py $(OWN_CLUSTER)
 
-demo-smollm2: .venv/.synced  ## The real SmolLM2-135M as teacher; half an hour
-	$(RUN) python examples/demo/demo.py --smollm2
+demo-smollm2: .venv/.synced control-plane  ## The real SmolLM2-135M as teacher; half an hour
+	$(RUN) python examples/demo/demo.py --smollm2 $(OWN_CLUSTER)
 
 down:  ## End the demo's cluster
 	$(RUN) python -m devcluster down
@@ -39,10 +44,10 @@ crds: .venv/.synced  ## Generate crds/*.yaml and the chart's copies
 	$(UV) run --no-sync python charts/render.py
 	$(UV) run --no-sync python -m kubedistill_api.reference docs
 
-test: lint  ## Lint, types, layers; unit tests, a real store, the operator on a real control plane
+test: lint control-plane  ## Lint, types, layers; unit tests, a real store, the operator on a real control plane
 	$(RUN) pytest tests/unit tests/store tests/controlplane
 
-test-training: .venv/.synced  ## Real training gangs; minutes of two cores, so not yet part of `test`
+test-training: .venv/.synced control-plane  ## Real training gangs; minutes of two cores, so not yet part of `test`
 	$(RUN) pytest tests/e2e
 
 .PHONY: help setup control-plane demo demo-smollm2 down lint crds test test-training

@@ -176,7 +176,7 @@ class Bench:
             return self.condition(name, resource=resource).get("reason") in reasons
 
         try:
-            wait_for(there, "")
+            wait_for(there, "", seconds)
         except TimeoutError:
             status = json.dumps(self.status(name, resource), indent=1)
             raise TimeoutError(f"{name} is not {reasons}: {status}") from None

@@ -8,6 +8,8 @@ MAX_JOB_NAME_LENGTH = 50
 """`<name>-a<attempt>-<index>` must stay a 63-character host name."""
 
 LABEL_JOB = "kubedistill.dev/job"
+LABEL_JOB_UID = "kubedistill.dev/job-uid"
+"""Tells the children of a deleted job from those of its successor of the same name."""
 LABEL_ROLE = "kubedistill.dev/role"
 LABEL_ATTEMPT = "kubedistill.dev/attempt"
 LABEL_CHAIN = "kubedistill.dev/chain"

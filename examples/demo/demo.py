@@ -34,6 +34,14 @@ def step(text: str) -> None:
 STARTED = time.monotonic()
 
 
+def own_cluster() -> Handle:
+    """The cluster of the user's kubeconfig; its nodes must be able to pull the charts' images."""
+    kubeconfig = os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config"
+    handle = Handle.own(Path(kubeconfig), os.environ, ROOT / ".own-cluster")
+    step(f"cluster of {kubeconfig}, S3 at {handle.s3.endpoint}")
+    return handle
+
+
 def start_cluster(state: Path) -> Handle:
     """The control plane (built once), S3 and the node."""
     if assets.find() is None:
@@ -58,12 +66,13 @@ def text_objects() -> dict[str, bytes]:
     }
 
 
-def install_operator(handle: Handle) -> None:
-    """The operator's chart, as on any cluster."""
+def install_operator(handle: Handle, values: Path | None) -> None:
+    """The operator's chart, as on any cluster; `values` name the images of a cluster of one's own."""
     trainer_env = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     handle.helm(
         "upgrade", "--install", "kubedistill", str(ROOT / "charts" / "kubedistill"),
         "--namespace", SYSTEM, "--create-namespace",
+        *(("--values", str(values)) if values else ()),
         # Pods of the dev cluster share the host's network.
         "--set", "operator.bindToPodIP=true",
         "--set-json", f"trainerEnv={json.dumps(trainer_env)}",
@@ -176,6 +185,9 @@ def show(handle: Handle, jobs: dict[str, dict[str, Any]], order: list[str]) -> N
 
 def next_steps(handle: Handle, model: str) -> None:
     console.print(f"The last student lies in [bold]{model}[/]")
+    if not is_up(handle.state):
+        console.print(f"Look further: kubectl -n {NAMESPACE} describe distill")
+        return
     console.print(f"Logs: {handle.logs}/{NAMESPACE}")
     state = os.path.relpath(handle.state, ROOT)
     console.print("Look further:")
@@ -215,8 +227,8 @@ def run_demo(handle: Handle, steps: int | None) -> None:
         sys.exit("the distilled student does not beat the control")
 
 
-def run_smollm2(handle: Handle) -> None:
-    """A student of half of SmolLM2's layers."""
+def run_smollm2(handle: Handle, steps: int | None) -> None:
+    """A student of half of SmolLM2's layers. With fewer steps nothing is said of the outcome."""
     step("converting SmolLM2-135M-Instruct to a Hugging Face folder, unless it is cached")
     folder = smollm2.model_folder()
     client = handle.s3.client()
@@ -225,10 +237,12 @@ def run_smollm2(handle: Handle) -> None:
     put_data(handle, {"data/topics.jsonl": corpus.jsonl()})
     step("teacher and text are in S3")
     bucket = f"s3://{handle.s3.bucket}"
-    sets = {
+    sets: dict[str, Any] = {
         "initialTeacher.model.uri": f"{bucket}/models/{folder.name}",
         "data.sources": [{"uri": f"{bucket}/data/topics.jsonl"}],
     }
+    if steps is not None:
+        sets["training.maxSteps"] = steps
     install_chain(handle, "smollm2", ROOT / "examples" / "demo" / "smollm2.yaml", sets)
     step("chain installed: smollm2, one stage")
     job = watch(handle, "smollm2", 5000)["smollm2-half"]
@@ -240,7 +254,7 @@ def run_smollm2(handle: Handle) -> None:
         f"after distillation: {after:.1f}, {before / after:.1f} times less."
     )
     next_steps(handle, job["status"]["model"]["uri"])
-    if before < 3 * after:
+    if steps is None and before < 3 * after:
         sys.exit("distillation should lower the perplexity at least three times")
 
 
@@ -249,17 +263,22 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=DEFAULT_STATE)
     parser.add_argument("--smollm2", action="store_true", help="the real SmolLM2-135M as teacher")
     parser.add_argument("--steps", type=int, help="fewer steps a stage, to see the way only")
+    parser.add_argument("--current", action="store_true", help="the cluster of your kubeconfig")
+    parser.add_argument("--operator-values", type=Path, help="a values file for the operator")
     given = parser.parse_args()
-    handle = start_cluster(given.state)
-    install_operator(handle)
+    handle = own_cluster() if given.current else start_cluster(given.state)
+    install_operator(handle, given.operator_values)
     install_secret(handle)
     step("operator installed by Helm and ready")
     if given.smollm2:
-        run_smollm2(handle)
+        run_smollm2(handle, given.steps)
     else:
         run_demo(handle, given.steps)
     step("done")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (RuntimeError, TimeoutError) as error:
+        sys.exit(f"error: {error}")

@@ -12,7 +12,6 @@ from kubedistill_operator.cache import Cache, Raw
 from kubedistill_operator.plan.chain import ObservedChain, StageJob
 from kubedistill_operator.plan.draft import Contact, Observed, OtherJob
 from kubedistill_operator.plan.views import (
-    LABEL_JOB_UID,
     BatchJobView,
     PodView,
     batch_job_view,
@@ -48,7 +47,7 @@ def pods(cache: Cache, raw: Raw) -> list[PodView]:
 
 
 def _is_of(child: Raw, uid: str) -> bool:
-    return (child["metadata"].get("labels") or {}).get(LABEL_JOB_UID) == uid
+    return (child["metadata"].get("labels") or {}).get(names.LABEL_JOB_UID) == uid
 
 
 def observe_job(cache: Cache, raw: Raw, rank0: Contact | None, teacher: Contact | None) -> Observed:

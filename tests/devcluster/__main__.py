@@ -1,4 +1,4 @@
-"""`python -m devcluster build | up | down | status | env [--state DIRECTORY]`."""
+"""`python -m devcluster up | down | status | env [--state DIRECTORY]`."""
 
 from __future__ import annotations
 
@@ -123,14 +123,11 @@ def env_lines(handle: Handle) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="devcluster", description=__doc__)
-    parser.add_argument("command", choices=("build", "up", "down", "status", "env"))
+    parser.add_argument("command", choices=("up", "down", "status", "env"))
     parser.add_argument("--state", type=Path, default=DEFAULT_STATE)
     given = parser.parse_args()
     state = given.state.resolve()
     match given.command:
-        case "build":
-            for program in assets.ensure().values():
-                print(program)
         case "up":
             print(up(state).kubeconfig)
         case "down":

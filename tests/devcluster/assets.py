@@ -1,4 +1,8 @@
-"""Which control plane is used: KUBEBUILDER_ASSETS, the cache, or a build from go.mod."""
+"""Which control plane is used: KUBEBUILDER_ASSETS, the cache, or a build from go.mod.
+
+`python3 -m devcluster.assets` builds what is missing. It needs nothing but Python's own library, so
+that it can run while the virtual environment is being made.
+"""
 
 from __future__ import annotations
 
@@ -110,3 +114,10 @@ def _build(name: str, target: Path, counter: str) -> None:
             raise AssetsMissing(f"building {name} failed:\n{result.stdout[-3000:]}")
         built.rename(target / name)
     sys.stderr.write(f"{counter} {name} built in {time.monotonic() - started:.0f} s\n")
+
+
+if __name__ == "__main__":
+    try:
+        ensure()
+    except AssetsMissing as error:
+        sys.exit(f"error: {error}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,18 +17,28 @@ from devcluster.node.api import ApiError
 __all__ = ["cluster", "devcluster", "namespace"]
 
 
+OWN_CLUSTER = "KUBECONFIG_E2E"
+"""Names a kubeconfig: tests then use that cluster. It must reach the pods' addresses from here."""
+
+
 @pytest.fixture(scope="session")
 def devcluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
     """One cluster for the whole session, started when first asked for. Has the parts to break."""
+    if os.environ.get(OWN_CLUSTER):
+        pytest.skip(f"breaks parts of a cluster, so not on the one that {OWN_CLUSTER} names")
     cluster = DevCluster(tmp_path_factory.mktemp("cluster"))
     with cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
-def cluster(devcluster: DevCluster) -> Handle:
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Handle:
     """To use it: kubectl, helm, API, S3, faults, logs."""
-    return devcluster.handle
+    own = os.environ.get(OWN_CLUSTER)
+    if own:
+        return Handle.own(Path(own), os.environ, tmp_path_factory.mktemp("own"))
+    started: DevCluster = request.getfixturevalue("devcluster")
+    return started.handle
 
 
 @pytest.fixture

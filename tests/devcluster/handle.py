@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from devcluster.node.control import Faults
 from devcluster.s3 import S3Access
 
 _FILE = "cluster.json"
+_OWN = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "S3_BUCKET")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,23 @@ class Handle:
         """Of a cluster that runs. FileNotFoundError when there is none."""
         content = json.loads((state / _FILE).read_text())
         return cls(state, Path(content["kubeconfig"]), S3Access(**content["s3"]))
+
+    @classmethod
+    def own(cls, kubeconfig: Path, environment: Mapping[str, str], state: Path) -> Handle:
+        """A cluster of the user's, with the S3 server that the environment names.
+
+        The variables are those that `python -m devcluster env` prints. There is no node of ours, so
+        no faults can be made. RuntimeError names what is missing.
+        """
+        missing = [name for name in _OWN if not environment.get(name)]
+        if not kubeconfig.is_file():
+            raise RuntimeError(f"own cluster: no kubeconfig at {kubeconfig}")
+        if missing:
+            raise RuntimeError(
+                f"own cluster: set {', '.join(missing)}, so that pods and this program use one "
+                "S3 server and a bucket in it"
+            )
+        return cls(state, kubeconfig, S3Access(*(environment[name] for name in _OWN)))
 
     def _run(self, command: list[str], stdin: str | None, check: bool) -> str:
         result = subprocess.run(

@@ -134,11 +134,6 @@ def model_of(result: Result, job: str) -> ResolvedModel:
     return ResolvedModel(uri=model.uri, digest=model.digest, job=job)
 
 
-def figures(result: Result) -> dict[str, float]:
-    """The evaluation by name."""
-    return {metric.name: metric.value for metric in result.outcomes[0].metrics}
-
-
 def put_inputs(s3: S3Access) -> None:
     """A small part of the demo's text and a tokenizer, where the examples look for them."""
     import corpus

@@ -52,6 +52,16 @@ def test_a_student_under_zero_3_learns_from_the_stream(team: Team, calm: dict[st
     assert {"perplexity", "perplexityRatio", "teacherAgreement"} <= names
 
 
+def test_a_stream_that_is_there_is_not_made_again(team: Team, calm: dict[str, Any]) -> None:
+    first = team.ends("taught", "Completed")
+    short = {"maxSteps": 2, "deepSpeed": {"zeroStage": 1}}
+    team.apply(team.distilled("taught-again", "calm", training=short, workers={"nodes": 1}))
+    status = team.ends("taught-again", "Completed")
+    assert status["resolved"]["streamUri"] == first["resolved"]["streamUri"]
+    ready = team.condition("taught-again", "TeacherReady")
+    assert (ready["reason"], ready["message"]) == ("NotNeeded", "the stream was already there")
+
+
 def test_suspended_with_its_operator_killed_and_resumed(team: Team, operator: Operator) -> None:
     team.apply(team.tuned("paused", training={"maxSteps": 60, "deepSpeed": {"zeroStage": 2}}))
     team.steps("paused", 2)

@@ -123,6 +123,16 @@ def test_pods_are_restricted() -> None:
     assert {v["name"]: v.get("emptyDir") for v in pod["volumes"]}["shm"] == {"medium": "Memory"}
 
 
+@pytest.mark.parametrize("gpus", [0, 1, 8])
+def test_every_rank_can_be_scraped(gpus: int) -> None:
+    job = gang(workers={"nodes": 2, "gpusPerNode": gpus})
+    ports = job["spec"]["template"]["spec"]["containers"][0]["ports"]
+    expected = [names.EXPORTER_PORT + rank for rank in range(max(1, gpus))]
+    assert [port["containerPort"] for port in ports] == expected
+    assert len({port["name"] for port in ports}) == len(ports)
+    assert ports[0]["name"] == "metrics"
+
+
 def test_credentials_come_by_reference_only() -> None:
     storage = {"uri": "s3://runs/x", "secretRef": {"name": "keys"}}
     env = gang(storage=storage)["spec"]["template"]["spec"]["containers"][0]["env"]

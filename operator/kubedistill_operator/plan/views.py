@@ -16,8 +16,6 @@ from kubedistill_operator.plan.times import parse_time
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 GENERATION_ANNOTATION = "kubedistill.dev/generation"
 TRY_ANNOTATION = "kubedistill.dev/try"
-LABEL_JOB_UID = "kubedistill.dev/job-uid"
-"""Tells the children of a deleted job from those of its successor of the same name."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from typing import Any
 from kubedistill_api import names
 from kubedistill_api.base import API_VERSION, JOB_KIND
 
-from kubedistill_operator.plan.views import LABEL_JOB_UID
-
 
 @dataclass(frozen=True)
 class Owner:
@@ -27,7 +25,7 @@ class Owner:
             names.LABEL_MANAGED_BY: names.MANAGER,
             names.LABEL_JOB: self.name,
             names.LABEL_ROLE: role,
-            LABEL_JOB_UID: self.uid,
+            names.LABEL_JOB_UID: self.uid,
         }
         if attempt:
             result[names.LABEL_ATTEMPT] = str(attempt)

@@ -73,13 +73,23 @@ def pod_template(shape: PodShape, storage: Storage, trainer: TrainerImage) -> di
     return merged
 
 
+def _ports(shape: PodShape) -> list[dict[str, Any]]:
+    """One for each rank of the pod: Prometheus scrapes only what is declared."""
+    ranks = shape.gpus if shape.role == names.ROLE_STUDENT else 1
+    others = range(1, ranks)
+    return [
+        {"name": "metrics", "containerPort": names.EXPORTER_PORT},
+        *({"name": f"metrics-{r}", "containerPort": names.EXPORTER_PORT + r} for r in others),
+    ]
+
+
 def _container(shape: PodShape, storage: Storage, trainer: TrainerImage) -> dict[str, Any]:
     container: dict[str, Any] = {
         "name": names.CONTAINER,
         "image": trainer.image,
         "args": [shape.role],
         "env": environment(storage, trainer.env),
-        "ports": [{"name": "metrics", "containerPort": names.EXPORTER_PORT}],
+        "ports": _ports(shape),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
