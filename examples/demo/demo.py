@@ -171,7 +171,7 @@ def metric(job: dict[str, Any], name: str) -> float | None:
 def show(handle: Handle, jobs: dict[str, dict[str, Any]], order: list[str]) -> None:
     """The cluster's own table, then the figures, then where to look."""
     console.print()
-    console.print(handle.kubectl("get", "distill", "-n", NAMESPACE))
+    print(handle.kubectl("get", "distill", "-n", NAMESPACE))
     table = Table(title="Held-out figures")
     for column in ("model", "parameters", "perplexity", "teacher's", "agreement"):
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -184,7 +184,7 @@ def show(handle: Handle, jobs: dict[str, dict[str, Any]], order: list[str]) -> N
 
 
 def next_steps(handle: Handle, model: str) -> None:
-    console.print(f"The last student lies in [bold]{model}[/]")
+    console.print(f"The last student lies in [bold]{model}[/]", soft_wrap=True)
     if not is_up(handle.state):
         console.print(f"Look further: kubectl -n {NAMESPACE} describe distill")
         return
