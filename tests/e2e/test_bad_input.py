@@ -14,6 +14,9 @@ from e2e.kit import SLOW_SECONDS, Team
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2 * SLOW_SECONDS)]
 
+MANY_GPUS = 16
+"""A pod may ask for so many; the node has half of it."""
+
 
 def cases(team: Team, careless: str) -> dict[str, tuple[dict[str, Any], str, list[str]]]:
     """Name → what differs from a good job, the reason, and the words that must be said."""
@@ -119,7 +122,8 @@ def test_one_message_and_nothing_started(
 
 
 def test_a_gpu_that_no_node_has_is_a_condition(team: Team) -> None:
-    team.apply(team.tuned("greedy", workers={"nodes": 1, "gpusPerNode": 64}))
+    many = {"workers": {"nodes": 1, "gpusPerNode": MANY_GPUS}}
+    team.apply(team.tuned("greedy", training={"globalBatchSize": MANY_GPUS}, **many))
     team.wait_state("greedy", "Unschedulable", seconds=SLOW_SECONDS)
     assert "nvidia.com/gpu" in team.condition("greedy")["message"]
 
@@ -133,7 +137,7 @@ def test_a_stream_of_other_data_is_refused(team: Team) -> None:
     written = team.objects(team.ends("own", "Completed")["teacherStream"]["uri"])
     # The same but for the temperature, and GPUs that nobody has: the address, and no stream.
     waiting = team.distilled("waiting", "source", distill={"objective": {"temperature": 3}})
-    waiting["spec"]["teacher"]["workers"]["gpusPerReplica"] = 64
+    waiting["spec"]["teacher"]["workers"]["gpusPerReplica"] = MANY_GPUS
     team.apply(waiting)
     team.wait_state("waiting", "Unschedulable", seconds=SLOW_SECONDS)
     uri = team.status("waiting")["resolved"]["streamUri"]
