@@ -44,10 +44,7 @@ crds: .venv/.synced  ## Generate crds/*.yaml and the chart's copies
 	$(UV) run --no-sync python charts/render.py
 	$(UV) run --no-sync python -m kubedistill_api.reference docs
 
-test: lint control-plane  ## Lint, types, layers; unit tests, a real store, the operator on a real control plane
-	$(RUN) pytest tests/unit tests/store tests/controlplane
+test: lint control-plane  ## Lint, types, layers; then all tests, real gangs on a real control plane included
+	$(RUN) pytest tests/unit tests/store tests/controlplane tests/e2e
 
-test-training: .venv/.synced control-plane  ## Real training gangs; minutes of two cores, so not yet part of `test`
-	$(RUN) pytest tests/e2e
-
-.PHONY: help setup control-plane demo demo-smollm2 down lint crds test test-training
+.PHONY: help setup control-plane demo demo-smollm2 down lint crds test

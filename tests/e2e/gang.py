@@ -87,7 +87,7 @@ class Trainer:
         nodes = spec.workers.nodes if role == "student" else 1
         rendezvous = Rendezvous(host="127.0.0.1", port=free_port(), nodes=nodes)
         run = RunSpec(
-            namespace="test", name=name, uid=f"uid-{name}", role=role, attempt=attempt,  # type: ignore[arg-type]
+            namespace="test", name=name, uid=f"uid-{name}", role=role, attempt=attempt,
             fence=attempt, spec=spec, teacher_model=teacher, student_model=student,
             inputs_digest=hashlib.sha256(spec.model_dump_json().encode()).hexdigest(),
             rendezvous=rendezvous if role == "student" else None,

@@ -132,21 +132,27 @@ def test_a_stream_of_other_data_is_refused(team: Team) -> None:
     """Its address says what it is made of; what lies there says something else."""
     team.apply(team.tuned("source", training={"maxSteps": 2}, workers={"nodes": 1}))
     team.ends("source", "Completed")
-    own = {"objective": {"temperature": 2}}
-    team.apply(team.distilled("own", "source", distill=own, workers={"nodes": 1}))
+
+    def student(name: str, temperature: float, gpus: int = 0) -> dict[str, Any]:
+        # A Sparse stream is made for its temperatures.
+        job = team.distilled(
+            name, "source", distill={"objective": {"temperature": temperature}},
+            workers={"nodes": 1},
+        )  # fmt: skip
+        job["spec"]["teacher"] |= {"payload": "Sparse", "workers": {"gpusPerReplica": gpus}}
+        return job
+
+    team.apply(student("own", 2))
     written = team.objects(team.ends("own", "Completed")["teacherStream"]["uri"])
     # The same but for the temperature, and GPUs that nobody has: the address, and no stream.
-    waiting = team.distilled("waiting", "source", distill={"objective": {"temperature": 3}})
-    waiting["spec"]["teacher"]["workers"]["gpusPerReplica"] = MANY_GPUS
-    team.apply(waiting)
+    team.apply(student("waiting", 3, gpus=MANY_GPUS))
     team.wait_state("waiting", "Unschedulable", seconds=SLOW_SECONDS)
     uri = team.status("waiting")["resolved"]["streamUri"]
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     client = team.handle.s3.client()
     for key, body in written.items():
         client.put_object(Bucket=bucket, Key=f"{prefix}/{key}", Body=body)
-    foreign = team.distilled("foreign", "source", distill={"objective": {"temperature": 3}})
-    team.apply(foreign)
+    team.apply(student("foreign", 3))
     team.ends("foreign", "UnreadableInput")
     message = team.condition("foreign")["message"]
     assert "temperature" in message

@@ -176,7 +176,10 @@ def digest_of(value: Any) -> str:
     def add(item: Any, path: str) -> None:
         whole.update(path.encode())
         if isinstance(item, torch.Tensor):
-            whole.update(item.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            flat = item.detach().cpu().contiguous().flatten()
+            whole.update(flat.view(torch.uint8).numpy().tobytes())
+        elif isinstance(item, np.ndarray):
+            whole.update(item.tobytes())
         elif isinstance(item, dict):
             for key in sorted(item, key=str):
                 add(item[key], f"{path}/{key}")
@@ -196,7 +199,7 @@ def state_of(engine: Any) -> dict[str, str]:
     parameters = list(engine.module.parameters())
     with deepspeed.zero.GatheredParameters(parameters):
         weights = digest_of([parameter.data.clone() for parameter in parameters])
-    generators = (random.getstate(), np.random.get_state()[1:], torch.get_rng_state())
+    generators = (random.getstate(), tuple(np.random.get_state())[1:], torch.get_rng_state())
     return {
         "weights": weights,
         "optimizer": digest_of(engine.optimizer.state_dict()),

@@ -52,5 +52,6 @@ def test_two_writers_shared_a_sparse_stream(
     stream = team.ends("sparse-stream", "Completed")["teacherStream"]
     assert (stream["payload"], stream["complete"]) == ("Sparse", True)
     written = team.objects(stream["uri"])
+    assert stream["bytes"] == sum(len(body) for key, body in written.items() if "/shards/" in key)
     shards = {key.split("/")[1] for key in written if "/shards/" in key}
     assert shards == {"0", "1"}

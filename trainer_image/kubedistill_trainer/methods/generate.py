@@ -80,9 +80,11 @@ class _Reporter:
         self._identity = identity
         self._uri = uri
         self._last = 0.0
-        self.samples = 0
+        self._partitions: dict[int, tuple[int, int]] = {}
 
-    def tick(self) -> None:
+    def committed(self, partition: int, writer: StreamWriter) -> None:
+        """Take over what is committed, and tell it from time to time."""
+        self._partitions[partition] = (writer.committed(), writer.committed_bytes())
         if time.monotonic() - self._last > _REPORT_SECONDS:
             self.now()
 
@@ -92,7 +94,9 @@ class _Reporter:
             uri=self._uri,
             digest=self._identity.digest(),
             payload=self._identity.payloads[0].kind,
-            tokens=self.samples * self._identity.sequence_length,
+            bytes=sum(size for _, size in self._partitions.values()),
+            tokens=sum(samples for samples, _ in self._partitions.values())
+            * self._identity.sequence_length,
             complete=complete,
         )
         self._board.update(teacher_stream=status, last_step_time=time.time())
@@ -109,7 +113,6 @@ def _write_partition(
     settings = WriterSettings(first_shard_bytes=_FIRST_SHARD_BYTES)
     scratch = context.scratch / f"partition-{partition}"
     scratch.mkdir(parents=True, exist_ok=True)
-    already = report.samples
     with StreamWriter(
         context.storage, manifest, partition, scratch=scratch, settings=settings
     ) as writer:
@@ -117,11 +120,12 @@ def _write_partition(
             outputs = teacher_outputs(model, manifest.identity, dataset.packed.take([sample]))
             writer.write(sample, dataset.packed.tokens[sample], outputs)
             exporter.TOKENS.labels("teacher").inc(manifest.identity.sequence_length)
-            report.samples = already + writer.committed()
-            report.tick()
+            report.committed(partition, writer)
         writer.end()
-        report.samples = already + writer.committed()
-    _log.info("partition written", extra={"partition": partition, "samples": report.samples})
+        report.committed(partition, writer)
+        _log.info(
+            "partition written", extra={"partition": partition, "samples": writer.committed()}
+        )
 
 
 @torch.inference_mode()

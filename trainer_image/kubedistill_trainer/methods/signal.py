@@ -89,8 +89,10 @@ class StreamTeacher:
         dataset: Dataset,
         temperature: float,
         softcap: float | None,
+        uri: str,
     ) -> None:
-        """`head`: the teacher's LM head where the payload is Hidden, else None."""
+        """`head`: the teacher's LM head where the payload is Hidden, else None. `uri`: for status."""
+        self._uri = uri
         self._reader = reader
         self._temperature = temperature
         self._head = head
@@ -112,6 +114,7 @@ class StreamTeacher:
         progress = self._reader.progress()
         identity = self._reader.manifest.identity
         return TeacherStreamStatus(
+            uri=self._uri,
             digest=identity.digest(),
             payload=identity.payloads[0].kind,
             bytes=progress.size_bytes,
@@ -186,4 +189,6 @@ def stream_teacher(
     reader = StreamReader(context.storage, identity, cache=cache, settings=settings)
     hidden = identity.payloads[0].kind == "Hidden"
     head = load_head(context.storage, reader.manifest, cache).to(device) if hidden else None
-    return StreamTeacher(reader, head, dataset, temperature, config.get("final_logit_softcapping"))
+    softcap = config.get("final_logit_softcapping")
+    uri = context.storage.child(identity.address).uri
+    return StreamTeacher(reader, head, dataset, temperature, softcap, uri)

@@ -118,6 +118,10 @@ class StreamWriter:
         """Samples of this partition that are committed: the position at which a writer resumes."""
         return self._log.committed
 
+    def committed_bytes(self) -> int:
+        """Size of this partition's committed shards."""
+        return sum(shard.size_bytes for shard in self._log.shards)
+
     def write(self, sample: int, tokens: Tensor | Sequence[int], outputs: TeacherOutputs) -> None:
         """Add one sample, and commit when the shard is large or old enough.
 
