@@ -30,9 +30,7 @@ class JobReference(ApiModel):
 class ModelSource(ApiModel):
     """A model folder in S3, in Hugging Face layout: config.json, *.safetensors, tokenizer.json."""
 
-    uri: S3Uri = Field(
-        description="Folder of a Hugging Face model with safetensors weights (or one .gguf file)."
-    )
+    uri: S3Uri = Field(description="Folder of a Hugging Face model with safetensors weights.")
 
 
 class Objective(ApiModel):
