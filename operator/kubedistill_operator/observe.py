@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from kubedistill_api import names, reasons
+from kubedistill_api.base import CHAIN_KIND
 from kubedistill_api.chain import DistillationChainStatus
 from kubedistill_api.status import DistillationJobStatus
 
@@ -120,7 +121,10 @@ def observe_chain(cache: Cache, raw: Raw) -> ObservedChain:
         if job is not None:
             owners = job["metadata"].get("ownerReferences") or []
             ours = any(owner["uid"] == metadata["uid"] for owner in owners)
-            jobs[job_name] = StageJob(job["spec"], job_status(job), ours)
+            leaving = not ours and any(
+                (owner["kind"], owner["name"]) == (CHAIN_KIND, name) for owner in owners
+            )
+            jobs[job_name] = StageJob(job["spec"], job_status(job), ours, leaving)
     return ObservedChain(
         namespace=namespace,
         name=name,

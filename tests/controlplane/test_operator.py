@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -213,7 +214,26 @@ def test_a_chain_runs_its_stages_in_order(bench: Bench, operator: Operator, book
     tuned = bench.get("dj", "steps-tuned")["spec"]
     assert "teacher" not in tuned
     assert tuned["student"] == {"fromJob": {"name": "steps-s"}}
-    bench.kubectl("delete", "dchain", "steps")
+
+
+def test_a_chain_made_again_waits_for_the_jobs_of_the_one_before(
+    bench: Bench, operator: Operator, book: Path
+) -> None:
+    whole = chain("again", template(book), {"name": "m"})
+    bench.apply(whole)
+    bench.wait_state("again", "Completed", seconds=300, resource="dchain")
+
+    def hold(*finalizers: str) -> None:
+        patch = json.dumps({"metadata": {"finalizers": finalizers}})
+        bench.kubectl("patch", "dj", "again-m", "--type=merge", "-p", patch)
+
+    hold("kubedistill.dev/test")
+    bench.kubectl("delete", "dchain", "again")
+    bench.apply(whole)
+    bench.wait_state("again", "WaitingForDependency", resource="dchain")
+    hold()
+    bench.wait_state("again", "Completed", seconds=300, resource="dchain")
+    bench.kubectl("delete", "dchain", "again")
     wait_for(lambda: not bench.get("dj")["items"], "a stage's job is left")
 
 

@@ -168,6 +168,15 @@ def test_a_strangers_job_is_not_taken_over() -> None:
     assert "not of this chain" in succeeded(plan).message
 
 
+def test_jobs_of_the_deleted_chain_before_it_are_waited_for() -> None:
+    left = replace(DONE, ours=False, leaving=True)
+    plan = settled(seen({"c-m": left, "c-s": left}))
+    assert plan.actions == ()
+    assert succeeded(plan).status == "Unknown"
+    assert "c-m, c-s" in succeeded(plan).message
+    assert settled(replace(seen(), status=plan.status)).actions[0].stage == "m"
+
+
 def test_the_end() -> None:
     plan = settled(seen({"c-m": DONE, "c-s": DONE}))
     assert succeeded(plan).status == "True"

@@ -35,6 +35,8 @@ class StageJob:
     spec: Mapping[str, Any]
     status: DistillationJobStatus
     ours: bool = True
+    leaving: bool = False
+    """Not ours, but of a chain of the same name that was deleted: on its way out, so waited for."""
 
     @property
     def succeeded(self) -> Condition:
@@ -76,8 +78,12 @@ class _ChainDraft:
         parsed = self._parse()
         if parsed is not None:
             chain, specs = parsed
-            self._report(chain)
-            self._advance(chain, specs)
+            leaving = [name for name, job in self.seen.jobs.items() if job.leaving]
+            if leaving:
+                self._wait(leaving)
+            else:
+                self._report(chain)
+                self._advance(chain, specs)
         self.conditions.confirm()
         status = self.status.model_copy(
             update={
@@ -101,7 +107,7 @@ class _ChainDraft:
             if spec is not None:
                 specs.append(spec)
             job = self._job(stage.name)
-            if job is not None and not job.ours:
+            if job is not None and not job.ours and not job.leaving:
                 problems.append(
                     f"stage {stage.name}: there is a DistillationJob "
                     f"{stage_job_name(self.seen.name, stage.name)} that is not of this chain: "
@@ -117,6 +123,10 @@ class _ChainDraft:
         self.conditions.set(reasons.VALIDATED, "False", reasons.INVALID_SPEC, message)
         if self.conditions.set(reasons.SUCCEEDED, "False", reasons.INVALID_SPEC, message):
             self._tell(reasons.INVALID_SPEC, message, warning=True)
+
+    def _wait(self, leaving: list[str]) -> None:
+        message = f"waits until jobs of the deleted chain before it are gone: {', '.join(leaving)}"
+        self.conditions.set(reasons.SUCCEEDED, "Unknown", reasons.WAITING_FOR_DEPENDENCY, message)
 
     def _job(self, stage: str) -> StageJob | None:
         return self.seen.jobs.get(stage_job_name(self.seen.name, stage))
