@@ -97,8 +97,12 @@ def install_secret(handle: Handle) -> None:
         handle.kubectl("apply", "-f", "-", stdin=json.dumps(item))
 
 
-def install_chain(handle: Handle, name: str, values: Path, sets: dict[str, Any]) -> None:
-    """The chain's chart; a chain of an earlier demo is replaced."""
+def install_chain(
+    handle: Handle, name: str, values: str, sets: dict[str, Any], steps: int | None
+) -> None:
+    """The chain's chart with a values file of this folder; an earlier demo's chain is replaced."""
+    if steps is not None:
+        sets = {**sets, "training.maxSteps": steps}
     handle.helm("uninstall", name, "--namespace", NAMESPACE, "--wait", check=False)
     storage = {
         "uri": f"s3://{handle.s3.bucket}/runs/{int(time.time())}",
@@ -108,7 +112,7 @@ def install_chain(handle: Handle, name: str, values: Path, sets: dict[str, Any])
     arguments = [f"{key}={json.dumps(value)}" for key, value in sets.items()]
     handle.helm(
         "upgrade", "--install", name, str(ROOT / "charts" / "distillation-chain"),
-        "--namespace", NAMESPACE, "--values", str(values),
+        "--namespace", NAMESPACE, "--values", str(ROOT / "examples" / "demo" / values),
         "--set-json", f"storage={json.dumps(storage)}",
         *(part for argument in arguments for part in ("--set-json", argument)),
     )  # fmt: skip
@@ -197,7 +201,7 @@ def next_steps(handle: Handle, model: str) -> None:
 
 
 def run_demo(handle: Handle, steps: int | None) -> None:
-    """The miniature chain and its control. With fewer steps nothing is said of the outcome."""
+    """The miniature chain and its control. With fewer steps the outcome is not judged."""
     put_data(handle, text_objects())
     step("text and tokenizer are in S3")
     bucket = f"s3://{handle.s3.bucket}"
@@ -205,9 +209,7 @@ def run_demo(handle: Handle, steps: int | None) -> None:
         "data.sources": [{"uri": f"{bucket}/data/topics.jsonl"}],
         "data.tokenizer": {"uri": f"{bucket}/tokenizer"},
     }
-    if steps is not None:
-        sets["training.maxSteps"] = steps
-    install_chain(handle, "mini", ROOT / "examples" / "demo" / "values.yaml", sets)
+    install_chain(handle, "mini", "values.yaml", sets, steps)
     step("chain installed: mini, four sizes and a control without a teacher")
     jobs = watch(handle, "mini", 3000)
     order = ["mini-70b", "mini-30b", "mini-13b", "mini-7b", "mini-control"]
@@ -228,7 +230,7 @@ def run_demo(handle: Handle, steps: int | None) -> None:
 
 
 def run_smollm2(handle: Handle, steps: int | None) -> None:
-    """A student of half of SmolLM2's layers. With fewer steps nothing is said of the outcome."""
+    """A student of half of SmolLM2's layers. With fewer steps the outcome is not judged."""
     step("converting SmolLM2-135M-Instruct to a Hugging Face folder, unless it is cached")
     folder = smollm2.model_folder()
     client = handle.s3.client()
@@ -241,9 +243,7 @@ def run_smollm2(handle: Handle, steps: int | None) -> None:
         "initialTeacher.model.uri": f"{bucket}/models/{folder.name}",
         "data.sources": [{"uri": f"{bucket}/data/topics.jsonl"}],
     }
-    if steps is not None:
-        sets["training.maxSteps"] = steps
-    install_chain(handle, "smollm2", ROOT / "examples" / "demo" / "smollm2.yaml", sets)
+    install_chain(handle, "smollm2", "smollm2.yaml", sets, steps)
     step("chain installed: smollm2, one stage")
     job = watch(handle, "smollm2", 5000)["smollm2-half"]
     show(handle, {"smollm2-half": job}, ["smollm2-half"])

@@ -57,7 +57,7 @@ def test_mount_points_are_made_inside(root: Path) -> None:
 @pytest.mark.parametrize(
     ("targets", "paths", "hidden"),
     [
-        (["/tmp"], ["/work/main", "/usr"], []),
+        (["/tmp"], ["/home/me/clone", "/usr"], []),
         (["/tmp"], ["/tmp/clone", "/tmp/clone/.venv", "/tmpx"], ["/tmp/clone", "/tmp/clone/.venv"]),
         (["/tmp", "/data/a"], ["/data", "/data/a", "/data/a/b"], ["/data/a", "/data/a/b"]),
     ],

@@ -80,11 +80,13 @@ class _Reporter:
         self._identity = identity
         self._uri = uri
         self._last = 0.0
-        self._partitions: dict[int, tuple[int, int]] = {}
+        self._writers: list[StreamWriter] = []
 
-    def committed(self, partition: int, writer: StreamWriter) -> None:
-        """Take over what is committed, and tell it from time to time."""
-        self._partitions[partition] = (writer.committed(), writer.committed_bytes())
+    def follow(self, writer: StreamWriter) -> None:
+        """Count what this writer has committed, too."""
+        self._writers.append(writer)
+
+    def tick(self) -> None:
         if time.monotonic() - self._last > _REPORT_SECONDS:
             self.now()
 
@@ -94,8 +96,8 @@ class _Reporter:
             uri=self._uri,
             digest=self._identity.digest(),
             payload=self._identity.payloads[0].kind,
-            bytes=sum(size for _, size in self._partitions.values()),
-            tokens=sum(samples for samples, _ in self._partitions.values())
+            bytes=sum(writer.committed_bytes() for writer in self._writers),
+            tokens=sum(writer.committed() for writer in self._writers)
             * self._identity.sequence_length,
             complete=complete,
         )
@@ -116,13 +118,13 @@ def _write_partition(
     with StreamWriter(
         context.storage, manifest, partition, scratch=scratch, settings=settings
     ) as writer:
+        report.follow(writer)
         for sample in writer.samples():
             outputs = teacher_outputs(model, manifest.identity, dataset.packed.take([sample]))
             writer.write(sample, dataset.packed.tokens[sample], outputs)
             exporter.TOKENS.labels("teacher").inc(manifest.identity.sequence_length)
-            report.committed(partition, writer)
+            report.tick()
         writer.end()
-        report.committed(partition, writer)
         _log.info(
             "partition written", extra={"partition": partition, "samples": writer.committed()}
         )
