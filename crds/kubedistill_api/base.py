@@ -44,3 +44,17 @@ def cel(rule: str, message: str, field_path: str = "") -> dict[str, Any]:
 def rules(entries: Iterable[dict[str, Any]]) -> ConfigDict:
     """Model configuration that carries CEL rules into the CRD."""
     return ConfigDict(json_schema_extra={"x-kubernetes-validations": list(entries)})
+
+
+UNTYPED_MARK = "x-kubedistill-number-or"
+
+
+def number_or(message: str) -> dict[str, str]:
+    """For a number that some YAML reader makes a string of: the API server then says `message`.
+
+    A schema's own words for a wrong type ("must be of type number") cannot be replaced, and no rule
+    is asked once a type is wrong. So the field has no type in the CRD, its bounds hold for numbers,
+    and a string must match a pattern that reads as the message, beside which the server prints what
+    it found. Whatever else may stand there is refused by the operator.
+    """
+    return {UNTYPED_MARK: f"^{message}$"}

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from kubedistill_api.base import ApiModel, cel, rules
+from kubedistill_api.base import ApiModel, cel, number_or, rules
 
 S3Uri = Annotated[
     str,
@@ -182,7 +182,12 @@ class Training(ApiModel):
         4, ge=1, le=4096, description="Sequences that a rank takes at once."
     )
     learning_rate: float = Field(
-        2.0e-5, gt=0, le=1, description="Peak learning rate, as a number: 2.0e-5."
+        2.0e-5,
+        gt=0,
+        le=1,
+        strict=True,
+        description="Peak learning rate, a number without quotes: 2.0e-5.",
+        json_schema_extra=number_or("a number without quotes, such as 2.0e-5"),
     )
     warmup_ratio: float = Field(0.05, ge=0, le=1, description="Share of the steps that warm up.")
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW's decoupled weight decay.")

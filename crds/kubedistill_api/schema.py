@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from kubedistill_api.base import UNTYPED_MARK
 from kubedistill_api.chain import PARTIAL_MARK, STAGE_MARK
 from kubedistill_api.job import DistillationJobSpec
 
@@ -49,6 +50,10 @@ def _convert(node: dict[str, Any], definitions: dict[str, Any], path: str) -> di
         raise UnsupportedSchemaError(f"{path}: no type in {node}")
     result = {key: node[key] for key in _KEPT if key in node}
     _convert_bounds(node, result)
+    if UNTYPED_MARK in node:
+        # Without a type, which Kubernetes allows only where it keeps unknown fields.
+        del result["type"]
+        result |= {"x-kubernetes-preserve-unknown-fields": True, "pattern": node[UNTYPED_MARK]}
     if node["type"] == "object" and "properties" in node:
         result["properties"] = {
             name: _convert(child, definitions, f"{path}.{name}")

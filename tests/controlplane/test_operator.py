@@ -58,7 +58,13 @@ BAD = [
     ("no-teacher", {"teacher": None}, "needs a `teacher`"),
     ("itself", {"teacher": {"fromJob": {"name": "itself"}}}, "is this job itself"),
     ("cold", {"distill": {"objective": {"temperature": 0}}}, "temperature"),
-    ("string-rate", {"training": {"learningRate": "1e-5"}}, "learningRate"),
+    (
+        "string-rate",
+        {"training": {"learningRate": "1e-5"}},
+        'spec.training.learningRate: Invalid value: "1e-5": spec.training.learningRate in body '
+        "should match '^a number without quotes, such as 2.0e-5$'",
+    ),
+    ("cold-rate", {"training": {"learningRate": 0}}, "should be greater than 0"),
     ("x" * 51, {}, "at most 50 characters"),
     ("no-data", {"data": {"sources": []}}, "sources"),
 ]

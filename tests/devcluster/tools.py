@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -110,9 +111,19 @@ def _fetch_layer(target: Path) -> None:
 
 
 def install(requirement: str, target: Path) -> None:
-    """Install without dependencies into a folder of its own, by uv or else by pip."""
-    uv = shutil.which("uv")
-    base = [uv, "pip", "install"] if uv else [sys.executable, "-m", "pip", "install"]
+    """Install without dependencies into a folder of its own."""
     subprocess.run(
-        [*base, "--quiet", "--no-deps", "--target", str(target), requirement], check=True
+        [*_installer(), "--quiet", "--no-deps", "--target", str(target), requirement], check=True
     )
+
+
+def _installer() -> list[str]:
+    """uv, which tells `uv run`'s children where it is, or else pip.
+
+    A virtual environment made by uv has no pip; the interpreter that it was made from has.
+    """
+    uv = os.environ.get("UV") or shutil.which("uv")
+    if uv:
+        return [uv, "pip", "install"]
+    python = Path(sys.base_prefix) / "bin" / "python3"
+    return [str(python), "-m", "pip", "install"]
