@@ -4,7 +4,8 @@ The chain: a real control plane, the operator as a process, one DistillationChai
 trains a teacher and whose later stages learn from the stage before through a stream in S3.
 The peer: the same containers (teacher, student) with the same specs against the same store, started
 one after the other by hand, without preflight, operator or Kubernetes. Both run once, the peer
-first; the difference is preflight pods, reconciling, scheduling and polling.
+first; the difference is preflight pods, reconciling, scheduling and polling. --quick, one stage of
+five steps, judges that difference alone.
 
     uv run python bench/chain_overhead.py [--quick] [--json]
 """
@@ -32,7 +33,7 @@ from e2e.kit import Team, start_operator  # noqa: E402
 from kubedistill_api.runspec import ResolvedModel  # noqa: E402
 from operator_kit import install_role  # noqa: E402
 
-GOAL_RATIO = 1.5
+GOAL_RATIO, GOAL_SECONDS = 1.5, 20.0
 FULL, QUICK = (3, 200), (1, 5)
 """Stages, steps of each."""
 
@@ -102,12 +103,16 @@ def measure(handle: Handle, folder: Path, count: int, steps: int) -> list[Measur
     finally:
         operator.stop()
     peer = "the same containers by hand"
+    whole = f"wall time, {count} stages of {steps} steps on 2 pods"
+    # A ratio says something of stages that train for a while, not of five steps.
+    judged = (f"≤ {GOAL_RATIO} × the bare loops", through <= GOAL_RATIO * alone)
+    added = (through - alone) / count
     return [
+        Measure(whole, through, "s", peer, alone, *(judged if count > 1 else ())),
         Measure(
-            f"wall time, {count} stages of {steps} steps on 2 pods", through, "s", peer, alone,
-            f"≤ {GOAL_RATIO} × the bare loops", through <= GOAL_RATIO * alone,
+            "what Kubernetes adds, a stage", added, "s",
+            goal=f"≤ {GOAL_SECONDS:g} s", met=added <= GOAL_SECONDS,
         ),
-        Measure("what Kubernetes adds, a stage", (through - alone) / count, "s"),
     ]  # fmt: skip
 
 
