@@ -245,7 +245,8 @@ class Operator:
 def install_role(handle: Any, state: Path) -> Path:
     """CRDs, and the operator's account with exactly its rules; the kubeconfig of that account."""
     crds = Path(__file__).resolve().parents[1] / "crds"
-    handle.kubectl("apply", "--server-side", "-f", str(crds))
+    # On a cluster of one's own a chart may have brought them.
+    handle.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crds))
     handle.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
     meta = {"name": "kubedistill-operator"}
     here = meta | {"namespace": "kubedistill-system"}

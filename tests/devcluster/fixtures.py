@@ -44,14 +44,23 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def namespace(cluster: Handle) -> Iterator[str]:
     """The name of a fresh namespace that pods can be made in; removed afterwards, not awaited."""
-    name = f"test-{secrets.token_hex(3)}"
+    with temporary_namespace(cluster, "test") as name:
+        yield name
+        cluster.faults.come_back()
+
+
+@contextlib.contextmanager
+def temporary_namespace(cluster: Handle, prefix: str) -> Iterator[str]:
+    """A name that no earlier run has left behind, on a cluster of one's own too."""
+    name = f"{prefix}-{secrets.token_hex(3)}"
     meta = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
     cluster.api.post("/api/v1/namespaces", meta)
     cluster.wait("the default service account", lambda: _has_account(cluster, name))
-    yield name
-    cluster.faults.come_back()
-    with contextlib.suppress(ApiError):
-        cluster.api.delete(f"/api/v1/namespaces/{name}", {})
+    try:
+        yield name
+    finally:
+        with contextlib.suppress(ApiError):
+            cluster.api.delete(f"/api/v1/namespaces/{name}", {})
 
 
 def _has_account(cluster: Handle, namespace: str) -> bool:

@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from devcluster.fixtures import cluster, devcluster, namespace  # noqa: F401
+from devcluster.fixtures import (  # noqa: F401
+    cluster,
+    devcluster,
+    namespace,
+    temporary_namespace,
+)
 from devcluster.handle import Handle
 from operator_kit import Operator, install_role
 
@@ -34,8 +39,8 @@ def team(
     cluster: Handle,  # noqa: F811
     operator: Operator,
     request: pytest.FixtureRequest,
-) -> Team:
+) -> Iterator[Team]:
     """A namespace for a module's jobs."""
     name = str(request.module.__name__).rsplit(".", 1)[-1].replace("_", "-")
-    cluster.kubectl("create", "namespace", name)
-    return Team(cluster, name)
+    with temporary_namespace(cluster, name) as space:
+        yield Team(cluster, space)
