@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+from devcluster.cluster import DevCluster
 from devcluster.fixtures import cluster, devcluster, namespace  # noqa: F401
 from devcluster.handle import Handle
 from devcluster.kit import Kit, container, state
@@ -16,7 +17,8 @@ pytestmark = pytest.mark.controlplane
 
 
 @pytest.fixture
-def kit(cluster: Handle, namespace: str) -> Kit:  # noqa: F811
+def kit(devcluster: DevCluster, cluster: Handle, namespace: str) -> Kit:  # noqa: F811
+    """Of the node that is tested here: nothing of it is on a cluster of one's own."""
     return Kit(cluster, namespace)
 
 

@@ -17,6 +17,7 @@ from devcluster.node.api import Api
 from devcluster.node.control import Faults
 from devcluster.s3 import S3Access
 
+_NODE = "dev-node"
 _FILE = "cluster.json"
 _OWN = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "S3_BUCKET")
 
@@ -68,9 +69,14 @@ class Handle:
         return answer
 
     @property
+    def has_node(self) -> bool:
+        """Whether the node is ours: a cluster of one's own has none that takes faults."""
+        return (self.state / "nodes" / _NODE).exists()
+
+    @property
     def faults(self) -> Faults:
         """Faults of the first node."""
-        return self.node("dev-node")
+        return self.node(_NODE)
 
     def node(self, name: str) -> Faults:
         """Faults of a node, by its name."""

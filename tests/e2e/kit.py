@@ -109,6 +109,13 @@ class Team(Bench):
         pods = self.get("pods", "-l", selector, "--field-selector=status.phase=Running")["items"]
         return str(pods[0]["metadata"]["name"])
 
+    def kill(self, pod: str) -> None:
+        """End a pod's processes at once: on our node by SIGKILL, elsewhere by a forced deletion."""
+        if self.handle.has_node:
+            self.handle.faults.kill(self.namespace, pod)
+        else:
+            self.kubectl("delete", "pod", pod, "--grace-period=0", "--force")
+
     def objects(self, uri: str) -> dict[str, bytes]:
         """Everything below an s3:// address, by what follows it."""
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")

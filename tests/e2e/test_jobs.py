@@ -21,7 +21,7 @@ def calm(team: Team) -> dict[str, Any]:
     team.apply(team.tuned("calm", **steps), team.tuned("struck", **steps))
     team.apply(team.distilled("taught", "calm", training={"deepSpeed": {"zeroStage": 3}}))
     team.steps("struck", 2)
-    team.handle.faults.kill(team.namespace, team.pod("struck", 1))
+    team.kill(team.pod("struck", 1))
     return team.ends("calm", "Completed")
 
 
