@@ -33,7 +33,7 @@ from e2e.kit import Team, start_operator  # noqa: E402
 from kubedistill_api.runspec import ResolvedModel  # noqa: E402
 from operator_kit import install_role  # noqa: E402
 
-GOAL_RATIO, GOAL_SECONDS = 1.5, 20.0
+GOAL_RATIO, GOAL_SECONDS = 1.5, 15.0
 FULL, QUICK = (3, 200), (1, 5)
 """Stages, steps of each."""
 

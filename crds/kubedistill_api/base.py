@@ -49,7 +49,7 @@ def rules(entries: Iterable[dict[str, Any]]) -> ConfigDict:
 UNTYPED_MARK = "x-kubedistill-number-or"
 
 
-def number_or(message: str) -> dict[str, str]:
+def number_or(message: str) -> dict[str, Any]:
     """For a number that some YAML reader makes a string of: the API server then says `message`.
 
     A schema's own words for a wrong type ("must be of type number") cannot be replaced, and no rule
