@@ -2,7 +2,9 @@
 
 from kubedistill_trainer.losses.core import distillation_loss
 from kubedistill_trainer.losses.types import (
+    FORWARD_KL,
     IGNORED,
+    Divergence,
     LossParts,
     Teacher,
     TeacherHidden,
@@ -10,7 +12,9 @@ from kubedistill_trainer.losses.types import (
 )
 
 __all__ = [
+    "FORWARD_KL",
     "IGNORED",
+    "Divergence",
     "LossParts",
     "Teacher",
     "TeacherHidden",

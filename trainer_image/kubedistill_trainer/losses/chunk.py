@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kubedistill_trainer.losses.divergence import Scratch, dense_kl, sparse_kl
+from kubedistill_trainer.losses.divergence import (
+    Scratch,
+    dense_divergence,
+    sparse_divergence,
+)
 from kubedistill_trainer.losses.types import Objective, Teacher, TeacherHidden, TeacherSparse
 
 WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -83,6 +87,8 @@ class ChunkRunner:
         vocab, device = self._objective.vocab_size, self._head_VH.device.type
         narrow, wide = self._head_VH.dtype.itemsize, self._wide.itemsize
         wide_buffers = 3 if narrow == wide else 5
+        # What a mix of divergences makes beside its buffers.
+        wide_buffers += 0 if self._objective.divergence.is_forward_kl else 2
         # On a GPU the temporaries are as large as the chunk.
         token_bytes = vocab * (2 * narrow + (0 if device == "cpu" else wide_buffers * wide))
         budget = WORKSPACE_BYTES.get(device, WORKSPACE_BYTES["cuda"])
@@ -113,19 +119,20 @@ class ChunkRunner:
     def _block(self, z_RV: Tensor, t_RV: Tensor, rows_R: Tensor, labels_R1: Tensor) -> None:
         """Adds the block's loss to the sums and overwrites its logits by their gradient."""
         w, T = self._objective.soft_weight, self._objective.temperature
+        divergence = self._objective.divergence
         scratch = self._scratch.head(len(rows_R))
         wide_RV = _widened(z_RV, self._student_RV, self._objective.softcap)
         max_R1 = wide_RV.amax(-1, keepdim=True)
         if isinstance(self._teacher, TeacherHidden):
             wide_t_RV = _widened(t_RV, self._teacher_RV, self._teacher.softcap)
-            kl_R = dense_kl(wide_RV, max_R1, wide_t_RV, T, scratch)
-            self.sums[0] += T * T * kl_R.sum()
+            soft_R = dense_divergence(wide_RV, max_R1, wide_t_RV, T, divergence, scratch)
+            self.sums[0] += T * T * soft_R.sum()
         elif self._teacher is not None:
-            kl_R = sparse_kl(wide_RV, _rows(self._teacher, rows_R), T, scratch)
-            self.sums[0] += T * T * kl_R.sum()
+            kept = _rows(self._teacher, rows_R)
+            self.sums[0] += T * T * sparse_divergence(wide_RV, kept, T, divergence, scratch).sum()
         if w < 1:
             q1_RV = scratch.b_RV
-            # dense_kl has left it there for T = 1.
+            # dense_divergence has left it there for T = 1.
             if T != 1 or not isinstance(self._teacher, TeacherHidden):
                 torch.softmax(wide_RV, -1, out=q1_RV)
             log_z_R1 = max_R1.double() - q1_RV.amax(-1, keepdim=True).double().log()
@@ -135,7 +142,7 @@ class ChunkRunner:
             self._write_gradient(z_RV, wide_RV, scratch)
 
     def _write_gradient(self, z_RV: Tensor, wide_RV: Tensor, scratch: Scratch) -> None:
-        """z_RV = scale · (w · T · ∂KL/∂u + (1 − w) · ∂CE/∂z), from c_RV and b_RV of the scratch."""
+        """z_RV = scale · (w · T · ∂D/∂u + (1 − w) · ∂CE/∂z), from c_RV and b_RV of the scratch."""
         w, cap = self._objective.soft_weight, self._objective.softcap
         soft, hard = self._scale * w * self._objective.temperature, self._scale * (1 - w)
         if cap is not None:

@@ -1,4 +1,4 @@
-"""The chunked linear core: w · T² · KL(teacher(T) ‖ student(T)) + (1 − w) · CE in one pass.
+"""The chunked linear core: w · T² · D(teacher(T) ‖ student(T)) + (1 − w) · CE in one pass.
 
 Tokens are taken a chunk at a time. The logits of a chunk are made, used for both terms and for the
 analytic gradient, multiplied back into the gradients of the hidden states and of the LM head, and
@@ -6,6 +6,7 @@ overwritten by the next chunk: no [tokens × vocabulary] tensor of either model 
 but the two gradients is kept for the backward pass.
 
     ∂(T² · KL) / ∂z = T · (q − p)                     Hinton et al. 2015, section 2.1
+    (other divergences: divergence.py)
     ∂CE / ∂z        = softmax(z) − onehot(y)
 
 A chunk has as many tokens as fit the workspace, so that the peak does not grow with the vocabulary.
@@ -22,7 +23,9 @@ from torch import Tensor
 
 from kubedistill_trainer.losses.chunk import ChunkRunner, wide_dtype
 from kubedistill_trainer.losses.types import (
+    FORWARD_KL,
     IGNORED,
+    Divergence,
     LossParts,
     Objective,
     Teacher,
@@ -40,6 +43,7 @@ def distillation_loss(
     temperature: float,
     soft_weight: float,
     normalizer: Tensor | float,
+    divergence: Divergence = FORWARD_KL,
     vocab_size: int | None = None,
     softcap: float | None = None,
     chunk_tokens: int | None = None,
@@ -61,7 +65,7 @@ def distillation_loss(
     size = head_VH.shape[0] if vocab_size is None else vocab_size
     scale = 1.0 / _checked(temperature, soft_weight, float(normalizer))
     _check_teacher(size, head_VH, teacher)
-    objective = Objective(temperature, soft_weight if teacher else 0.0, size, softcap)
+    objective = Objective(temperature, soft_weight if teacher else 0.0, size, softcap, divergence)
     rows_M = (labels_N != IGNORED).nonzero().flatten()
     needs = (
         torch.is_grad_enabled() and hidden_NH.requires_grad,

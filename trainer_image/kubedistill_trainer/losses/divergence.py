@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kubedistill_trainer.losses.types import TeacherSparse
+from kubedistill_trainer.losses.types import Divergence, TeacherSparse
+
+_GREATEST_LOG_RATIO = 40.0
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,33 @@ def normalise(x_RV: Tensor, out_RV: Tensor, max_R1: Tensor | None = None) -> Ten
     return max_R1.double() - out_RV.amax(-1, keepdim=True).double().log()
 
 
-def dense_kl(
-    z_RV: Tensor, zmax_R1: Tensor, t_RV: Tensor, temperature: float, scratch: Scratch
+def dense_divergence(
+    z_RV: Tensor,
+    zmax_R1: Tensor,
+    t_RV: Tensor,
+    temperature: float,
+    divergence: Divergence,
+    scratch: Scratch,
 ) -> Tensor:
-    """KL of each token [R] (fp64) for teacher logits t_RV.
+    """D of each token [R] (fp64) for teacher logits t_RV.
 
-    Leaves q in `scratch.b_RV` and q − p in `scratch.c_RV`; t_RV is used up, z_RV is not touched.
+    Leaves q in `scratch.b_RV` and ∂D/∂u, u = z / T, in `scratch.c_RV`; t_RV is used up, z_RV is not
+    touched.
+    """
+    d_RV, excess_R1 = _log_ratio(z_RV, zmax_R1, t_RV, temperature, scratch)
+    if not divergence.is_forward_kl:
+        return _mixed(d_RV, excess_R1, divergence, scratch)
+    p_RV, q_RV, grad_RV = scratch.a_RV, scratch.b_RV, scratch.c_RV
+    kl_R = d_RV.mul_(p_RV).sum(-1).double() + excess_R1.squeeze(-1)
+    return kl_R + torch.sub(q_RV, p_RV, out=grad_RV).sum(-1)
+
+
+def _log_ratio(
+    z_RV: Tensor, zmax_R1: Tensor, t_RV: Tensor, temperature: float, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
+    """log p − log q, in t_RV's memory, and what its rounding took off each [R, 1] (fp64).
+
+    Leaves p in `scratch.a_RV` and q in `scratch.b_RV`.
     """
     p_RV, q_RV, x_RV = scratch.a_RV, scratch.b_RV, scratch.c_RV
     log_zp_R1 = normalise(t_RV.div_(temperature), p_RV)
@@ -54,53 +77,117 @@ def dense_kl(
     log_zq_R1 = normalise(torch.div(z_RV, temperature, out=x_RV), q_RV, zmax_R1 / temperature)
     offset_R1 = log_zp_R1 - log_zq_R1
     rounded_R1 = offset_R1.to(t_RV.dtype)
-    log_ratio_RV = t_RV.sub_(x_RV).sub_(rounded_R1)
-    kl_R = log_ratio_RV.mul_(p_RV).sum(-1).double()
-    kl_R += (rounded_R1.double() - offset_R1).squeeze(-1)
-    return kl_R + torch.sub(q_RV, p_RV, out=x_RV).sum(-1)
+    return t_RV.sub_(x_RV).sub_(rounded_R1), rounded_R1.double() - offset_R1
 
 
-def sparse_kl(z_RV: Tensor, teacher: TeacherSparse, temperature: float, scratch: Scratch) -> Tensor:
-    """KL of each token [R] (fp64) with all but the K kept tokens as one bucket, the tail.
+def _mixed(d_RV: Tensor, excess_R1: Tensor, divergence: Divergence, scratch: Scratch) -> Tensor:
+    """The weighted sum of the three divergences, from d = log p − log q.
 
-        KL = Σ_k p_k (log p_k − log q_k) + p_t (log p_t − log q_t)
+        ∂KL(p ‖ q) / ∂u_v = q_v − p_v
+        ∂KL(q ‖ p) / ∂u_v = q_v · (Σ q d − d_v)
+        ∂JSD_β / ∂u_v     = (1 − β) · q_v · (Σ q L − L_v),  L_v = log(m_v / q_v) = log(1 + β (e^d − 1))
 
-    p_t = 1 − Σ_k p_k is the mass that the teacher's exact log Z leaves over. q_t = Σ_{v ∉ K} q_v is
-    summed over the rest: 1 − Σ_k q_k would cancel to nothing for a confident student.
+    The last two follow from ∂D / ∂u_v = q_v (g_v − Σ q g) with g = ∂D / ∂q. JSD in terms of q, d and
+    L alone has no 0 · ∞ where a probability underflows; e^d is bounded for the same reason (its term
+    of the sum is then p · log 1/β whatever d is).
+    """
+    p_RV, q_RV, grad_RV = scratch.a_RV, scratch.b_RV, scratch.c_RV
+    total_R1 = torch.zeros_like(excess_R1)
+    grad_RV.zero_()
+    if divergence.forward:
+        torch.sub(q_RV, p_RV, out=grad_RV)
+        forward_R1 = (d_RV * p_RV + grad_RV).sum(-1, keepdim=True).double() + excess_R1
+        total_R1 += divergence.forward * forward_R1
+        grad_RV.mul_(divergence.forward)
+    if divergence.reverse:
+        mean_R1 = (d_RV * q_RV).sum(-1, keepdim=True)
+        excess = (p_RV - q_RV).sum(-1, keepdim=True).double() - excess_R1
+        total_R1 += divergence.reverse * (excess - mean_R1.double())
+        grad_RV.addcmul_(q_RV, mean_R1 - d_RV, value=divergence.reverse)
+    if divergence.jsd:
+        beta = divergence.beta
+        d_RV.clamp_(max=_GREATEST_LOG_RATIO)
+        l_RV = torch.expm1(d_RV).mul_(beta).log1p_()
+        mean_R1 = (q_RV * l_RV).sum(-1, keepdim=True)
+        teacher_R1 = (p_RV * (d_RV - l_RV)).sum(-1, keepdim=True)
+        total_R1 += divergence.jsd * (beta * teacher_R1 - (1 - beta) * mean_R1).double()
+        grad_RV.addcmul_(q_RV, mean_R1 - l_RV, value=divergence.jsd * (1 - beta))
+    return total_R1.squeeze(-1)
+
+
+def sparse_divergence(
+    z_RV: Tensor,
+    teacher: TeacherSparse,
+    temperature: float,
+    divergence: Divergence,
+    scratch: Scratch,
+) -> Tensor:
+    """D of each token [R] (fp64) with all but the K kept tokens as one bucket, the tail.
+
+    The divergence of the distributions over K + 1 buckets. p_t = 1 − Σ_k p_k is the mass that the
+    teacher's exact log Z leaves over. q_t = Σ_{v ∉ K} q_v is summed over the rest: 1 − Σ_k q_k would
+    cancel to nothing for a confident student.
 
     Gradient with respect to u = z / T. With Z = Σ_v e^{u_v}: log q_k = u_k − log Z and
     log q_t = log Σ_{v ∉ K} e^{u_v} − log Z, so that
 
         ∂ log q_k / ∂u_v = [v = k] − q_v        ∂ log q_t / ∂u_v = [v ∉ K] · q_v / q_t − q_v
 
-    and, as Σ_k p_k + p_t = 1,
+    and, with s_b = q_b (∂D/∂q_b − Σ q ∂D/∂q) of a bucket b (for KL(p ‖ q): q_b − p_b),
 
-        ∂KL / ∂u_v = q_v − p_v              for v ∈ K
-        ∂KL / ∂u_v = q_v − p_t · q_v / q_t  for v ∉ K:  (q_t − p_t) · r_v,  r_v = q_v / q_t
+        ∂D / ∂u_v = s_v              for v ∈ K
+        ∂D / ∂u_v = s_t · r_v        for v ∉ K,  r_v = q_v / q_t
 
     r is a softmax over the tail alone: one pass over the vocabulary gives it and q_t, and both stay
-    exact however little mass is left. With K = V there is no tail and it is the full KL.
+    exact however little mass is left. With K = V there is no tail and it is the full divergence.
 
-    Leaves ∂KL / ∂u in `scratch.c_RV`; z_RV is not touched.
+    Leaves ∂D / ∂u in `scratch.c_RV`; z_RV is not touched.
     """
     grad_RV, u_RV, ids_RK = scratch.c_RV, scratch.a_RV, teacher.ids_NK
     torch.div(z_RV, temperature, out=u_RV)
     u_RK = u_RV.gather(-1, ids_RK).double()
     log_z_R1 = u_RK.logsumexp(-1, keepdim=True)
     log_p_RK, log_pt_R1 = _teacher_buckets(teacher, temperature)
-    if ids_RK.shape[-1] < z_RV.shape[-1]:
+    has_tail = ids_RK.shape[-1] < z_RV.shape[-1]
+    if has_tail:
         tail_R1 = normalise(u_RV.scatter_(-1, ids_RK, float("-inf")), grad_RV)
         log_z_R1 = torch.logaddexp(log_z_R1, tail_R1)
-        log_qt_R1 = tail_R1 - log_z_R1
-        grad_RV.mul_((log_qt_R1.exp() - log_pt_R1.exp()).to(grad_RV.dtype))
+        log_p = torch.cat([log_p_RK, log_pt_R1], -1)
+        log_q = torch.cat([u_RK, tail_R1], -1) - log_z_R1
     else:
-        log_pt_R1 = torch.full_like(log_z_R1, float("-inf"))
-        log_qt_R1 = log_pt_R1
-    log_q_RK = u_RK - log_z_R1
-    grad_RV.scatter_(-1, ids_RK, (log_q_RK.exp() - log_p_RK.exp()).to(grad_RV.dtype))
-    return _bregman(torch.cat([log_p_RK, log_pt_R1], -1), torch.cat([log_q_RK, log_qt_R1], -1)).sum(
-        -1
-    )
+        log_p, log_q = log_p_RK, u_RK - log_z_R1
+    value_R, slope = _of_buckets(log_p, log_q, divergence)
+    if has_tail:
+        grad_RV.mul_(slope[:, -1:].to(grad_RV.dtype))
+        slope = slope[:, :-1]
+    grad_RV.scatter_(-1, ids_RK, slope.to(grad_RV.dtype))
+    return value_R
+
+
+def _of_buckets(
+    log_p_RB: Tensor, log_q_RB: Tensor, divergence: Divergence
+) -> tuple[Tensor, Tensor]:
+    """D [R] and s_b [R, B] (see `sparse_divergence`), fp64, from log-probabilities of buckets.
+
+    A bucket without teacher mass counts in KL(q ‖ p) as if it had e^-40: infinite on paper.
+    """
+    p, q = log_p_RB.exp(), log_q_RB.exp()
+    value_R, slope = torch.zeros_like(p[:, 0]), torch.zeros_like(p)
+    if divergence.forward:
+        value_R += divergence.forward * _bregman(log_p_RB, log_q_RB).sum(-1)
+        slope += divergence.forward * (q - p)
+    d = (log_p_RB - log_q_RB).clamp(-_GREATEST_LOG_RATIO, _GREATEST_LOG_RATIO)
+    if divergence.reverse:
+        mean_R1 = (q * d).sum(-1, keepdim=True)
+        value_R -= divergence.reverse * mean_R1.squeeze(-1)
+        slope += divergence.reverse * q * (mean_R1 - d)
+    if divergence.jsd:
+        beta, log_m_q = divergence.beta, torch.log1p(divergence.beta * torch.expm1(d))
+        mean_R1 = (q * log_m_q).sum(-1, keepdim=True)
+        teacher_R = (p * (d - log_m_q)).sum(-1)
+        value_R += divergence.jsd * (beta * teacher_R - (1 - beta) * mean_R1.squeeze(-1))
+        slope += divergence.jsd * (1 - beta) * q * (mean_R1 - log_m_q)
+    return value_R, slope
 
 
 def _teacher_buckets(teacher: TeacherSparse, temperature: float) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kubedistill_trainer.losses.types import IGNORED, TeacherHidden, TeacherSparse
+from kubedistill_trainer.losses.types import (
+    FORWARD_KL,
+    IGNORED,
+    Divergence,
+    TeacherHidden,
+    TeacherSparse,
+)
 
 
 def _dense_logits(hidden: Tensor, head: Tensor, vocab_size: int, softcap: float | None) -> Tensor:
@@ -25,6 +31,7 @@ def dense_loss(
     temperature: float,
     soft_weight: float,
     normalizer: float,
+    divergence: Divergence = FORWARD_KL,
     vocab_size: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
@@ -39,18 +46,28 @@ def dense_loss(
     if isinstance(teacher, TeacherHidden):
         dense = _dense_logits(teacher.hidden_NH, teacher.head_VH, size, teacher.softcap)
         log_p = torch.log_softmax(dense / temperature, dim=-1)
-        kl_N = (log_p.exp() * (log_p - log_q)).sum(-1)
+        soft_N = _of(log_p, log_q, divergence)
     else:
-        kl_N = _bucketed(log_q, teacher, temperature)
-    soft = temperature**2 * kl_N[valid].sum()
+        soft_N = _of(*_buckets(log_q, teacher, temperature), divergence)
+    soft = temperature**2 * soft_N[valid].sum()
     return (soft_weight * soft + (1 - soft_weight) * hard) / normalizer
 
 
-def _bucketed(log_q: Tensor, teacher: TeacherSparse, temperature: float) -> Tensor:
+def _of(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
+    """The divergence over the last dimension, by its definition."""
+    p, q, beta = log_p.exp(), log_q.exp(), divergence.beta
+    log_m = (beta * p + (1 - beta) * q).log()
+    terms = divergence.forward * p * (log_p - log_q) + divergence.reverse * q * (log_q - log_p)
+    mixed = beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)
+    return (terms + divergence.jsd * mixed).sum(-1)
+
+
+def _buckets(log_q: Tensor, teacher: TeacherSparse, temperature: float) -> tuple[Tensor, Tensor]:
+    """Both distributions over the kept tokens and, where there is one, the tail."""
     log_p = teacher.logprobs_NK / temperature - teacher.log_z_N[:, None]
-    kept = (log_p.exp() * (log_p - log_q.gather(-1, teacher.ids_NK))).sum(-1)
+    kept = log_q.gather(-1, teacher.ids_NK)
     if teacher.ids_NK.shape[-1] == log_q.shape[-1]:
-        return kept
-    p_tail = 1 - log_p.exp().sum(-1)
-    log_q_tail = log_q.scatter(-1, teacher.ids_NK, float("-inf")).logsumexp(-1)
-    return kept + p_tail * (p_tail.log() - log_q_tail)
+        return log_p, kept
+    p_tail = 1 - log_p.exp().sum(-1, keepdim=True)
+    q_tail = log_q.scatter(-1, teacher.ids_NK, float("-inf")).logsumexp(-1, keepdim=True)
+    return torch.cat([log_p, p_tail.log()], -1), torch.cat([kept, q_tail], -1)

@@ -40,10 +40,42 @@ Teacher = TeacherHidden | TeacherSparse
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """D(p ‖ q) of the soft term, p the teacher's and q the student's distribution at T: a mix.
+
+        forward · KL(p ‖ q) + reverse · KL(q ‖ p) + jsd · JSD_β(p, q)
+        JSD_β = β · KL(p ‖ m) + (1 − β) · KL(q ‖ m),  m = β p + (1 − β) q
+
+    JSD as in Agarwal et al. 2024, "On-Policy Distillation of Language Models", equation 1.
+    Raises ValueError for weights that are negative or all 0, and for β outside (0, 1).
+    """
+
+    forward: float = 1.0
+    reverse: float = 0.0
+    jsd: float = 0.0
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        weights = (self.forward, self.reverse, self.jsd)
+        if min(weights) < 0 or max(weights) <= 0:
+            raise ValueError(f"divergence: weights {weights}; give one or more that are positive")
+        if not 0 < self.beta < 1:
+            raise ValueError(f"beta: {self.beta} is not between 0 and 1")
+
+    @property
+    def is_forward_kl(self) -> bool:
+        """Whether it is the plain KL(p ‖ q), which takes the shortest way."""
+        return (self.forward, self.reverse, self.jsd) == (1, 0, 0)
+
+
+FORWARD_KL = Divergence()
+
+
+@dataclass(frozen=True)
 class LossParts:
     """total = w · soft + (1 − w) · hard; `total` alone carries gradients.
 
-    soft: T² · Σ KL / normaliser; hard: Σ cross-entropy / normaliser. Neither is multiplied by its
+    soft: T² · Σ D / normaliser; hard: Σ cross-entropy / normaliser. Neither is multiplied by its
     weight. A part whose weight is 0 costs a pass over the logits that nobody asked for: it is not
     computed, and is NaN.
     """
@@ -61,3 +93,4 @@ class Objective:
     soft_weight: float
     vocab_size: int
     softcap: float | None
+    divergence: Divergence = FORWARD_KL
