@@ -29,6 +29,7 @@ def run_preflight(context: Context) -> Outcome:
     dataset = load_dataset(run, context.open_store)
     teacher_config = _teacher_config(context)
     _check_tokenizers(context, dataset)
+    _check_features(context, dataset, teacher_config)
     parameters = _student_parameters(context, dataset, teacher_config)
     _check_memory(run, parameters)
     stream_uri, complete = _stream(context, dataset, teacher_config)
@@ -70,6 +71,24 @@ def _check_tokenizers(context: Context, dataset: Dataset) -> None:
                 f"({dataset.tokenizer.vocab_size} ids, {dataset.tokenizer.digest[:12]}): "
                 "learning a teacher's logits needs one tokenizer for teacher, student and data",
             )
+
+
+def _check_features(
+    context: Context, dataset: Dataset, teacher_config: dict[str, Any] | None
+) -> None:
+    """A layer that a model does not have is refused before anything is loaded."""
+    distill = context.run.spec.distill
+    if distill is None or teacher_config is None or not distill.objective.features:
+        return
+    # As in `_student_parameters`: seconds of imports, for those only who ask for features.
+    with quiet_collector():
+        from kubedistill_trainer.methods.objective import feature_pairs
+        from kubedistill_trainer.models import load
+
+    field, keys = _student_config(context, teacher_config)
+    student = load.config_of(keys, dataset.tokenizer.vocab_size, field, 1)
+    layers = int(student.num_hidden_layers)
+    feature_pairs(distill.objective, layers, int(teacher_config["num_hidden_layers"]))
 
 
 def _student_parameters(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from kubedistill_api.job import Objective
 from kubedistill_api.runspec import Outcome
 from kubedistill_api.status import Metric
 
@@ -17,8 +19,10 @@ from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset, load_dataset
 from kubedistill_trainer.data.order import micro_batch_size
 from kubedistill_trainer.failures import refuse
+from kubedistill_trainer.losses import FeatureMatcher
 from kubedistill_trainer.methods.engine import join_gang, wrap
 from kubedistill_trainer.methods.interruption import Interruption
+from kubedistill_trainer.methods.objective import feature_pairs
 from kubedistill_trainer.methods.signal import NoTeacher, Signal, online_teacher, stream_teacher
 from kubedistill_trainer.methods.student import StudentWithLoss
 from kubedistill_trainer.methods.train import Loop
@@ -61,17 +65,13 @@ def run_student(
     teacher_folder = _download_teacher(context)
     model = _student_model(context, dataset, teacher_folder)
     objective = spec.distill.objective if spec.distill is not None else None
-    module = StudentWithLoss(
-        model,
-        temperature=objective.temperature if objective else 1.0,
-        soft_weight=objective.soft_weight if objective else 0.0,
-        vocab_size=dataset.tokenizer.vocab_size,
-    )
+    features = _features(objective, model, teacher_folder)
+    module = StudentWithLoss(model, objective, dataset.tokenizer.vocab_size, features)
     micro = micro_batch_size(
         spec.training.global_batch_size // context.world_size, spec.training.micro_batch_size
     )
     engine = wrap(module, spec.training, context.world_size, micro)
-    teacher = _signal(context, dataset, teacher_folder, engine.device)
+    teacher = _signal(context, dataset, teacher_folder, engine.device, features)
     # Random weights say nothing: there only what comes of them is worth a figure.
     began = None
     if spec.student.config is None:
@@ -118,14 +118,34 @@ def _student_model(context: Context, dataset: Dataset, teacher_folder: Path | No
     return load.load_model(folder, "spec.student", dtype)
 
 
+def _features(
+    objective: Objective | None, model: Any, teacher_folder: Path | None
+) -> FeatureMatcher | None:
+    """The feature terms, if the objective has any; in the type of the student's weights."""
+    if objective is None or not objective.features or teacher_folder is None:
+        return None
+    teacher = json.loads((teacher_folder / "config.json").read_text())
+    pairs = feature_pairs(
+        objective, model.config.num_hidden_layers, int(teacher["num_hidden_layers"])
+    )
+    matcher = FeatureMatcher(pairs, model.config.hidden_size, int(teacher["hidden_size"]))
+    return matcher.to(next(model.parameters()).dtype)
+
+
 def _signal(
-    context: Context, dataset: Dataset, teacher_folder: Path | None, device: torch.device
+    context: Context,
+    dataset: Dataset,
+    teacher_folder: Path | None,
+    device: torch.device,
+    features: FeatureMatcher | None,
 ) -> Signal:
     spec, model = context.run.spec, context.run.teacher_model
     if spec.distill is None or spec.teacher is None or model is None:
         return NoTeacher()
     if spec.teacher.delivery == "Online" and teacher_folder is not None:
-        return online_teacher(teacher_folder, load.dtype_of(spec.training.precision), device)
+        layers = features.teacher_layers if features else ()
+        dtype = load.dtype_of(spec.training.precision)
+        return online_teacher(teacher_folder, dtype, device, layers)
     store = context.open_store(model.uri)
     config = read_config(store, "spec.teacher")
     identity = stream_identity(

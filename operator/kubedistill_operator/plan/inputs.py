@@ -69,6 +69,7 @@ def rule_problems(spec: DistillationJobSpec) -> list[Problem]:
             "and a `fineTune` job has none",
         )  # fmt: skip
     _source_problems(spec, refuse)
+    _objective_problems(spec, refuse)
     ranks = ranks_of(spec)
     if spec.training.global_batch_size % ranks:
         refuse(
@@ -100,6 +101,32 @@ def _source_problems(spec: DistillationJobSpec, refuse: Any) -> None:
         refuse("data.tokenizer", "nothing", "give `tokenizer: {uri: s3://…}`: there is no teacher")
     if teacher and teacher.model and student.model and teacher.model.uri == student.model.uri:
         refuse("student.model.uri", student.model.uri, "another model than the teacher")
+
+
+def _objective_problems(spec: DistillationJobSpec, refuse: Any) -> None:
+    if spec.distill is None or spec.teacher is None:
+        return
+    objective, field = spec.distill.objective, "distill.objective"
+    if (objective.loss == "Mix") != (objective.mix is not None):
+        refuse(
+            f"{field}.mix", "a mix" if objective.mix else "nothing",
+            "give `mix` with `loss: Mix`, and only with it",
+        )  # fmt: skip
+    mix = objective.mix
+    if mix is not None and not mix.forward_kl + mix.reverse_kl + mix.jsd > 0:
+        refuse(f"{field}.mix", "no weight above 0", "weigh forwardKL, reverseKL or jsd")
+    for index, feature in enumerate(objective.features):
+        if (feature.student_layer is None) != (feature.teacher_layer is None):
+            refuse(
+                f"{field}.features[{index}]", "one layer",
+                "give both studentLayer and teacherLayer, or neither",
+            )  # fmt: skip
+    if objective.features and spec.teacher.delivery != "Online":
+        refuse(
+            f"{field}.features", f"`teacher.delivery: {spec.teacher.delivery}`",
+            "write `teacher.delivery: Online`, or leave features out: "
+            "a stream holds no inner layers of the teacher",
+        )  # fmt: skip
 
 
 def ranks_of(spec: DistillationJobSpec) -> int:

@@ -1,6 +1,7 @@
 """Distillation losses without a [tokens × vocabulary] tensor."""
 
 from kubedistill_trainer.losses.core import distillation_loss
+from kubedistill_trainer.losses.features import FeatureMatcher, FeaturePair, uniform_map
 from kubedistill_trainer.losses.types import (
     FORWARD_KL,
     IGNORED,
@@ -15,9 +16,12 @@ __all__ = [
     "FORWARD_KL",
     "IGNORED",
     "Divergence",
+    "FeatureMatcher",
+    "FeaturePair",
     "LossParts",
     "Teacher",
     "TeacherHidden",
     "TeacherSparse",
     "distillation_loss",
+    "uniform_map",
 ]

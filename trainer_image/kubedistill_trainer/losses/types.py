@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -15,11 +16,13 @@ class TeacherHidden:
     """The teacher as final hidden states [N, H_t] and LM head [V_t, H_t]: exact at every T.
 
     `softcap`: cap · tanh(logit / cap), where the architecture caps its final logits.
+    `layers`: states [N, H_t] after inner layers, counted from 1, where they were asked for.
     """
 
     hidden_NH: Tensor
     head_VH: Tensor
     softcap: float | None = None
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ FORWARD_KL = Divergence()
 
 @dataclass(frozen=True)
 class LossParts:
-    """total = w · soft + (1 − w) · hard; `total` alone carries gradients.
+    """total = w · soft + (1 − w) · hard (+ features); `total` alone carries gradients.
 
     soft: T² · Σ D / normaliser; hard: Σ cross-entropy / normaliser. Neither is multiplied by its
     weight. A part whose weight is 0 costs a pass over the logits that nobody asked for: it is not
@@ -83,6 +86,7 @@ class LossParts:
     total: Tensor
     soft: Tensor
     hard: Tensor
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)

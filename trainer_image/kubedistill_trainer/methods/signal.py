@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,7 +59,9 @@ class NoTeacher:
 class OnlineTeacher:
     """The teacher in the student's process: its hidden states are made when they are needed."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, layers: Sequence[int] = ()) -> None:
+        """`layers`: whose states are wanted beside the last one's, counted from 1."""
+        self._layers = layers
         self._model = model.eval().requires_grad_(False)
         self._decoder = model.get_decoder()
         self._head = model.get_output_embeddings().weight
@@ -69,8 +71,8 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def batch(self, samples: Ids, tokens: Tensor, positions: Tensor) -> TeacherBatch:
-        hidden = final_hidden(self._decoder, tokens, positions)
-        return TeacherHidden(hidden.flatten(0, 1), self._head, softcap_of(self._model))
+        hidden, layers = hidden_states(self._decoder, tokens, positions, self._layers)
+        return TeacherHidden(hidden, self._head, softcap_of(self._model), layers)
 
     def status(self) -> TeacherStreamStatus | None:
         return None
@@ -159,6 +161,22 @@ def final_hidden(decoder: Any, tokens: Tensor, positions: Tensor) -> Tensor:
     return hidden
 
 
+def hidden_states(
+    decoder: Any, tokens: Tensor, positions: Tensor, layers: Sequence[int]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The final states [B·L, H] (see `final_hidden`), and those after `layers`, counted from 1.
+
+    The last layer's are those after the final norm.
+    """
+    if not layers:
+        return final_hidden(decoder, tokens, positions).flatten(0, 1), {}
+    output = decoder(
+        input_ids=tokens, position_ids=positions, use_cache=False, output_hidden_states=True
+    )
+    states = output.hidden_states
+    return output.last_hidden_state.flatten(0, 1), {n: states[n].flatten(0, 1) for n in layers}
+
+
 def softcapped(logits: Tensor, cap: float | None) -> Tensor:
     """cap · tanh(logits / cap), or the logits where there is no cap."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -170,9 +188,11 @@ def softcap_of(model: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def online_teacher(folder: Path, dtype: torch.dtype, device: torch.device) -> OnlineTeacher:
-    """Load the teacher from a downloaded folder."""
-    return OnlineTeacher(load_model(folder, "spec.teacher", dtype).to(device))
+def online_teacher(
+    folder: Path, dtype: torch.dtype, device: torch.device, layers: Sequence[int]
+) -> OnlineTeacher:
+    """Load the teacher from a downloaded folder; `layers` as for OnlineTeacher."""
+    return OnlineTeacher(load_model(folder, "spec.teacher", dtype).to(device), layers)
 
 
 def stream_teacher(

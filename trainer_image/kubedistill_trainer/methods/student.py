@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from kubedistill_api.job import Objective
 from torch import Tensor, nn
 
-from kubedistill_trainer.losses import LossParts, distillation_loss
-from kubedistill_trainer.methods.signal import TeacherBatch, final_hidden, softcap_of, softcapped
+from kubedistill_trainer.losses import (
+    FORWARD_KL,
+    FeatureMatcher,
+    LossParts,
+    TeacherHidden,
+    distillation_loss,
+)
+from kubedistill_trainer.methods.objective import divergence_of
+from kubedistill_trainer.methods.signal import TeacherBatch, hidden_states, softcap_of, softcapped
 
 
 class StudentWithLoss(nn.Module):
@@ -16,11 +25,20 @@ class StudentWithLoss(nn.Module):
     The LM head is used outside its own module's forward: ZeRO-3 is told so, and gathers it once.
     """
 
-    def __init__(self, model: Any, temperature: float, soft_weight: float, vocab_size: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        objective: Objective | None,
+        vocab_size: int,
+        features: FeatureMatcher | None = None,
+    ) -> None:
+        """`objective`: None where there is no teacher."""
         super().__init__()
         self.model = model
-        self._temperature = temperature
-        self._soft_weight = soft_weight
+        self.features = features
+        self._divergence = divergence_of(objective) if objective else FORWARD_KL
+        self._temperature = objective.temperature if objective else 1.0
+        self._soft_weight = objective.soft_weight if objective else 0.0
         self._vocab_size = vocab_size
 
     def register_head(self) -> None:
@@ -48,20 +66,26 @@ class StudentWithLoss(nn.Module):
         Without labels: the logits [B·L, vocabulary], for the evaluation. It goes through here
         because under ZeRO-3 weights are there only within the wrapped module's forward.
         """
-        hidden = final_hidden(self.model.get_decoder(), tokens, positions)
+        wanted = self.features.student_layers if self.features and labels is not None else ()
+        hidden, layers = hidden_states(self.model.get_decoder(), tokens, positions, wanted)
         if labels is None:
-            return self._logits(hidden.flatten(0, 1))
-        return distillation_loss(
-            hidden.flatten(0, 1),
+            return self._logits(hidden)
+        parts = distillation_loss(
+            hidden,
             self.head,
             labels.flatten(),
             teacher,
             temperature=self._temperature,
             soft_weight=self._soft_weight if teacher is not None else 0.0,
             normalizer=normalizer,
+            divergence=self._divergence,
             vocab_size=self._vocab_size,
             softcap=softcap_of(self.model),
         )
+        if self.features is None or not isinstance(teacher, TeacherHidden):
+            return parts
+        extra = self.features(layers, teacher.layers, labels.flatten(), normalizer)
+        return replace(parts, total=parts.total + extra, features=extra.detach())
 
     def _logits(self, hidden_NH: Tensor) -> Tensor:
         logits = hidden_NH @ self.head[: self._vocab_size].T

@@ -84,9 +84,16 @@ def _method_text(run: RunSpec) -> str:
     if run.spec.distill is None:
         return "fine-tuning on labels"
     objective = run.spec.distill.objective
+    loss: str = objective.loss
+    if loss == "JSD":
+        loss += f"(β = {objective.beta:g})"
+    if objective.mix is not None:
+        weights = objective.mix.to_wire()
+        loss = " + ".join(f"{weight:g} {name}" for name, weight in weights.items() if weight)
+    features = f", {len(objective.features)} feature terms" if objective.features else ""
     return (
-        f"distillation, {objective.loss} at T = {objective.temperature:g}, "
-        f"soft weight {objective.soft_weight:g}"
+        f"distillation, {loss} at T = {objective.temperature:g}, "
+        f"soft weight {objective.soft_weight:g}{features}"
     )
 
 
