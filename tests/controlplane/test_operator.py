@@ -66,6 +66,18 @@ BAD = [
     ),
     ("cold-rate", {"training": {"learningRate": 0}}, "should be greater than 0"),
     ("x" * 51, {}, "at most 50 characters"),
+    (
+        "inner-layers",
+        {"distill": {"objective": {"features": [{}]}}},
+        "write `teacher.delivery: Online`, or leave features out",
+    ),
+    ("one-layer", {"distill": {"objective": {"features": [{"studentLayer": 1}]}}}, "give both"),
+    ("unmixed", {"distill": {"objective": {"loss": "Mix"}}}, "give `mix` with `loss: Mix`"),
+    (
+        "nothing-mixed",
+        {"distill": {"objective": {"loss": "Mix", "mix": {}}}},
+        "give at least one of forwardKL, reverseKL and jsd",
+    ),
     ("no-data", {"data": {"sources": []}}, "sources"),
 ]
 

@@ -55,6 +55,22 @@ def test_first_visit_sets_every_condition_and_the_summaries() -> None:
         ({"training": {"learningRate": True}}, ["spec.training.learningRate", "true", "2.0e-5"]),
         ({"nonsense": 1}, ["spec.nonsense", "no such field"]),
         ({"student": {}}, ["spec.student", "exactly one of"]),
+        (
+            {"distill": {"objective": {"features": [{}]}}},
+            ["spec.distill.objective.features", "delivery: Stream", "delivery: Online"],
+        ),
+        (
+            {"distill": {"objective": {"features": [{}, {"studentLayer": 1}]}}},
+            ["spec.distill.objective.features[1]", "give both"],
+        ),
+        (
+            {"distill": {"objective": {"loss": "Mix"}}},
+            ["spec.distill.objective.mix", "found nothing", "loss: Mix"],
+        ),
+        (
+            {"distill": {"objective": {"loss": "Mix", "mix": {}}}},
+            ["spec.distill.objective.mix", "no weight above 0"],
+        ),
     ],
 )  # fmt: skip
 def test_what_is_invalid_is_said_with_its_path(changes: dict[str, Any], words: list[str]) -> None:
