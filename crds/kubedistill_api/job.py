@@ -157,12 +157,14 @@ class Teacher(ApiModel):
         description="Online: the teacher runs inside the student's pods. "
         "Stream: it runs once in pods of its own and writes a stream to S3.",
     )
-    payload: Literal["Sparse", "Hidden"] = Field(
+    payload: Literal["Sparse", "Sampled", "Hidden"] = Field(
         "Hidden",
         description="What a stream holds a token. Hidden: final hidden state, exact at every T. "
-        "Sparse: the topK log-probabilities and the mass of the rest, for low T.",
+        "Sparse: the topK log-probabilities and the mass of the rest, for low T. "
+        "Sampled: random draws at the objective's T, unbiased, for much text at T = 1.",
     )
     top_k: int = Field(100, ge=1, le=1024, description="Log-probabilities a token, for Sparse.")
+    draws: int = Field(50, ge=1, le=1024, description="Random draws a token, for Sampled.")
     workers: TeacherWorkers = Field(TeacherWorkers(), description="The teacher's own pods.")
 
 
@@ -354,6 +356,13 @@ class DistillationJobSpec(ApiModel):
                 "`distill.objective.features` need the teacher's layers: "
                 "write `teacher.delivery: Online`, or leave features out",
                 ".distill.objective.features",
+            ),
+            cel(
+                "!has(self.distill) || !has(self.teacher) || self.teacher.payload != 'Sampled' || "
+                "self.teacher.delivery != 'Stream' || self.distill.objective.loss == 'ForwardKL'",
+                "draws estimate KL(teacher || student) only: write `objective.loss: ForwardKL`, "
+                "or another teacher.payload",
+                ".distill.objective.loss",
             ),
             cel(
                 "self.training.globalBatchSize >= self.workers.nodes * "

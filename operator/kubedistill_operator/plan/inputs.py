@@ -121,6 +121,12 @@ def _objective_problems(spec: DistillationJobSpec, refuse: Any) -> None:
                 f"{field}.features[{index}]", "one layer",
                 "give both studentLayer and teacherLayer, or neither",
             )  # fmt: skip
+    sampled = (spec.teacher.delivery, spec.teacher.payload) == ("Stream", "Sampled")
+    if sampled and objective.loss != "ForwardKL":
+        refuse(
+            f"{field}.loss", objective.loss,
+            "draws (`teacher.payload: Sampled`) estimate ForwardKL only",
+        )  # fmt: skip
     if objective.features and spec.teacher.delivery != "Online":
         refuse(
             f"{field}.features", f"`teacher.delivery: {spec.teacher.delivery}`",

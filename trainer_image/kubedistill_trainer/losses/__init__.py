@@ -9,6 +9,7 @@ from kubedistill_trainer.losses.types import (
     LossParts,
     Teacher,
     TeacherHidden,
+    TeacherSampled,
     TeacherSparse,
 )
 
@@ -21,6 +22,7 @@ __all__ = [
     "LossParts",
     "Teacher",
     "TeacherHidden",
+    "TeacherSampled",
     "TeacherSparse",
     "distillation_loss",
     "uniform_map",

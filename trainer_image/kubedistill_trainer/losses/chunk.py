@@ -8,9 +8,16 @@ from torch import Tensor
 from kubedistill_trainer.losses.divergence import (
     Scratch,
     dense_divergence,
+    sampled_kl,
     sparse_divergence,
 )
-from kubedistill_trainer.losses.types import Objective, Teacher, TeacherHidden, TeacherSparse
+from kubedistill_trainer.losses.types import (
+    Objective,
+    Teacher,
+    TeacherHidden,
+    TeacherSampled,
+    TeacherSparse,
+)
 
 WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """All the logits of a chunk with their temporaries. A GPU wants tall matrix products."""
@@ -127,6 +134,9 @@ class ChunkRunner:
             wide_t_RV = _widened(t_RV, self._teacher_RV, self._teacher.softcap)
             soft_R = dense_divergence(wide_RV, max_R1, wide_t_RV, T, divergence, scratch)
             self.sums[0] += T * T * soft_R.sum()
+        elif isinstance(self._teacher, TeacherSampled):
+            drawn = TeacherSampled(self._teacher.ids_NK[rows_R], self._teacher.shares_NK[rows_R])
+            self.sums[0] += T * T * sampled_kl(wide_RV, drawn, T, scratch).sum()
         elif self._teacher is not None:
             kept = _rows(self._teacher, rows_R)
             self.sums[0] += T * T * sparse_divergence(wide_RV, kept, T, divergence, scratch).sum()

@@ -30,6 +30,7 @@ from kubedistill_trainer.losses.types import (
     Objective,
     Teacher,
     TeacherHidden,
+    TeacherSampled,
     TeacherSparse,
 )
 
@@ -65,6 +66,8 @@ def distillation_loss(
     size = head_VH.shape[0] if vocab_size is None else vocab_size
     scale = 1.0 / _checked(temperature, soft_weight, float(normalizer))
     _check_teacher(size, head_VH, teacher)
+    if isinstance(teacher, TeacherSampled) and not divergence.is_forward_kl:
+        raise ValueError(f"divergence: {divergence}; draws estimate the plain KL(p ‖ q) only")
     objective = Objective(temperature, soft_weight if teacher else 0.0, size, softcap, divergence)
     rows_M = (labels_N != IGNORED).nonzero().flatten()
     needs = (

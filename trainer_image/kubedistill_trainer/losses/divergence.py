@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kubedistill_trainer.losses.types import Divergence, TeacherSparse
+from kubedistill_trainer.losses.types import Divergence, TeacherSampled, TeacherSparse
 
 _GREATEST_LOG_RATIO = 40.0
 
@@ -162,6 +162,21 @@ def sparse_divergence(
         slope = slope[:, :-1]
     grad_RV.scatter_(-1, ids_RK, slope.to(grad_RV.dtype))
     return value_R
+
+
+def sampled_kl(
+    z_RV: Tensor, teacher: TeacherSampled, temperature: float, scratch: Scratch
+) -> Tensor:
+    """KL(p̂ ‖ q) of each token [R] (fp64), p̂ the shares of the draws. Leaves q − p̂ in `c_RV`.
+
+    Its gradient is unbiased, as p̂ enters linearly; its value is not: of p̂'s own entropy.
+    """
+    u_RV, grad_RV = torch.div(z_RV, temperature, out=scratch.a_RV), scratch.c_RV
+    log_z_R1 = normalise(u_RV, grad_RV)
+    share_RK = teacher.shares_NK.double()
+    log_q_RK = u_RV.gather(-1, teacher.ids_NK).double() - log_z_R1
+    grad_RV.scatter_add_(-1, teacher.ids_NK, -teacher.shares_NK.to(grad_RV.dtype))
+    return (torch.xlogy(share_RK, share_RK) - share_RK * log_q_RK).sum(-1)
 
 
 def _of_buckets(

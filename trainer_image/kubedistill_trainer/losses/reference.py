@@ -10,7 +10,9 @@ from kubedistill_trainer.losses.types import (
     FORWARD_KL,
     IGNORED,
     Divergence,
+    Teacher,
     TeacherHidden,
+    TeacherSampled,
     TeacherSparse,
 )
 
@@ -26,7 +28,7 @@ def dense_loss(
     hidden_NH: Tensor,
     head_VH: Tensor,
     labels_N: Tensor,
-    teacher: TeacherHidden | TeacherSparse | None,
+    teacher: Teacher | None,
     *,
     temperature: float,
     soft_weight: float,
@@ -47,6 +49,9 @@ def dense_loss(
         dense = _dense_logits(teacher.hidden_NH, teacher.head_VH, size, teacher.softcap)
         log_p = torch.log_softmax(dense / temperature, dim=-1)
         soft_N = _of(log_p, log_q, divergence)
+    elif isinstance(teacher, TeacherSampled):
+        p = torch.zeros_like(log_q).scatter_add_(-1, teacher.ids_NK, teacher.shares_NK.to(log_q))
+        soft_N = (torch.xlogy(p, p) - p * log_q).sum(-1)
     else:
         soft_N = _of(*_buckets(log_q, teacher, temperature), divergence)
     soft = temperature**2 * soft_N[valid].sum()

@@ -39,7 +39,19 @@ class TeacherSparse:
     log_z_N: Tensor
 
 
-Teacher = TeacherHidden | TeacherSparse
+@dataclass(frozen=True)
+class TeacherSampled:
+    """An unbiased estimate of the teacher's distribution at the temperature that is asked for.
+
+    ids_NK int64, shares_NK: share of the draws that fell on each; a row sums to 1. An id may stand
+    twice in a row, if no more than one of them has a share.
+    """
+
+    ids_NK: Tensor
+    shares_NK: Tensor
+
+
+Teacher = TeacherHidden | TeacherSparse | TeacherSampled
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,20 @@ from kubedistill_trainer.models.load import dtype_of, load_model
 from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.head import publish_head
 from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity, publish_manifest
-from kubedistill_trainer.teacher.payload import Hidden, TeacherOutputs, sparse_of_logits
-from kubedistill_trainer.teacher.payload_spec import SparseSpec
+from kubedistill_trainer.teacher.payload import (
+    Hidden,
+    TeacherOutputs,
+    sampled_of_logits,
+    sparse_of_logits,
+)
+from kubedistill_trainer.teacher.payload_spec import HiddenSpec, SampledSpec
 from kubedistill_trainer.teacher.request import stream_identity
 from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
 
 _log = logging.getLogger(__name__)
 _FIRST_SHARD_BYTES = 1 << 20
 _REPORT_SECONDS = 2.0
+_SEED_STRIDE = 1 << 32  # more than a stream has samples
 
 
 def run_teacher(context: Context, board: exporter.ProgressBoard) -> Outcome:
@@ -120,7 +126,9 @@ def _write_partition(
     ) as writer:
         report.follow(writer)
         for sample in writer.samples():
-            outputs = teacher_outputs(model, manifest.identity, dataset.packed.take([sample]))
+            outputs = teacher_outputs(
+                model, manifest.identity, dataset.packed.take([sample]), sample
+            )
             writer.write(sample, dataset.packed.tokens[sample], outputs)
             exporter.TOKENS.labels("teacher").inc(manifest.identity.sequence_length)
             report.tick()
@@ -131,20 +139,25 @@ def _write_partition(
 
 
 @torch.inference_mode()
-def teacher_outputs(model: Any, identity: StreamIdentity, sequence: Any) -> TeacherOutputs:
-    """What the stream keeps of one sequence [1, L]."""
+def teacher_outputs(
+    model: Any, identity: StreamIdentity, sequence: Any, sample: int
+) -> TeacherOutputs:
+    """What the stream keeps of one sequence [1, L], the data's `sample`-th."""
     device = model.get_output_embeddings().weight.device
     tokens = torch.from_numpy(sequence.tokens).to(device)
     positions = torch.from_numpy(sequence.positions).to(device)
     hidden = final_hidden(model.get_decoder(), tokens, positions)[0]
     payload = identity.payloads[0]
-    if not isinstance(payload, SparseSpec):
+    if isinstance(payload, HiddenSpec):
         return TeacherOutputs(hidden=Hidden(hidden.float().cpu()))
-    logits = softcapped(model.get_output_embeddings()(hidden).float(), softcap_of(model))
-    sparse = sparse_of_logits(
-        logits.cpu(),
-        payload.k,
-        payload.temperatures,
-        visible_vocab_size=identity.visible_vocab_size,
-    )
+    logits = softcapped(model.get_output_embeddings()(hidden).float(), softcap_of(model)).cpu()
+    visible = identity.visible_vocab_size
+    if isinstance(payload, SampledSpec):
+        # By sample, so that a writer that comes back draws the same.
+        generator = torch.Generator().manual_seed(identity.seed * _SEED_STRIDE + sample)
+        drawn = sampled_of_logits(
+            logits, payload.draws, payload.temperature, generator, visible_vocab_size=visible
+        )
+        return TeacherOutputs(sampled=drawn)
+    sparse = sparse_of_logits(logits, payload.k, payload.temperatures, visible_vocab_size=visible)
     return TeacherOutputs(sparse=sparse)

@@ -11,10 +11,11 @@ import numpy.typing as npt
 import torch
 from kubedistill_api.status import TeacherStreamStatus
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset
-from kubedistill_trainer.losses import TeacherHidden, TeacherSparse
+from kubedistill_trainer.losses import Teacher, TeacherHidden, TeacherSampled, TeacherSparse
 from kubedistill_trainer.models.load import load_model
 from kubedistill_trainer.teacher.codec import token_hash
 from kubedistill_trainer.teacher.head import load_head
@@ -22,7 +23,7 @@ from kubedistill_trainer.teacher.payload import TeacherOutputs
 from kubedistill_trainer.teacher.stream_reader import ReaderSettings, StreamReader
 
 Ids = npt.NDArray[np.int64]
-TeacherBatch = TeacherHidden | TeacherSparse | None
+TeacherBatch = Teacher | None
 
 
 class Signal(Protocol):
@@ -108,9 +109,11 @@ class StreamTeacher:
 
     def batch(self, samples: Ids, tokens: Tensor, positions: Tensor) -> TeacherBatch:
         outputs = [self._reader.get(int(s), self._hash(int(s))) for s in samples]
-        if self._head is None:
-            return joined_sparse(outputs, self._temperature, tokens.device)
-        return _joined_hidden(outputs, self._head, self._softcap, tokens.device)
+        if self._head is not None:
+            return _joined_hidden(outputs, self._head, self._softcap, tokens.device)
+        if outputs[0].sampled is not None:
+            return joined_sampled(outputs, tokens.device)
+        return joined_sparse(outputs, self._temperature, tokens.device)
 
     def status(self) -> TeacherStreamStatus | None:
         progress = self._reader.progress()
@@ -148,6 +151,19 @@ def joined_sparse(
         logprobs_NK=torch.cat([s.log_probs for s in sparse]).to(device),
         log_z_N=torch.cat([s.log_z_at(temperature) for s in sparse]).to(device),
     )
+
+
+def joined_sampled(outputs: list[TeacherOutputs], device: torch.device) -> TeacherSampled:
+    """One batch of several samples' draws, as shares of them; widths are made equal."""
+    sampled = [o.sampled for o in outputs if o.sampled is not None]
+    width = max(s.token_ids.shape[1] for s in sampled)
+    ids, counts = (
+        torch.cat([pad(part, (0, width - part.shape[1])) for part in parts]).to(device)
+        for parts in ([s.token_ids for s in sampled], [s.counts for s in sampled])
+    )
+    # What pads has no share; id 0 is as good as any then.
+    shares = counts.float() / counts.sum(-1, keepdim=True)
+    return TeacherSampled(ids.where(counts > 0, 0), shares)
 
 
 def final_hidden(decoder: Any, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 from kubedistill_trainer.teacher.hidden import decode_hidden, encode_hidden
-from kubedistill_trainer.teacher.payload import Hidden, Sparse, TeacherOutputs
-from kubedistill_trainer.teacher.payload_spec import HiddenSpec, PayloadSpec, SparseSpec
+from kubedistill_trainer.teacher.payload import Hidden, Sampled, Sparse, TeacherOutputs
+from kubedistill_trainer.teacher.payload_spec import (
+    HiddenSpec,
+    PayloadSpec,
+    SampledSpec,
+    SparseSpec,
+)
+from kubedistill_trainer.teacher.sampled import decode_sampled, encode_sampled
 from kubedistill_trainer.teacher.sparse import decode_sparse, encode_sparse
 
 _LENGTH = struct.Struct("<Q")
@@ -43,6 +49,7 @@ def decode_outputs(
     """Inverse of `encode_outputs`; hidden states in `dtype`. ValueError for a malformed record."""
     sparse: Sparse | None = None
     hidden: Hidden | None = None
+    sampled: Sampled | None = None
     offset = 0
     for spec in specs:
         if offset + _LENGTH.size > len(record):
@@ -53,17 +60,21 @@ def decode_outputs(
         offset += length
         if isinstance(spec, SparseSpec):
             sparse = decode_sparse(part, spec)
+        elif isinstance(spec, SampledSpec):
+            sampled = decode_sampled(part, spec)
         else:
             hidden = decode_hidden(part, dtype)
     if offset != len(record):
         raise ValueError(f"record has {len(record)} bytes, its payloads take {offset}")
-    return TeacherOutputs(sparse, hidden)
+    return TeacherOutputs(sparse, hidden, sampled)
 
 
 def _encoded(outputs: TeacherOutputs, spec: PayloadSpec, vocab_size: int) -> bytes:
     match spec:
         case SparseSpec() if outputs.sparse is not None:
             return encode_sparse(outputs.sparse, spec, vocab_size)
+        case SampledSpec() if outputs.sampled is not None:
+            return encode_sampled(outputs.sampled, spec, vocab_size)
         case HiddenSpec() if outputs.hidden is not None:
             return encode_hidden(outputs.hidden, spec)
     raise ValueError(f"the stream carries {spec.kind}, the teacher's outputs have none")

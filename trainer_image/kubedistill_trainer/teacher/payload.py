@@ -51,11 +51,25 @@ class Hidden:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampled:
+    """N positions of D draws each from the teacher's distribution at one temperature.
+
+    `token_ids` int64 [N, K], strictly rising along K, K the most distinct tokens that a position
+    has; `counts` int64 [N, K], how often each was drawn: they sum to D. A padded entry has count 0
+    and an id that the vocabulary does not have.
+    """
+
+    token_ids: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class TeacherOutputs:
     """All that a stream says about one sample of N positions; None where it has no such payload."""
 
     sparse: Sparse | None = None
     hidden: Hidden | None = None
+    sampled: Sampled | None = None
 
     @property
     def positions(self) -> int:
@@ -65,6 +79,8 @@ class TeacherOutputs:
             counts.add(int(self.sparse.token_ids.shape[0]))
         if self.hidden is not None:
             counts.add(int(self.hidden.states.shape[0]))
+        if self.sampled is not None:
+            counts.add(int(self.sampled.token_ids.shape[0]))
         if len(counts) != 1:
             raise ValueError(f"payloads of one sample have {sorted(counts) or 'no'} positions")
         return counts.pop()
@@ -82,6 +98,48 @@ def sparse_of_logits(
     Entries from `visible_vocab_size` on (padding of the teacher's vocabulary) count as −inf.
     Raises ValueError where k exceeds the vocabulary or a row has NaN, +inf or no finite entry.
     """
+    log_probs = _log_probs(logits, visible_vocab_size, k)
+    log_z = [
+        # exactly 0 by definition; computing it would leave rounding in the file
+        log_probs.new_zeros(log_probs.shape[0])
+        if temperature == 1.0
+        else torch.logsumexp(log_probs / temperature, dim=-1)
+        for temperature in temperatures
+    ]
+    top, ids = log_probs.topk(k, dim=-1)
+    ids, order = ids.sort(dim=-1)
+    return Sparse(ids, top.gather(-1, order), torch.stack(log_z, dim=-1), temperatures)
+
+
+def sampled_of_logits(
+    logits: Tensor,
+    draws: int,
+    temperature: float,
+    generator: torch.Generator,
+    *,
+    visible_vocab_size: int | None = None,
+) -> Sampled:
+    """`draws` tokens a position from softmax(logits / temperature), logits float [n, V].
+
+    Padding and errors as in `sparse_of_logits`.
+    """
+    log_probs = _log_probs(logits, visible_vocab_size, 1)
+    positions, vocab_size = log_probs.shape
+    probabilities = torch.softmax(log_probs / temperature, dim=-1)
+    drawn = torch.multinomial(probabilities, draws, replacement=True, generator=generator)
+    drawn = drawn.sort(dim=-1).values
+    begins = torch.ones_like(drawn)
+    begins[:, 1:] = (drawn[:, 1:] != drawn[:, :-1]).long()
+    column = begins.cumsum(dim=-1) - 1
+    width = int(column.max()) + 1 if positions else 0
+    padding = vocab_size + torch.arange(width, device=drawn.device)
+    ids = padding.expand(positions, width).clone().scatter_(1, column, drawn)
+    counts = torch.zeros_like(ids).scatter_add_(1, column, torch.ones_like(drawn))
+    return Sampled(ids, counts)
+
+
+def _log_probs(logits: Tensor, visible_vocab_size: int | None, k: int) -> Tensor:
+    """Log-probabilities float32 [n, visible]; ValueError as in `sparse_of_logits`."""
     visible = logits.shape[-1] if visible_vocab_size is None else visible_vocab_size
     if not 1 <= k <= visible <= logits.shape[-1]:
         raise ValueError(
@@ -94,13 +152,4 @@ def sparse_of_logits(
         raise ValueError(
             f"teacher logits at position {int(bad.nonzero()[0])} hold NaN, +inf or no finite value"
         )
-    log_z = [
-        # exactly 0 by definition; computing it would leave rounding in the file
-        log_probs.new_zeros(log_probs.shape[0])
-        if temperature == 1.0
-        else torch.logsumexp(log_probs / temperature, dim=-1)
-        for temperature in temperatures
-    ]
-    top, ids = log_probs.topk(k, dim=-1)
-    ids, order = ids.sort(dim=-1)
-    return Sparse(ids, top.gather(-1, order), torch.stack(log_z, dim=-1), temperatures)
+    return log_probs

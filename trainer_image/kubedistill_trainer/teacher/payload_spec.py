@@ -39,4 +39,16 @@ class HiddenSpec(_Spec):
     """Neighbouring channels that share a scale."""
 
 
-PayloadSpec = Annotated[SparseSpec | HiddenSpec, Field(discriminator="kind")]
+class SampledSpec(_Spec):
+    """Tokens drawn from the teacher's distribution at one temperature, with replacement.
+
+    An unbiased estimate of that distribution, so the student trains at this temperature and no
+    other. Anshumann et al. 2025, "Sparse Logit Sampling", with the proposal equal to the target.
+    """
+
+    kind: Literal["Sampled"] = "Sampled"
+    draws: int = Field(default=50, ge=1, le=4096)
+    temperature: float = Field(default=1.0, gt=0)
+
+
+PayloadSpec = Annotated[SparseSpec | SampledSpec | HiddenSpec, Field(discriminator="kind")]

@@ -9,7 +9,12 @@ from kubedistill_api.job import Teacher
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.failures import refuse
 from kubedistill_trainer.teacher.manifest import StreamIdentity
-from kubedistill_trainer.teacher.payload_spec import HiddenSpec, PayloadSpec, SparseSpec
+from kubedistill_trainer.teacher.payload_spec import (
+    HiddenSpec,
+    PayloadSpec,
+    SampledSpec,
+    SparseSpec,
+)
 
 
 def stream_identity(
@@ -44,5 +49,7 @@ def stream_identity(
 def _payload(teacher: Teacher, temperature: float, vocab_size: int) -> PayloadSpec:
     if teacher.payload == "Hidden":
         return HiddenSpec()
+    if teacher.payload == "Sampled":
+        return SampledSpec(draws=teacher.draws, temperature=temperature)
     grid = tuple(sorted({1.0, temperature}))
     return SparseSpec(k=min(teacher.top_k, vocab_size), temperatures=grid)
