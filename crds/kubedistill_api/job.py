@@ -157,11 +157,19 @@ class Teacher(ApiModel):
         description="Online: the teacher runs inside the student's pods. "
         "Stream: it runs once in pods of its own and writes a stream to S3.",
     )
-    payload: Literal["Sparse", "Sampled", "Hidden"] = Field(
+    payload: Literal["Auto", "Sparse", "Sampled", "Hidden"] = Field(
         "Hidden",
         description="What a stream holds a token. Hidden: final hidden state, exact at every T. "
         "Sparse: the topK log-probabilities and the mass of the rest, for low T. "
-        "Sampled: random draws at the objective's T, unbiased, for much text at T = 1.",
+        "Sampled: random draws at the objective's T, unbiased, for much text at T = 1. "
+        "Auto: measures Sparse and Hidden on a part of the data, and takes the smallest within "
+        "maxGradientError.",
+    )
+    max_gradient_error: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="For Auto: greatest error of the logits' gradient, relative to the exact one.",
     )
     top_k: int = Field(100, ge=1, le=1024, description="Log-probabilities a token, for Sparse.")
     draws: int = Field(50, ge=1, le=1024, description="Random draws a token, for Sampled.")

@@ -84,15 +84,31 @@ class Attempt(ApiModel):
     last_step: int = Field(0, description="Last step that it reported.")
 
 
+class PayloadProbe(ApiModel):
+    """What one payload keeps of the teacher at one temperature, measured on a part of the data."""
+
+    payload: str = Field(max_length=64, description="Payload, such as Sparse, K=100.")
+    temperature: float = Field(description="Temperature of the soft term.")
+    bytes_per_token: float = Field(description="Encoded size of a token.")
+    kept_mass: float = Field(description="Share of the teacher's probability that is kept.")
+    gradient_error: float = Field(
+        description="Norm of the error of the logits' gradient, relative to the exact gradient."
+    )
+    angle_degrees: float = Field(description="Angle between both gradients.")
+
+
 class TeacherStreamStatus(ApiModel):
     """What the teacher wrote."""
 
     uri: str = Field("", max_length=2048, description="Prefix of the stream.")
     digest: str = Field("", max_length=128, description="Digest of what made it.")
-    payload: str = Field("", max_length=32, description="Sparse or Hidden.")
+    payload: str = Field("", max_length=32, description="Sparse, Sampled or Hidden.")
     bytes: int = Field(0, description="Bytes committed.")
     tokens: int = Field(0, description="Tokens committed.")
     complete: bool = Field(False, description="Whether all of it is there.")
+    probe: list[PayloadProbe] = Field(
+        [], max_length=64, description="What `payload: Auto` measured before it chose."
+    )
 
 
 class Resolved(ApiModel):

@@ -16,7 +16,7 @@ from kubedistill_trainer.models.folder import read_config
 from kubedistill_trainer.models.sizes import check_layers, decoder_parameters
 from kubedistill_trainer.store import preflight as check_store
 from kubedistill_trainer.teacher.digest import teacher_digest
-from kubedistill_trainer.teacher.request import stream_identity
+from kubedistill_trainer.teacher.request import resolved, stream_request
 
 _OVERHEAD_BYTES = 600 << 20
 """Interpreter, torch and DeepSpeed in a process."""
@@ -33,7 +33,7 @@ def run_preflight(context: Context) -> Outcome:
     parameters = _student_parameters(context, dataset, teacher_config)
     _check_memory(run, parameters)
     stream_uri, complete = _stream(context, dataset, teacher_config)
-    resolved = Resolved(
+    found = Resolved(
         inputs_digest=run.inputs_digest,
         student_parameters=parameters,
         total_steps=dataset.total_steps,
@@ -42,7 +42,7 @@ def run_preflight(context: Context) -> Outcome:
         stream_uri=stream_uri,
         stream_complete=complete,
     )
-    return Outcome(reason="Completed", message="all inputs fit", resolved=resolved)
+    return Outcome(reason="Completed", message="all inputs fit", resolved=found)
 
 
 def _teacher_config(context: Context) -> dict[str, Any] | None:
@@ -166,7 +166,10 @@ def _check_memory(run: RunSpec, parameters: int) -> None:
 def _stream(
     context: Context, dataset: Dataset, teacher_config: dict[str, Any] | None
 ) -> tuple[str, bool]:
-    """(URI of the stream, whether all of it is there); StreamMismatch for a foreign one."""
+    """(URI of the stream, whether all of it is there); StreamMismatch for a foreign one.
+
+    With `payload: Auto` the URI is known once a teacher has measured: until then it is empty.
+    """
     spec, model = context.run.spec, context.run.teacher_model
     if spec.teacher is None or spec.distill is None or model is None or teacher_config is None:
         return "", False
@@ -175,13 +178,12 @@ def _stream(
     from kubedistill_trainer.teacher.manifest import read_manifest
     from kubedistill_trainer.teacher.partition_log import PartitionLog
 
-    identity = stream_identity(
-        spec.teacher,
-        spec.distill.objective.temperature,
-        dataset,
-        teacher_digest(model, context.open_store(model.uri)),
-        teacher_config,
+    request = stream_request(
+        spec, dataset, teacher_digest(model, context.open_store(model.uri)), teacher_config
     )
+    identity = resolved(request, context.storage)
+    if identity is None:
+        return "", False
     stream = context.storage.child(identity.address)
     manifest = read_manifest(context.storage, identity)
     if manifest is None:

@@ -33,7 +33,7 @@ from kubedistill_trainer.models.sizes import check_layers
 from kubedistill_trainer.report.card import card, report
 from kubedistill_trainer.report.evaluate import evaluate, initial_perplexity
 from kubedistill_trainer.teacher.digest import teacher_digest
-from kubedistill_trainer.teacher.request import stream_identity
+from kubedistill_trainer.teacher.request import stream_request
 
 _log = logging.getLogger(__name__)
 
@@ -148,15 +148,9 @@ def _signal(
         return online_teacher(teacher_folder, dtype, device, layers)
     store = context.open_store(model.uri)
     config = read_config(store, "spec.teacher")
-    identity = stream_identity(
-        spec.teacher,
-        spec.distill.objective.temperature,
-        dataset,
-        teacher_digest(model, store),
-        config,
-    )
+    request = stream_request(spec, dataset, teacher_digest(model, store), config)
     temperature = spec.distill.objective.temperature
-    return stream_teacher(context, dataset, identity, config, temperature, device)
+    return stream_teacher(context, dataset, request, config, temperature, device)
 
 
 def _finish(

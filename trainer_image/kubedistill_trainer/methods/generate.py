@@ -8,15 +8,26 @@ from typing import Any
 
 import torch
 from kubedistill_api.runspec import Outcome
-from kubedistill_api.status import TeacherStreamStatus
+from kubedistill_api.status import PayloadProbe, TeacherStreamStatus
 
 from kubedistill_trainer import exporter
 from kubedistill_trainer.context import Context
-from kubedistill_trainer.data.dataset import load_dataset
+from kubedistill_trainer.data.dataset import Dataset, load_dataset
 from kubedistill_trainer.failures import refuse
+from kubedistill_trainer.losses.types import FORWARD_KL
+from kubedistill_trainer.methods.objective import divergence_of
+from kubedistill_trainer.methods.probe import probe
 from kubedistill_trainer.methods.signal import final_hidden, softcap_of, softcapped
 from kubedistill_trainer.models.folder import download, read_config
 from kubedistill_trainer.models.load import dtype_of, load_model
+from kubedistill_trainer.teacher.auto import (
+    Question,
+    label,
+    publish_answer,
+    read_answer,
+    refusal,
+    table,
+)
 from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.head import publish_head
 from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity, publish_manifest
@@ -27,7 +38,7 @@ from kubedistill_trainer.teacher.payload import (
     sparse_of_logits,
 )
 from kubedistill_trainer.teacher.payload_spec import HiddenSpec, SampledSpec
-from kubedistill_trainer.teacher.request import stream_identity
+from kubedistill_trainer.teacher.request import resolved, stream_request
 from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
 
 _log = logging.getLogger(__name__)
@@ -44,18 +55,22 @@ def run_teacher(context: Context, board: exporter.ProgressBoard) -> Outcome:
     board.update(phase="Generating")
     store = context.open_store(model_source.uri)
     dataset = load_dataset(context.run, context.open_store)
-    identity = stream_identity(
-        spec.teacher,
-        spec.distill.objective.temperature,
+    request = stream_request(
+        spec,
         dataset,
         teacher_digest(model_source, store),
         read_config(store, "spec.teacher"),
     )
+    identity = resolved(request, context.storage)
     folder = context.scratch / "teacher"
     download(store, folder, "spec.teacher", model_source.digest)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype_of(spec.training.precision)
     model = load_model(folder, "spec.teacher", dtype).to(device).eval()
+    rows: tuple[PayloadProbe, ...] = ()
+    if isinstance(request, Question):
+        identity, rows = _measured(context, model, dataset, request)
+    assert identity is not None
     head = None
     if identity.payloads[0].kind == "Hidden":
         head = publish_head(
@@ -68,9 +83,10 @@ def run_teacher(context: Context, board: exporter.ProgressBoard) -> Outcome:
             partitions=spec.teacher.workers.replicas,
             samples=len(dataset.packed),
             head_sha256=head,
+            probe=rows,
         ),
     )
-    report = _Reporter(board, identity, context.storage.child(identity.address).uri)
+    report = _Reporter(board, manifest, context.storage.child(identity.address).uri)
     # A stream that another job laid out in more partitions is written by as many as there are.
     for partition in range(context.partition, manifest.partitions, spec.teacher.workers.replicas):
         _write_partition(context, manifest, partition, dataset, model, report)
@@ -78,12 +94,31 @@ def run_teacher(context: Context, board: exporter.ProgressBoard) -> Outcome:
     return Outcome(reason="Completed", message="stream written", progress=board.report)
 
 
+def _measured(
+    context: Context, model: Any, dataset: Dataset, question: Question
+) -> tuple[StreamIdentity, tuple[PayloadProbe, ...]]:
+    """The stream that the measurement leads to, and the table; InputsRefused when none fits."""
+    answer = read_answer(context.storage, question)
+    if answer is None:
+        objective = context.run.spec.distill.objective if context.run.spec.distill else None
+        divergence = divergence_of(objective) if objective else FORWARD_KL
+        _log.info("measuring payloads")
+        answer = probe(model, dataset.packed, question, divergence)
+        answer = publish_answer(context.storage, question, answer)
+    _log.info("payloads, measured on a part of the data:\n%s", table(answer.rows))
+    if answer.chosen is None:
+        raise refusal(question, answer)
+    _log.info("payload chosen", extra={"payload": label(answer.chosen)})
+    return question.with_payload(answer.chosen), answer.rows
+
+
 class _Reporter:
     """Keeps /progress current; counts what this process committed."""
 
-    def __init__(self, board: exporter.ProgressBoard, identity: StreamIdentity, uri: str) -> None:
+    def __init__(self, board: exporter.ProgressBoard, manifest: Manifest, uri: str) -> None:
         self._board = board
-        self._identity = identity
+        self._identity = manifest.identity
+        self._probe = list(manifest.probe)
         self._uri = uri
         self._last = 0.0
         self._writers: list[StreamWriter] = []
@@ -106,6 +141,7 @@ class _Reporter:
             tokens=sum(writer.committed() for writer in self._writers)
             * self._identity.sequence_length,
             complete=complete,
+            probe=self._probe,
         )
         self._board.update(teacher_stream=status, last_step_time=time.time())
 

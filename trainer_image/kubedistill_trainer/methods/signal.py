@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,12 +18,18 @@ from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.losses import Teacher, TeacherHidden, TeacherSampled, TeacherSparse
 from kubedistill_trainer.models.load import load_model
+from kubedistill_trainer.store import Store
+from kubedistill_trainer.teacher.auto import Question
 from kubedistill_trainer.teacher.codec import token_hash
+from kubedistill_trainer.teacher.errors import StreamStalled
 from kubedistill_trainer.teacher.head import load_head
+from kubedistill_trainer.teacher.manifest import StreamIdentity
 from kubedistill_trainer.teacher.payload import TeacherOutputs
+from kubedistill_trainer.teacher.request import resolved
 from kubedistill_trainer.teacher.stream_reader import ReaderSettings, StreamReader
 
 Ids = npt.NDArray[np.int64]
+_POLL_SECONDS = 1.0
 TeacherBatch = Teacher | None
 
 
@@ -125,6 +132,7 @@ class StreamTeacher:
             bytes=progress.size_bytes,
             tokens=progress.tokens,
             complete=progress.ended,
+            probe=list(self._reader.manifest.probe),
         )
 
     def close(self) -> None:
@@ -211,16 +219,30 @@ def online_teacher(
     return OnlineTeacher(load_model(folder, "spec.teacher", dtype).to(device), layers)
 
 
+def _awaited(
+    request: StreamIdentity | Question, store: Store, stall_seconds: float
+) -> StreamIdentity:
+    """The stream's identity, once a teacher has chosen its payload. StreamStalled after the wait."""
+    deadline = time.monotonic() + stall_seconds
+    while (identity := resolved(request, store)) is None:
+        if time.monotonic() > deadline:
+            raise StreamStalled(f"no teacher has measured payloads within {stall_seconds:.0f} s")
+        time.sleep(_POLL_SECONDS)
+    return identity
+
+
 def stream_teacher(
     context: Context,
     dataset: Dataset,
-    identity: Any,
+    request: StreamIdentity | Question,
     config: dict[str, Any],
     temperature: float,
     device: torch.device,
 ) -> StreamTeacher:
     """Wait for the stream's manifest and open it."""
-    settings = ReaderSettings(stall_seconds=float(context.run.spec.stall_timeout_seconds))
+    stall_seconds = float(context.run.spec.stall_timeout_seconds)
+    settings = ReaderSettings(stall_seconds=stall_seconds)
+    identity = _awaited(request, context.storage, stall_seconds)
     cache = context.scratch / f"stream-{context.rank}"
     reader = StreamReader(context.storage, identity, cache=cache, settings=settings)
     hidden = identity.payloads[0].kind == "Hidden"

@@ -19,6 +19,7 @@ import hashlib
 import json
 from typing import Annotated
 
+from kubedistill_api.status import PayloadProbe
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -97,6 +98,8 @@ class Manifest(_Frozen):
     """Samples of the whole stream, 0 … samples − 1."""
     head_sha256: str | None = None
     """Names `head/<sha256>.safetensors`; set when a payload is Hidden."""
+    probe: tuple[PayloadProbe, ...] = ()
+    """What `payload: Auto` measured before it chose this payload."""
 
     def partition_of(self, sample: int) -> int:
         """The partition that holds `sample`."""
@@ -119,8 +122,8 @@ def check_identity(found: StreamIdentity, wanted: StreamIdentity) -> None:
 def publish_manifest(store: Store, wanted: Manifest) -> Manifest:
     """Write `manifest.json` if there is none; the manifest that holds is returned.
 
-    `store` is rooted at the storage URI. A manifest that is already there keeps its `partitions`;
-    StreamMismatch when its identity, samples or head differ.
+    `store` is rooted at the storage URI. A manifest that is already there keeps its `partitions`
+    and `probe`; StreamMismatch when its identity, samples or head differ.
     """
     stream = store.child(wanted.identity.address)
     body = _canonical(wanted.model_dump(mode="json"))
@@ -130,7 +133,7 @@ def publish_manifest(store: Store, wanted: Manifest) -> Manifest:
         found = read_manifest(store, wanted.identity)
         if found is None:
             raise
-        _check_fields(found, wanted, "", ignore=frozenset({"partitions"}))
+        _check_fields(found, wanted, "", ignore=frozenset({"partitions", "probe"}))
         return found
     return wanted
 

@@ -1,13 +1,15 @@
-"""The identity of the stream that a job asks for: the same in preflight, writers and students."""
+"""The stream that a job asks for: the same in preflight, writers and students."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from kubedistill_api.job import Teacher
+from kubedistill_api.job import DistillationJobSpec, Teacher
 
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.failures import refuse
+from kubedistill_trainer.store.client import Store
+from kubedistill_trainer.teacher.auto import Question, read_answer, refusal
 from kubedistill_trainer.teacher.manifest import StreamIdentity
 from kubedistill_trainer.teacher.payload_spec import (
     HiddenSpec,
@@ -17,14 +19,54 @@ from kubedistill_trainer.teacher.payload_spec import (
 )
 
 
-def stream_identity(
+def stream_request(
+    spec: DistillationJobSpec,
+    dataset: Dataset,
+    teacher_digest: str,
+    teacher_config: dict[str, Any],
+) -> StreamIdentity | Question:
+    """The stream's identity, or with `payload: Auto` what has to be measured before it is known.
+
+    InputsRefused when the teacher does not know all ids.
+    """
+    teacher, objective = spec.teacher, spec.distill.objective if spec.distill else None
+    if teacher is None or objective is None:
+        raise refuse("spec.teacher", "nothing", "a stream needs a teacher and an objective")
+    temperature = objective.temperature
+    identity = _identity(teacher, temperature, dataset, teacher_digest, teacher_config)
+    if teacher.payload != "Auto":
+        return identity
+    return Question(
+        identity=identity,
+        temperatures=(temperature,),
+        objective=f"{objective.loss} {objective.mix} {objective.beta}",
+        top_k=teacher.top_k,
+        max_gradient_error=teacher.max_gradient_error,
+    )
+
+
+def resolved(request: StreamIdentity | Question, store: Store) -> StreamIdentity | None:
+    """The identity, None while nobody has measured. `store` is rooted at the storage URI.
+
+    InputsRefused, with the table, when no payload fits.
+    """
+    if isinstance(request, StreamIdentity):
+        return request
+    answer = read_answer(store, request)
+    if answer is None:
+        return None
+    if answer.chosen is None:
+        raise refusal(request, answer)
+    return request.with_payload(answer.chosen)
+
+
+def _identity(
     teacher: Teacher,
     temperature: float,
     dataset: Dataset,
     teacher_digest: str,
     teacher_config: dict[str, Any],
 ) -> StreamIdentity:
-    """What the stream is made from. InputsRefused when the teacher does not know all ids."""
     visible = dataset.tokenizer.vocab_size
     rows = int(teacher_config["vocab_size"])
     if rows < visible:
@@ -47,7 +89,7 @@ def stream_identity(
 
 
 def _payload(teacher: Teacher, temperature: float, vocab_size: int) -> PayloadSpec:
-    if teacher.payload == "Hidden":
+    if teacher.payload in ("Hidden", "Auto"):
         return HiddenSpec()
     if teacher.payload == "Sampled":
         return SampledSpec(draws=teacher.draws, temperature=temperature)

@@ -1,0 +1,186 @@
+"""Measures what candidate payloads keep of the gradient, on a part of the data."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from kubedistill_api.status import PayloadProbe
+from torch import Tensor
+
+from kubedistill_trainer.data.packing import Packed
+from kubedistill_trainer.losses.divergence import Scratch, dense_divergence, sparse_divergence
+from kubedistill_trainer.losses.types import Divergence, TeacherSparse
+from kubedistill_trainer.methods.signal import final_hidden, softcap_of, softcapped
+from kubedistill_trainer.models.load import kept_layers
+from kubedistill_trainer.teacher.auto import Answer, Question, choose, label
+from kubedistill_trainer.teacher.codec import decode_outputs, encode_outputs
+from kubedistill_trainer.teacher.payload import Hidden, Sparse, TeacherOutputs, sparse_of_logits
+from kubedistill_trainer.teacher.payload_spec import PayloadSpec, SparseSpec
+
+_PROBE_TOKENS = 32_768
+_LEAST_SEQUENCES, _MOST_SEQUENCES = 8, 256
+_COMPARED_POSITIONS = 4_096
+"""Positions, over all sequences, at which gradients are compared; sizes are of whole sequences."""
+
+
+@torch.inference_mode()
+def probe(model: Any, packed: Packed, question: Question, divergence: Divergence) -> Answer:
+    """Measure all candidates on sequences spread over the data, and choose.
+
+    The gradient is the one that a student near the teacher would get: the teacher itself without a
+    tenth of its layers (at least one). The nearer the student, the smaller the exact gradient and
+    the greater the relative error, so this is nearer to the end of training than to its start.
+    """
+    length, samples = packed.sequence_length, len(packed)
+    count = min(max(_PROBE_TOKENS // length, _LEAST_SEQUENCES), _MOST_SEQUENCES, samples)
+    stride = max(1, count * length // _COMPARED_POSITIONS)
+    specs = question.candidates()
+    sums: dict[tuple[str, float], _Sums] = defaultdict(_Sums)
+    for sample in np.linspace(0, samples - 1, count).round().astype(int):
+        sequence = packed.take([sample])
+        compared = _Compared(model, sequence, question.identity.visible_vocab_size, stride)
+        for spec in specs:
+            _add(sums, compared, spec, question, divergence)
+    rows = tuple(sums[label(s), t].row(label(s), t) for s in specs for t in question.temperatures)
+    return Answer(rows=rows, chosen=choose(specs, rows, question.max_gradient_error))
+
+
+@dataclass
+class _Sums:
+    """Over the compared positions: squares of the error, of both gradients, their product."""
+
+    error: float = 0.0
+    exact: float = 0.0
+    found: float = 0.0
+    product: float = 0.0
+    mass: float = 0.0
+    positions: int = 0
+    size_bytes: int = 0
+    tokens: int = 0
+
+    def row(self, payload: str, temperature: float) -> PayloadProbe:
+        norms = math.sqrt(self.exact * self.found)
+        cosine = self.product / norms if norms else 1.0
+        error = math.sqrt(self.error / self.exact) if self.exact else float(self.error > 0)
+        return PayloadProbe(
+            payload=payload,
+            temperature=temperature,
+            bytes_per_token=round(self.size_bytes / max(1, self.tokens), 2),
+            kept_mass=round(self.mass / max(1, self.positions), 6),
+            gradient_error=round(error, 6),
+            angle_degrees=round(math.degrees(math.acos(max(-1.0, min(1.0, cosine)))), 4),
+        )
+
+
+class _Compared:
+    """One sequence: the teacher's states and logits, and the logits of a student near it."""
+
+    def __init__(self, model: Any, sequence: Any, visible: int, stride: int) -> None:
+        self.head = model.get_output_embeddings()
+        self.softcap = softcap_of(model)
+        self.visible = visible
+        device = self.head.weight.device
+        tokens = torch.from_numpy(sequence.tokens).to(device)
+        positions = torch.from_numpy(sequence.positions).to(device)
+        decoder = model.get_decoder()
+        self.hidden = final_hidden(decoder, tokens, positions)[0]
+        self.logits = self.logits_of(self.hidden)
+        self.rows = slice(stride // 2, None, stride)
+        with _thinned(decoder):
+            near = final_hidden(decoder, tokens, positions)[0]
+        self.student = self.logits_of(near[self.rows])
+        self._exact: dict[float, Tensor] = {}
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """Logits fp32 [n, visible]."""
+        states = hidden.to(self.head.weight.dtype)
+        return softcapped(self.head(states).float(), self.softcap)[:, : self.visible]
+
+    def exact(self, temperature: float, divergence: Divergence) -> Tensor:
+        """The gradient of the teacher's whole distribution."""
+        if temperature not in self._exact:
+            teacher = self.logits[self.rows]
+            self._exact[temperature] = self.dense(teacher, temperature, divergence)
+        return self._exact[temperature]
+
+    def dense(self, teacher: Tensor, temperature: float, divergence: Divergence) -> Tensor:
+        """∂D/∂u for teacher logits, which stay as they are."""
+        scratch = _scratch(self.student)
+        top = self.student.amax(-1, keepdim=True)
+        dense_divergence(self.student, top, teacher.clone(), temperature, divergence, scratch)
+        return scratch.c_RV
+
+    def sparse(self, kept: Sparse, temperature: float, divergence: Divergence) -> Tensor:
+        """∂D/∂u for a Sparse payload of the whole sequence."""
+        device, rows = self.student.device, self.rows
+        teacher = TeacherSparse(
+            kept.token_ids[rows].to(device),
+            kept.log_probs[rows].to(device),
+            kept.log_z_at(temperature)[rows].to(device),
+        )
+        scratch = _scratch(self.student)
+        sparse_divergence(self.student, teacher, temperature, divergence, scratch)
+        return scratch.c_RV
+
+
+def _add(
+    sums: dict[tuple[str, float], _Sums],
+    compared: _Compared,
+    spec: PayloadSpec,
+    question: Question,
+    divergence: Divergence,
+) -> None:
+    """Encode, decode, and compare with the exact gradient at every temperature."""
+    if isinstance(spec, SparseSpec):
+        kept = sparse_of_logits(compared.logits, spec.k, spec.temperatures)
+        outputs = TeacherOutputs(sparse=kept)
+    else:
+        outputs = TeacherOutputs(hidden=Hidden(compared.hidden.float()))
+    record = encode_outputs(outputs, [spec], question.identity.teacher_vocab_size)
+    decoded = decode_outputs(record, [spec])
+    restored = None
+    if decoded.hidden is not None:
+        states = decoded.hidden.states[compared.rows]
+        restored = compared.logits_of(states.to(compared.hidden.device))
+    for temperature in question.temperatures:
+        exact = compared.exact(temperature, divergence)
+        mass = 1.0
+        if restored is not None:
+            found = compared.dense(restored, temperature, divergence)
+        else:
+            assert decoded.sparse is not None
+            found = compared.sparse(decoded.sparse, temperature, divergence)
+            mass = float(decoded.sparse.log_probs_at(temperature).exp().sum(-1).mean())
+        at = sums[label(spec), temperature]
+        at.error += float((found - exact).double().square().sum())
+        at.exact += float(exact.double().square().sum())
+        at.found += float(found.double().square().sum())
+        at.product += float((found.double() * exact.double()).sum())
+        at.mass += mass * len(exact)
+        at.positions += len(exact)
+        at.size_bytes += len(record)
+        at.tokens += len(compared.hidden)
+
+
+@contextmanager
+def _thinned(decoder: Any) -> Iterator[None]:
+    """The decoder without a tenth of its layers, at least one."""
+    layers = decoder.layers
+    wanted = len(layers) - max(1, len(layers) // 10)
+    kept: Sequence[int] = kept_layers(len(layers), wanted) if wanted else ()
+    decoder.layers = torch.nn.ModuleList(layers[i] for i in kept)
+    try:
+        yield
+    finally:
+        decoder.layers = layers
+
+
+def _scratch(like: Tensor) -> Scratch:
+    return Scratch(*(torch.empty_like(like) for _ in range(3)))
