@@ -128,10 +128,40 @@ def test_a_gpu_that_no_node_has_is_a_condition(team: Team) -> None:
     assert "nvidia.com/gpu" in team.condition("greedy")["message"]
 
 
-def test_a_stream_of_other_data_is_refused(team: Team) -> None:
-    """Its address says what it is made of; what lies there says something else."""
+@pytest.fixture(scope="module")
+def source(team: Team) -> str:
+    """The name of a finished job: a teacher of two layers."""
     team.apply(team.tuned("source", training={"maxSteps": 2}, workers={"nodes": 1}))
     team.ends("source", "Completed")
+    return "source"
+
+
+def test_a_layer_that_the_teacher_does_not_have(team: Team, source: str) -> None:
+    features = [{"studentLayer": 1, "teacherLayer": 9}]
+    job = team.distilled("layers", source, distill={"objective": {"features": features}})
+    job["spec"]["teacher"]["delivery"] = "Online"
+    team.apply(job)
+    status = team.ends("layers", "InvalidSpec")
+    message = team.condition("layers")["message"]
+    assert "spec.distill.objective.features[0].teacherLayer: found 9" in message
+    assert "the teacher has 2 layers: write 1…2" in message
+    assert not status.get("attempts")
+
+
+def test_no_payload_within_the_bound(team: Team, source: str) -> None:
+    """The teacher has to be asked; nothing is trained, and the table is in the message."""
+    job = team.distilled("exact", source, distill={"objective": {"temperature": 4}})
+    job["spec"]["teacher"] |= {"payload": "Auto", "maxGradientError": 1e-6}
+    team.apply(job)
+    team.ends("exact", "InvalidSpec")
+    message = team.condition("exact")["message"]
+    for words in ("spec.teacher.maxGradientError: found 1e-06", "Hidden, int8", "gradient error"):
+        assert words in message
+    assert team.objects(f"s3://{team.handle.s3.bucket}/runs/{team.namespace}/exact/model") == {}
+
+
+def test_a_stream_of_other_data_is_refused(team: Team, source: str) -> None:
+    """Its address says what it is made of; what lies there says something else."""
 
     def student(name: str, temperature: float, gpus: int = 0) -> dict[str, Any]:
         # A Sparse stream is made for its temperatures.

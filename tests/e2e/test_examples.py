@@ -55,3 +55,14 @@ def test_two_writers_shared_a_sparse_stream(
     assert stream["bytes"] == sum(len(body) for key, body in written.items() if "/shards/" in key)
     shards = {key.split("/")[1] for key in written if "/shards/" in key}
     assert shards == {"0", "1"}
+
+
+def test_auto_says_what_it_measured_and_took(
+    team: Team, applied: dict[str, list[dict[str, Any]]]
+) -> None:
+    stream = team.ends("auto-payload", "Completed")["teacherStream"]
+    rows = {row["payload"]: row for row in stream["probe"]}
+    assert {"Hidden, int8", "Hidden, bfloat16", "Sparse, K=100"} <= set(rows)
+    fitting = [row for row in stream["probe"] if row["gradientError"] <= 0.05]
+    smallest = min(fitting, key=lambda row: row["bytesPerToken"])
+    assert smallest["payload"].startswith(stream["payload"])
