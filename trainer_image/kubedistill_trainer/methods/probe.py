@@ -15,8 +15,13 @@ from kubedistill_api.status import PayloadProbe
 from torch import Tensor
 
 from kubedistill_trainer.data.packing import Packed
-from kubedistill_trainer.losses.divergence import Scratch, dense_divergence, sparse_divergence
-from kubedistill_trainer.losses.types import Divergence, TeacherSparse
+from kubedistill_trainer.losses.divergence import (
+    Scratch,
+    dense_divergence,
+    sampled_kl,
+    sparse_divergence,
+)
+from kubedistill_trainer.losses.types import Divergence, TeacherSampled, TeacherSparse
 from kubedistill_trainer.methods.signal import final_hidden, softcap_of, softcapped
 from kubedistill_trainer.models.load import kept_layers
 from kubedistill_trainer.teacher.auto import Answer, Question, choose, label
@@ -32,28 +37,37 @@ _COMPARED_POSITIONS = 4_096
 
 @torch.inference_mode()
 def probe(model: Any, packed: Packed, question: Question, divergence: Divergence) -> Answer:
-    """Measure all candidates on sequences spread over the data, and choose.
+    """Measure all candidates on sequences spread over the data, and choose."""
+    length = packed.sequence_length
+    count = min(max(_PROBE_TOKENS // length, _LEAST_SEQUENCES), _MOST_SEQUENCES, len(packed))
+    stride = max(1, count * length // _COMPARED_POSITIONS)
+    specs, identity = question.candidates(), question.identity
+    sums: SumsOf = defaultdict(Sums)
+    for compared in sequences(model, packed, count, identity.visible_vocab_size, stride):
+        for spec in specs:
+            measure(
+                sums, compared, spec, question.temperatures, divergence,
+                identity.teacher_vocab_size,
+            )  # fmt: skip
+    rows = tuple(sums[label(s), t].row(label(s), t) for s in specs for t in question.temperatures)
+    return Answer(rows=rows, chosen=choose(specs, rows, question.max_gradient_error))
+
+
+def sequences(
+    model: Any, packed: Packed, count: int, visible: int, stride: int
+) -> Iterator[Compared]:
+    """`count` sequences spread over the data; gradients are compared at every `stride`-th place.
 
     The gradient is the one that a student near the teacher would get: the teacher itself without a
     tenth of its layers (at least one). The nearer the student, the smaller the exact gradient and
     the greater the relative error, so this is nearer to the end of training than to its start.
     """
-    length, samples = packed.sequence_length, len(packed)
-    count = min(max(_PROBE_TOKENS // length, _LEAST_SEQUENCES), _MOST_SEQUENCES, samples)
-    stride = max(1, count * length // _COMPARED_POSITIONS)
-    specs = question.candidates()
-    sums: dict[tuple[str, float], _Sums] = defaultdict(_Sums)
-    for sample in np.linspace(0, samples - 1, count).round().astype(int):
-        sequence = packed.take([sample])
-        compared = _Compared(model, sequence, question.identity.visible_vocab_size, stride)
-        for spec in specs:
-            _add(sums, compared, spec, question, divergence)
-    rows = tuple(sums[label(s), t].row(label(s), t) for s in specs for t in question.temperatures)
-    return Answer(rows=rows, chosen=choose(specs, rows, question.max_gradient_error))
+    for sample in np.linspace(0, len(packed) - 1, count).round().astype(int):
+        yield Compared(model, packed.take([sample]), visible, stride)
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Over the compared positions: squares of the error, of both gradients, their product."""
 
     error: float = 0.0
@@ -64,6 +78,14 @@ class _Sums:
     positions: int = 0
     size_bytes: int = 0
     tokens: int = 0
+
+    def add(self, found: Tensor, exact: Tensor) -> None:
+        """Compare two gradients [n, V]."""
+        self.error += float((found - exact).double().square().sum())
+        self.exact += float(exact.double().square().sum())
+        self.found += float(found.double().square().sum())
+        self.product += float((found.double() * exact.double()).sum())
+        self.positions += len(exact)
 
     def row(self, payload: str, temperature: float) -> PayloadProbe:
         norms = math.sqrt(self.exact * self.found)
@@ -79,7 +101,11 @@ class _Sums:
         )
 
 
-class _Compared:
+SumsOf = dict[tuple[str, float], Sums]
+"""By payload and temperature."""
+
+
+class Compared:
     """One sequence: the teacher's states and logits, and the logits of a student near it."""
 
     def __init__(self, model: Any, sequence: Any, visible: int, stride: int) -> None:
@@ -125,17 +151,27 @@ class _Compared:
             kept.log_probs[rows].to(device),
             kept.log_z_at(temperature)[rows].to(device),
         )
+        return self.of(teacher, temperature, divergence)
+
+    def of(
+        self, teacher: TeacherSparse | TeacherSampled, temperature: float, divergence: Divergence
+    ) -> Tensor:
+        """∂D/∂u for what is known of the teacher at the compared positions."""
         scratch = _scratch(self.student)
-        sparse_divergence(self.student, teacher, temperature, divergence, scratch)
+        if isinstance(teacher, TeacherSampled):
+            sampled_kl(self.student, teacher, temperature, scratch)
+        else:
+            sparse_divergence(self.student, teacher, temperature, divergence, scratch)
         return scratch.c_RV
 
 
-def _add(
-    sums: dict[tuple[str, float], _Sums],
-    compared: _Compared,
+def measure(
+    sums: SumsOf,
+    compared: Compared,
     spec: PayloadSpec,
-    question: Question,
+    temperatures: Sequence[float],
     divergence: Divergence,
+    vocab_size: int,
 ) -> None:
     """Encode, decode, and compare with the exact gradient at every temperature."""
     if isinstance(spec, SparseSpec):
@@ -143,13 +179,13 @@ def _add(
         outputs = TeacherOutputs(sparse=kept)
     else:
         outputs = TeacherOutputs(hidden=Hidden(compared.hidden.float()))
-    record = encode_outputs(outputs, [spec], question.identity.teacher_vocab_size)
+    record = encode_outputs(outputs, [spec], vocab_size)
     decoded = decode_outputs(record, [spec])
     restored = None
     if decoded.hidden is not None:
         states = decoded.hidden.states[compared.rows]
         restored = compared.logits_of(states.to(compared.hidden.device))
-    for temperature in question.temperatures:
+    for temperature in temperatures:
         exact = compared.exact(temperature, divergence)
         mass = 1.0
         if restored is not None:
@@ -159,12 +195,8 @@ def _add(
             found = compared.sparse(decoded.sparse, temperature, divergence)
             mass = float(decoded.sparse.log_probs_at(temperature).exp().sum(-1).mean())
         at = sums[label(spec), temperature]
-        at.error += float((found - exact).double().square().sum())
-        at.exact += float(exact.double().square().sum())
-        at.found += float(found.double().square().sum())
-        at.product += float((found.double() * exact.double()).sum())
+        at.add(found, exact)
         at.mass += mass * len(exact)
-        at.positions += len(exact)
         at.size_bytes += len(record)
         at.tokens += len(compared.hidden)
 

@@ -1,0 +1,110 @@
+"""A training step with a cached teacher beside the same step with cross-entropy alone.
+
+The student has SmolLM2-135M's shape with half of its layers (vocabulary 49,152, width 576), random
+weights, fp32, AdamW. A step is forward, loss, backward and optimizer, as the trainer runs it
+(`StudentWithLoss`) without DeepSpeed. The cached teacher's outputs are in memory, as the stream's
+reader has them once it has worked ahead; `bench/codec.py` measures that work.
+
+    uv run python bench/kd_step.py [--quick] [--json]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import torch
+from common import Measure, arguments, interleaved, note, paired_ratio, report
+from kubedistill_api.job import Objective
+from kubedistill_trainer.losses import Teacher, TeacherHidden, TeacherSampled, TeacherSparse
+from kubedistill_trainer.methods.student import StudentWithLoss
+from transformers import LlamaConfig, LlamaForCausalLM
+
+GOAL = 1.02
+K, DRAWS = 100, 50
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Shape of the student and of a step."""
+
+    layers: int
+    vocab_size: int
+    width: int
+    tokens: int
+    rounds: int
+    seconds: float
+
+
+FULL = Plan(15, 49_152, 576, 512, 15, 480)
+QUICK = Plan(4, 8_192, 192, 256, 15, 35)
+
+
+def student(plan: Plan) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    heads = max(1, plan.width // 64)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=plan.vocab_size, hidden_size=plan.width,
+            intermediate_size=plan.width * 8 // 3, num_hidden_layers=plan.layers,
+            num_attention_heads=heads, num_key_value_heads=max(1, heads // 3),
+            tie_word_embeddings=True, attn_implementation="sdpa",
+        )
+    )  # fmt: skip
+
+
+def teachers(plan: Plan, head: torch.Tensor) -> dict[str, Teacher | None]:
+    """What each kind of stream gives for a step, of a random teacher of the student's width."""
+    states = torch.randn(plan.tokens, plan.width)
+    log_p = torch.log_softmax(states @ head.T, -1)
+    top = log_p.topk(K)
+    drawn = log_p[:, :DRAWS].softmax(-1)
+    return {
+        "CE alone": None,
+        f"Sparse, K={K}": TeacherSparse(top.indices, top.values, torch.zeros(plan.tokens)),
+        f"Sampled, {DRAWS} draws": TeacherSampled(top.indices[:, :DRAWS].contiguous(), drawn),
+        "Hidden": TeacherHidden(states, head.clone()),
+    }
+
+
+def steps(plan: Plan) -> dict[str, Callable[[], None]]:
+    """One step for each kind; they share student and optimizer, which none of them depends on."""
+    model = student(plan)
+    head = model.get_output_embeddings().weight.detach()
+    module = StudentWithLoss(model, Objective(temperature=1.0), plan.vocab_size)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
+    tokens = torch.randint(0, plan.vocab_size, (2, plan.tokens // 2))
+    positions = torch.arange(plan.tokens // 2).expand_as(tokens)
+
+    def step(teacher: Teacher | None) -> None:
+        parts = module(tokens, positions, tokens, teacher, float(plan.tokens))
+        assert not isinstance(parts, torch.Tensor)
+        parts.total.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {name: partial(step, teacher) for name, teacher in teachers(plan, head).items()}
+
+
+def main() -> None:
+    options = arguments(__doc__ or "")
+    plan = QUICK if options.quick else FULL
+    note(
+        f"{plan.layers} layers, H={plan.width}, V={plan.vocab_size}, {plan.tokens} tokens a step, "
+        f"{torch.get_num_threads()} threads",
+        as_json=options.json,
+    )
+    seconds = interleaved(steps(plan), repeats=plan.rounds, budget_seconds=plan.seconds)
+    baseline = seconds.pop("CE alone")
+    measures = []
+    for name, times in seconds.items():
+        ratio, value = paired_ratio(times, baseline), 1e3 * median(times)
+        judged = () if name == "Hidden" else (f"≤ {GOAL}", ratio <= GOAL)
+        measures.append(Measure(f"step, {name}", value, "ms", "CE alone", value / ratio, *judged))
+    report(measures, as_json=options.json)
+
+
+if __name__ == "__main__":
+    main()
