@@ -124,7 +124,7 @@ def test_size_at_k_100_and_a_vocabulary_of_152k() -> None:
     assert len(encode_sparse(payload, spec, 151_936)) / 128 <= 200
     ids = torch.stack([torch.randperm(151_936)[:100].sort().values for _ in range(128)])
     uniform = Sparse(ids, payload.log_probs, payload.log_z, spec.temperatures)
-    assert len(encode_sparse(uniform, spec, 151_936)) / 128 <= 240
+    assert len(encode_sparse(uniform, spec, 151_936)) / 128 <= 245
 
 
 def test_padded_vocabulary_counts_as_minus_infinity() -> None:

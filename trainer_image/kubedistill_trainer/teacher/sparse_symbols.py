@@ -28,7 +28,9 @@ from kubedistill_trainer.teacher.rans import (
 
 MAX_VOCABULARY = 1 << MAX_RAW_BITS
 _HEADER = struct.Struct("<IIIIIII")  # dictionary size or 0, four table sizes, lanes, words
-_ROWS_A_LANE = 4
+_MOST_ROWS_A_LANE = 4
+_LEAST_LANES = 128
+"""A lane's final state costs 8 bytes, a step of few lanes costs as much time as one of many."""
 _COUNT_CLASSES = 32  # powers of two of how often an id occurs
 
 
@@ -77,7 +79,7 @@ def encode_symbols(ids: I64, levels: I64, vocab_size: int, level_count: int) -> 
         key=lambda candidate: candidate.cost_bits,
     )
     positions, k = ids.shape
-    lanes = -(-positions // _ROWS_A_LANE)
+    lanes = max(-(-positions // _MOST_ROWS_A_LANE), min(positions, _LEAST_LANES))
     encoder = Encoder(lanes)
     for first in range(0, plan.dictionary_size, max(lanes, 1)):
         for part in plan.entries:
@@ -114,7 +116,7 @@ def _decoded(
     offsets = [_HEADER.size]
     for size in (*sizes, 8 * lanes, 4 * words):
         offsets.append(offsets[-1] + size)
-    if len(data) != offsets[-1] or lanes != -(-positions // _ROWS_A_LANE):
+    if len(data) != offsets[-1] or not (lanes <= positions and (lanes or not positions)):
         raise ValueError(
             f"entropy-coded ids take {len(data)} bytes in {lanes} lanes, not {offsets[-1]}"
         )
