@@ -150,7 +150,8 @@ def _finish(
 ) -> Outcome:
     """Evaluate on all ranks, export on rank 0."""
     board.update(phase="Evaluating")
-    metrics = evaluate(engine, teacher, dataset, context.rank, context.world_size, group)
+    found = evaluate(engine, teacher, dataset, context.rank, context.world_size, group)
+    metrics = found.metrics
     if initial is not None:
         metrics.append(Metric(name="initialPerplexity", value=initial))
     for metric in metrics:
