@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from kubedistill_trainer.report.document import document, files
@@ -81,3 +82,15 @@ def test_the_table_without_a_teacher() -> None:
         "figure", "perplexity", "accuracy", "ece", "initialPerplexity",
     ]  # fmt: skip
     assert lines[1].split()[-1] == "–"
+
+
+def test_what_is_in_a_document_is_documented() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    text = (docs / "report.md").read_text()
+    found = document(finished())
+    for part in (found, found["job"], found["data"], found["inputs"], found["history"][0]):
+        for name in part:
+            assert f"`{name}`" in text, name
+    figures = (docs / "concepts.md").read_text()
+    for name in found["metrics"]:
+        assert f"`{name}`" in figures, name

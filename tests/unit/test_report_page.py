@@ -116,6 +116,7 @@ def test_the_weakest_files_are_marked_in_words(whole: str) -> None:
 
 def test_a_page_without_a_teacher() -> None:
     text = page(document(finished(teacher=False)))
+    assert text.count('class="line total"') == 2 and 'class="line hard"' not in text
     assert "Agreement" not in text and 'class="teacher"' not in text and ">Ratio<" not in text
     assert Outline(text).headings == [
         "Figures", "Weakest data", "Training", "Calibration", "Inputs",
@@ -133,6 +134,13 @@ def test_a_section_without_its_data_is_not_shown(part: str, heading: str) -> Non
     content = document(finished())
     del content[part]
     assert heading not in Outline(page(content)).headings
+
+
+def test_one_file_is_not_called_weak() -> None:
+    content = document(finished())
+    content["slices"], content["weakest"] = content["slices"][:1], {}
+    text = page(content)
+    assert Outline(text).headings[1] == "Data" and 'class="badge"' not in text
 
 
 def test_a_run_of_one_step_has_no_curve() -> None:

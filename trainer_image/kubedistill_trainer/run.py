@@ -28,6 +28,7 @@ from kubedistill_trainer.models.folder import download, read_config
 from kubedistill_trainer.models.sizes import check_layers
 from kubedistill_trainer.report.document import Finished, document, files
 from kubedistill_trainer.report.evaluate import evaluate, initial_perplexity
+from kubedistill_trainer.report.figures import Evaluation
 from kubedistill_trainer.report.table import table
 from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.request import stream_identity
@@ -152,25 +153,18 @@ def _finish(
     """Evaluate on all ranks, export on rank 0."""
     board.update(phase="Evaluating")
     found = evaluate(engine, teacher, dataset, context.rank, context.world_size, group)
-    metrics = found.metrics
-    if loop.initial_perplexity is not None:
-        metrics.append(Metric(name="initialPerplexity", value=loop.initial_perplexity))
-    for metric in metrics:
-        exporter.EVALUATION.labels(metric.name).set(metric.value)
-        if metric.name == "teacherAgreement":
-            exporter.AGREEMENT.set(metric.value)
+    metrics = _publish(found, loop.initial_perplexity)
     board.update(phase="Exporting")
     weights = gather_weights(engine)
     if weights is None:
         return Outcome(reason="Completed", message="rank 0 exports")
-    model = engine.module.model
     parameters = sum(tensor.numel() for tensor in weights.values())
     finished = Finished(context.run, dataset, parameters, metrics, found, loop.history.points)
     content = document(finished)
     for line in table(content):
         _log.info(line)
     status = export(
-        model,
+        engine.module.model,
         weights,
         dataset.tokenizer.files,
         files(finished, content),
@@ -186,3 +180,15 @@ def _finish(
         model=status,
         metrics=metrics,
     )
+
+
+def _publish(found: Evaluation, initial: float | None) -> list[Metric]:
+    """The figures for the status, which are this process's metrics from now on."""
+    metrics = found.metrics
+    if initial is not None:
+        metrics.append(Metric(name="initialPerplexity", value=initial))
+    for metric in metrics:
+        exporter.EVALUATION.labels(metric.name).set(metric.value)
+        if metric.name == "teacherAgreement":
+            exporter.AGREEMENT.set(metric.value)
+    return metrics

@@ -76,4 +76,4 @@ def student_text(run: RunSpec) -> str:
         return f"{student.from_teacher.layers} layers of the teacher"
     if student.config is not None:
         return f"random weights ({student.config.get('model_type')})"
-    return f"`{run.student_model.uri}`" if run.student_model else "unknown"
+    return run.student_model.uri if run.student_model else "unknown"

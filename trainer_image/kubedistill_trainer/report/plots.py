@@ -11,8 +11,9 @@ from kubedistill_trainer.report.text import number
 
 WIDTH = 560
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 16, 34, 58
-_LARGEST_DOT, _SMALLEST_DOT = 13.0, 2.5
+_LARGEST_DOT, _SMALLEST_DOT = 10.0, 3.0
 _TICKS = 5
+_TICK_SPACING = 34
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,12 @@ def lines(labels: Labels, series: Sequence[Series], height: int = 320) -> Markup
 
 
 def reliability(labels: Labels, series: Sequence[Series], height: int = 400) -> Markup:
-    """Accuracy over confidence: a dot a bin, as large as its share of the tokens."""
+    """Accuracy over confidence: a dot a bin, its area by its share of the tokens."""
     x = Axis(labels.x, 0.0, 1.0, _LEFT, WIDTH - _RIGHT)
     y = Axis(labels.y, 0.0, 1.0, height - _BOTTOM, _TOP)
     diagonal = tag("polyline", points=_path([(0, 0), (1, 1)], x, y), class_="ideal")
-    drawn = [join(*_dots(one, x, y)) for one in series]
+    largest = max((share for one in series for share in one.weights), default=1.0)
+    drawn = [join(*_dots(one, largest, x, y)) for one in series]
     return _frame(labels, height, _axes(x, y), diagonal, *drawn)
 
 
@@ -99,31 +101,35 @@ def _path(points: Sequence[tuple[float, float]], x: Axis, y: Axis) -> str:
     return " ".join(f"{x.place(a):g},{y.place(b):g}" for a, b in points)
 
 
-def _dots(series: Series, x: Axis, y: Axis) -> list[Markup]:
+def _dots(series: Series, largest: float, x: Axis, y: Axis) -> list[Markup]:
     line = tag("polyline", points=_path(series.points, x, y), class_=f"line {series.style}")
     dots = [
-        _dot(series, place, share, x, y)
+        _dot(f"dot {series.style}", _told(series.name, place, share), place, share / largest, x, y)
         for place, share in zip(series.points, series.weights, strict=True)
     ]
     return [line, *dots]
 
 
-def _dot(series: Series, place: tuple[float, float], share: float, x: Axis, y: Axis) -> Markup:
-    sure, right = place
-    told = f"{series.name}: sure {sure:.0%}, right {right:.0%}, {share:.1%} of the tokens"
+def _told(name: str, place: tuple[float, float], share: float) -> str:
+    return f"{name}: sure {place[0]:.0%}, right {place[1]:.0%}, {share:.1%} of the tokens"
+
+
+def _dot(
+    style: str, told: str, place: tuple[float, float], area: float, x: Axis, y: Axis
+) -> Markup:
     return tag(
         "circle",
         tag("title", told),
-        cx=x.place(sure),
-        cy=y.place(right),
-        r=round(max(_SMALLEST_DOT, _LARGEST_DOT * math.sqrt(share)), 1),
-        class_=f"dot {series.style}",
+        cx=x.place(place[0]),
+        cy=y.place(place[1]),
+        r=round(max(_SMALLEST_DOT, _LARGEST_DOT * math.sqrt(area)), 1),
+        class_=style,
     )
 
 
 def _axes(x: Axis, y: Axis) -> Markup:
     parts: list[Markup] = []
-    for value in ticks(y.low, y.high):
+    for value in ticks(y.low, y.high, most=min(_TICKS, int((y.start - y.end) / _TICK_SPACING))):
         place = y.place(value)
         parts.append(tag("line", x1=x.start, x2=x.end, y1=place, y2=place, class_="grid"))
         parts.append(_text(number(value), x.start - 8, place, "end", dy="0.35em"))

@@ -7,7 +7,7 @@ from typing import Any
 
 from kubedistill_trainer.report.markup import Child, Markup, join, tag
 from kubedistill_trainer.report.plots import Labels, Series, lines, reliability, swatch
-from kubedistill_trainer.report.text import Row, compared, number, paired
+from kubedistill_trainer.report.text import Row, compared, number, paired, shown
 
 Document = Mapping[str, Any]
 _METHODS = {"distill": "distillation", "fineTune": "fine-tuning"}
@@ -23,6 +23,7 @@ _SLICE_COLUMNS = {
     "teacherKL": "KL",
 }
 _WEAKEST = {"perplexity": "highest perplexity", "perplexityRatio": "furthest from the teacher"}
+_BIN_COLUMNS = {"tokens": "Tokens", "confidence": "Sure", "accuracy": "Right"}
 _INPUTS = {
     "inputsDigest": "Inputs",
     "dataDigest": "Data (SHA-256)",
@@ -56,12 +57,19 @@ def summary(document: Document) -> Markup:
 
 def figures(document: Document) -> Markup | None:
     """Key figures as cards, the student beside its teacher."""
-    cards = [_card(row, document.get("teacher") is not None) for row in paired(document)]
-    cards += [_card(row, False) for row in compared(document)]
-    if not cards:
+    with_teacher = document.get("teacher") is not None
+    both = [_card(row, with_teacher) for row in paired(document)]
+    if not both:
         return None
-    told = tag("p", "Measured on text that training never saw.", class_="lead")
-    return _section("Figures", told, tag("div", *cards, class_="cards"))
+    single = [_card(row, False) for row in compared(document)]
+    if not with_teacher:
+        both, single = [], both + single
+    return _section(
+        "Figures",
+        tag("p", "Measured on text that training never saw.", class_="lead"),
+        tag("div", *both, class_="cards wide") if both else None,
+        tag("div", *single, class_="cards") if single else None,
+    )
 
 
 def slices(document: Document) -> Markup | None:
@@ -75,15 +83,15 @@ def slices(document: Document) -> Markup | None:
     for row in sorted(rows, key=lambda r: -r.get("perplexity", 0.0)):
         marks = [_WEAKEST[n] for n, part in weakest.items() if part["source"] == row["source"]]
         badges = [tag("span", mark, class_="badge") for mark in marks]
-        cells = [tag("td", number(row.get(name))) for name in columns]
+        cells = [tag("td", shown(name, row.get(name))) for name in columns]
         source = tag("th", tag("span", row["source"], class_="uri"), *badges, scope="row")
         body.append(tag("tr", source, *cells, class_="weak" if marks else None))
     told = "The held-out text by the file that it comes from."
     if weakest:
         told += " More text like that of the marked files is what the next run needs most."
     return _section(
-        "Weakest data", tag("p", told, class_="lead"),
-        _table("Figures by file", ["File", *columns.values()], body),
+        "Weakest data" if weakest else "Data", tag("p", told, class_="lead"),
+        _table("Figures by file", _heading("File", *columns.values()), body),
     )  # fmt: skip
 
 
@@ -92,20 +100,26 @@ def losses(document: Document) -> Markup | None:
     points: Sequence[Document] = document.get("history") or []
     if len(points) < 2:
         return None
-    parts = {n: t for n, t in _LOSSES.items() if any(p[n] is not None for p in points)}
-    series = [
-        Series(text, name, [(p["step"], p[name]) for p in points if p[name] is not None])
-        for name, text in parts.items()
-    ]
-    rates = Series("learning rate", "rate", [(p["step"], p["learningRate"]) for p in points])
-    first, last = points[0], points[-1]
-    told = f"{_change(first, last)}, from step {first['step']:,} to step {last['step']:,}."
-    loss = lines(Labels("Loss", told, "optimizer step", "mean loss a token"), series)
-    rate = lines(
-        Labels("Learning rate", "Its course over the steps.", "optimizer step", "learning rate"),
-        [rates],
-        height=200,
+    parts = _loss_parts(points)
+    series = [Series(text, name, _course(points, name)) for name, text in parts.items()]
+    rates = Series("learning rate", "rate", _course(points, "learningRate"))
+    plots = join(
+        _figure(
+            "Loss",
+            lines(Labels("Loss", _change(points), "optimizer step", "mean loss a token"), series),
+            {one.style: one.name for one in series},
+        ),
+        _figure(
+            "Learning rate",
+            lines(
+                Labels("Learning rate", "Over the steps.", "optimizer step", "learning rate"),
+                [rates],
+                height=200,
+            ),
+            {},
+        ),
     )
+    heading = _heading("Step", *(name.capitalize() for name in parts), "Learning rate")
     body = [
         tag(
             "tr", tag("th", f"{point['step']:,}", scope="row"),
@@ -113,13 +127,7 @@ def losses(document: Document) -> Markup | None:
         )
         for point in _spread(points)
     ]  # fmt: skip
-    headings = ["Step", *(name.capitalize() for name in parts), "Learning rate"]
-    plots = join(
-        _figure("Loss", loss, {one.style: one.name for one in series}),
-        _figure("Learning rate", rate, {}),
-    )
-    table = _table("Loss at some steps", headings, body)
-    return _section("Training", _beside(plots, table))
+    return _section("Training", _beside(plots, _table("Loss at some steps", heading, body)))
 
 
 def calibration(document: Document) -> Markup | None:
@@ -136,16 +144,20 @@ def calibration(document: Document) -> Markup | None:
         series[::-1],
     )
     body = [_bin_row(index, models) for index in range(len(models["student"]["bins"]))]
-    headings = ["Confidence"]
-    for name in models:
-        headings += [f"{name.capitalize()}’s tokens", "sure", "right"]
+    groups = [
+        tag("th", name.capitalize(), scope="colgroup", colspan=len(_BIN_COLUMNS)) for name in models
+    ]
+    heading = join(
+        tag("tr", tag("td"), *groups),
+        _heading("Confidence", *(text for _ in models for text in _BIN_COLUMNS.values())),
+    )
     legend = {name: name for name in models}
     return _section(
         "Calibration",
         tag("p", told, class_="lead"),
         _beside(
             _figure("How often it is right, when it is how sure", plot, legend, ideal=True),
-            _table("Tokens by confidence", headings, [row for row in body if row is not None]),
+            _table("Tokens by confidence", heading, [row for row in body if row is not None]),
         ),
     )
 
@@ -179,14 +191,15 @@ def _method(document: Document) -> str:
 def _teacher(teacher: Document | None) -> str | None:
     if teacher is None:
         return None
+    how = [teacher[name] for name in ("delivery", "payload") if name in teacher]
     text = f"job {teacher['job']}" if teacher.get("job") else str(teacher["uri"])
-    return f"{text} ({' '.join([teacher['delivery'], teacher.get('payload', '')]).strip()})"
+    return f"{text} ({', '.join(how)})"
 
 
 def _card(row: Row, with_teacher: bool) -> Markup:
-    values = [_value("student" if with_teacher else None, "student", row.student)]
+    values = [_value("student" if with_teacher else None, "student", shown(row.name, row.student))]
     if with_teacher:
-        values.append(_value("teacher", "teacher", row.teacher))
+        values.append(_value("teacher", "teacher", shown(row.name, row.teacher)))
     return tag(
         "article",
         tag("h3", row.title),
@@ -196,13 +209,27 @@ def _card(row: Row, with_teacher: bool) -> Markup:
     )
 
 
-def _value(name: str | None, style: str, value: float | None) -> Markup:
+def _value(name: str | None, style: str, value: str) -> Markup:
     label = tag("span", name, class_="of") if name else None
-    return tag("div", tag("span", number(value), class_="value"), label, class_=style)
+    return tag("div", tag("span", value, class_="value"), label, class_=style)
 
 
-def _change(first: Document, last: Document) -> str:
-    return f"The total loss went from {number(first['total'])} to {number(last['total'])}"
+def _loss_parts(points: Sequence[Document]) -> dict[str, str]:
+    """Name and text of the losses to show; where only one has a weight it is the total."""
+    parts = {n: t for n, t in _LOSSES.items() if any(p[n] is not None for p in points)}
+    return parts if len(parts) != 2 else {"total": parts[next(n for n in parts if n != "total")]}
+
+
+def _course(points: Sequence[Document], name: str) -> list[tuple[float, float]]:
+    return [(point["step"], point[name]) for point in points if point[name] is not None]
+
+
+def _change(points: Sequence[Document]) -> str:
+    first, last = points[0], points[-1]
+    return (
+        f"The total loss went from {number(first['total'])} at step {first['step']:,} "
+        f"to {number(last['total'])} at step {last['step']:,}."
+    )
 
 
 def _spread(points: Sequence[Document]) -> Sequence[Document]:
@@ -222,10 +249,10 @@ def _dots(bins: Sequence[Document]) -> tuple[list[tuple[float, float]], list[flo
 
 def _verdict(name: str, model: Document) -> str:
     gap = model["confidence"] - model["accuracy"]
-    leaning = "surer than it is right" if gap > 0 else "less sure than it is right"
+    leaning = "overconfident" if gap > 0 else "underconfident"
     return (
-        f"The {name} is {leaning} by {abs(gap):.1%} on average; "
-        f"its calibration error is {number(model['ece'])}."
+        f"The {name} is {leaning} by {abs(gap) * 100:.1f} points on average; "
+        f"its calibration error is {shown('ece', model['ece'])}."
     )
 
 
@@ -233,11 +260,7 @@ def _bin_row(index: int, models: Mapping[str, Document]) -> Markup | None:
     parts = [model["bins"][index] for model in models.values()]
     if not any(part["tokens"] for part in parts):
         return None
-    cells = [
-        tag("td", number(part.get(name)))
-        for part in parts
-        for name in ("tokens", "confidence", "accuracy")
-    ]
+    cells = [tag("td", shown(name, part.get(name))) for part in parts for name in _BIN_COLUMNS]
     return tag("tr", tag("th", f"{parts[0]['from']:.2f}–{parts[0]['to']:.2f}", scope="row"), *cells)
 
 
@@ -257,10 +280,13 @@ def _figure(title: str, plot: Markup, legend: Mapping[str, str], ideal: bool = F
     return tag("figure", tag("figcaption", tag("strong", title), names), plot)
 
 
-def _table(caption: str, headings: Sequence[str], body: Sequence[Markup]) -> Markup:
+def _heading(*texts: str) -> Markup:
+    return tag("tr", *(tag("th", text, scope="col") for text in texts))
+
+
+def _table(caption: str, heading: Markup, body: Sequence[Markup]) -> Markup:
     """A table that scrolls within itself where the screen is narrow."""
-    head = tag("thead", tag("tr", *(tag("th", text, scope="col") for text in headings)))
-    table = tag("table", tag("caption", caption), head, tag("tbody", *body))
+    table = tag("table", tag("caption", caption), tag("thead", heading), tag("tbody", *body))
     return tag("div", table, class_="scroll", role="region", aria_label=caption, tabindex=0)
 
 

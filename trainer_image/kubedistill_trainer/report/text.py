@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _MANY = 10_000
+_SHARES = {"accuracy", "confidence", "ece", "teacherEce", "teacherAgreement"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,13 @@ def number(value: float | None) -> str:
         return "–"
     if isinstance(value, int) or (abs(value) >= _MANY and abs(value) < 1e9):
         return f"{value:,.0f}"
-    return f"{value:.4g}"
+    mantissa, _, exponent = f"{value:.4g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+def shown(name: str, value: float | None) -> str:
+    """A figure by its name: shares in percent."""
+    return f"{value:.1%}" if name in _SHARES and value is not None else number(value)
 
 
 def paired(document: Mapping[str, Any]) -> list[Row]:
@@ -48,8 +55,8 @@ def compared(document: Mapping[str, Any]) -> list[Row]:
     """Figures of the student against its teacher, or against its own beginning."""
     texts = {
         "initialPerplexity": ("Perplexity at the start", "before the first step"),
-        "perplexityRatio": ("Perplexity ratio", "student ÷ teacher; 1 is the teacher's"),
-        "teacherAgreement": ("Agreement", "share of tokens with the teacher's top choice"),
+        "perplexityRatio": ("Perplexity ratio", "student ÷ teacher; 1 would be as good"),
+        "teacherAgreement": ("Agreement", "share of tokens whose top choice is the teacher’s"),
         "teacherKL": ("Divergence", "KL(teacher ‖ student) a token, in nats"),
     }
     metrics = document.get("metrics", {})
