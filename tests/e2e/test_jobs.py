@@ -33,7 +33,7 @@ def test_a_job_succeeds(team: Team, calm: dict[str, Any]) -> None:
     model = team.objects(calm["model"]["uri"])
     assert {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "MODEL_CARD.md", "report.json",
+        "MODEL_CARD.md", "report.json", "report.html",
     } <= set(model)  # fmt: skip
     assert json.loads(model["config.json"])["num_hidden_layers"] == 2
 

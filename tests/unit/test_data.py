@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from kubedistill_api.exit_codes import ExitCode
-from kubedistill_api.job import DataSource
+from kubedistill_api.job import Data, DataSource
+from kubedistill_trainer.data.dataset import source_names
 from kubedistill_trainer.data.order import Order, micro_batch_size, split
 from kubedistill_trainer.data.packing import IGNORED, pack
-from kubedistill_trainer.data.sources import parse_source
+from kubedistill_trainer.data.sources import parse_source, read_corpus
 from kubedistill_trainer.failures import InputsRefused
 
 
@@ -25,6 +28,34 @@ def test_packing_keeps_texts_apart() -> None:
     ]
     assert packed.positions.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 2, 3]]
     assert packed.valid_tokens == 8
+
+
+def test_packing_knows_the_file_of_a_token() -> None:
+    documents = [np.array([1, 2, 0]), np.array([3, 0]), np.array([4, 5, 6, 0])]
+    packed = pack(documents, 4, [0, 2, 0])
+    assert packed.sources.tolist() == [[0, 0, 0, 2], [2, 0, 0, 0]]
+    assert packed.take([1]).sources.tolist() == [[2, 0, 0, 0]]
+    assert pack(documents, 4).sources.tolist() == [[0] * 4] * 2
+
+
+def test_documents_know_their_file() -> None:
+    files = {"a.jsonl": b'{"text": "x"}\n{"text": "y"}\n', "b.txt": b" ", "c.txt": b"z"}
+    store = SimpleNamespace(get=files.__getitem__)
+    data = Data.model_validate({"sources": [{"uri": f"s3://data/{name}"} for name in files]})
+    corpus = read_corpus(data, lambda uri: store)  # type: ignore[arg-type,return-value]
+    assert (corpus.documents, corpus.sources) == (["x", "y", "z"], [0, 0, 2])
+
+
+def test_a_file_read_for_two_fields_has_two_names() -> None:
+    sources = [
+        _source("s3://data/a.jsonl"), DataSource(uri="s3://data/b.jsonl", text_field="q"),
+        DataSource(uri="s3://data/b.jsonl", text_field="a"),
+    ]  # fmt: skip
+    assert source_names(sources) == (
+        "s3://data/a.jsonl",
+        "s3://data/b.jsonl#q",
+        "s3://data/b.jsonl#a",
+    )
 
 
 def test_too_little_text_says_how_much_is_needed() -> None:

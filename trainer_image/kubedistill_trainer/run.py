@@ -30,8 +30,10 @@ from kubedistill_trainer.models import load
 from kubedistill_trainer.models.export import export, gather_weights
 from kubedistill_trainer.models.folder import download, read_config
 from kubedistill_trainer.models.sizes import check_layers
-from kubedistill_trainer.report.card import card, report
+from kubedistill_trainer.report.document import Finished, document, files
 from kubedistill_trainer.report.evaluate import evaluate, initial_perplexity
+from kubedistill_trainer.report.figures import Evaluation
+from kubedistill_trainer.report.table import table
 from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.request import stream_request
 
@@ -81,7 +83,7 @@ def run_student(
     loop = Loop(context, dataset, engine, teacher, checkpointer, board, interruption, group, began)
     try:
         loop.run()
-        return _finish(context, dataset, engine, teacher, board, group, loop.initial_perplexity)
+        return _finish(context, dataset, engine, teacher, board, group, loop)
     finally:
         teacher.close()
 
@@ -160,32 +162,26 @@ def _finish(
     teacher: Signal,
     board: exporter.ProgressBoard,
     group: Any,
-    initial: float | None,
+    loop: Loop,
 ) -> Outcome:
     """Evaluate on all ranks, export on rank 0."""
     board.update(phase="Evaluating")
-    metrics = evaluate(engine, teacher, dataset, context.rank, context.world_size, group)
-    if initial is not None:
-        metrics.append(Metric(name="initialPerplexity", value=initial))
-    for metric in metrics:
-        exporter.EVALUATION.labels(metric.name).set(metric.value)
-        if metric.name == "teacherAgreement":
-            exporter.AGREEMENT.set(metric.value)
+    found = evaluate(engine, teacher, dataset, context.rank, context.world_size, group)
+    metrics = _publish(found, loop.initial_perplexity)
     board.update(phase="Exporting")
     weights = gather_weights(engine)
     if weights is None:
         return Outcome(reason="Completed", message="rank 0 exports")
-    model = engine.module.model
     parameters = sum(tensor.numel() for tensor in weights.values())
-    documents = {
-        "MODEL_CARD.md": card(context.run, dataset, metrics, parameters),
-        "report.json": report(context.run, dataset, metrics, parameters),
-    }
+    finished = Finished(context.run, dataset, parameters, metrics, found, loop.history.points)
+    content = document(finished)
+    for line in table(content):
+        _log.info(line)
     status = export(
-        model,
+        engine.module.model,
         weights,
         dataset.tokenizer.files,
-        documents,
+        files(finished, content),
         context.scratch,
         context.models_store,
     )
@@ -198,3 +194,15 @@ def _finish(
         model=status,
         metrics=metrics,
     )
+
+
+def _publish(found: Evaluation, initial: float | None) -> list[Metric]:
+    """The figures for the status, which are this process's metrics from now on."""
+    metrics = found.metrics
+    if initial is not None:
+        metrics.append(Metric(name="initialPerplexity", value=initial))
+    for metric in metrics:
+        exporter.EVALUATION.labels(metric.name).set(metric.value)
+        if metric.name == "teacherAgreement":
+            exporter.AGREEMENT.set(metric.value)
+    return metrics

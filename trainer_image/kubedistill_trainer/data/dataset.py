@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.job import DataSource, DistillationJobSpec
 from kubedistill_api.runspec import RunSpec
 
 from kubedistill_trainer.data.order import Order, Split, split
@@ -15,7 +16,10 @@ from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Dataset:
-    """Packed sequences with split and order, and the digests that pin them."""
+    """Packed sequences with split and order, and the digests that pin them.
+
+    `sources`: a name for each of `spec.data.sources`, which `packed.sources` points to.
+    """
 
     packed: Packed
     split: Split
@@ -24,6 +28,7 @@ class Dataset:
     digest: str
     packing_digest: str
     tokenizer: TextTokenizer
+    sources: tuple[str, ...]
 
 
 def tokenizer_source(run: RunSpec) -> tuple[str, str]:
@@ -44,7 +49,7 @@ def load_dataset(run: RunSpec, open_store: OpenStore) -> Dataset:
     tokenizer = load_tokenizer(open_store(uri), field)
     corpus = read_corpus(spec.data, open_store)
     documents = encode(corpus.documents, tokenizer.tokenizer, tokenizer.end_of_text)
-    packed = pack(documents, spec.data.sequence_length)
+    packed = pack(documents, spec.data.sequence_length, corpus.sources)
     parts = split(len(packed), spec.data.holdout, spec.training.seed)
     order = Order(parts.training, spec.training.global_batch_size, spec.training.seed)
     return Dataset(
@@ -57,7 +62,14 @@ def load_dataset(run: RunSpec, open_store: OpenStore) -> Dataset:
             tokenizer.digest, spec.data.sequence_length, tokenizer.end_of_text
         ),
         tokenizer=tokenizer,
+        sources=source_names(spec.data.sources),
     )
+
+
+def source_names(sources: Sequence[DataSource]) -> tuple[str, ...]:
+    """Address of each file; with the field where one file is read for several."""
+    uris = [source.uri for source in sources]
+    return tuple(s.uri if uris.count(s.uri) == 1 else f"{s.uri}#{s.text_field}" for s in sources)
 
 
 def ranks_of(spec: DistillationJobSpec) -> int:

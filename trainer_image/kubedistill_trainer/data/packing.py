@@ -27,11 +27,13 @@ class Packed:
     tokens, labels, positions: int64 [N, L]. `labels` is already shifted: position i predicts
     `labels[i]`, which is IGNORED where the next token belongs to another document or is not there.
     `positions` restart at 0 with each document, which is how attention is kept apart.
+    sources: uint8 [N, L], the file that a token comes from, by its place in `spec.data.sources`.
     """
 
     tokens: Ids
     labels: Ids
     positions: Ids
+    sources: npt.NDArray[np.uint8]
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
@@ -43,7 +45,9 @@ class Packed:
     def take(self, samples: Sequence[int] | Ids) -> Packed:
         """The sequences with these ids, in this order."""
         index = np.asarray(samples, dtype=np.int64)
-        return Packed(self.tokens[index], self.labels[index], self.positions[index])
+        return Packed(
+            self.tokens[index], self.labels[index], self.positions[index], self.sources[index]
+        )
 
     @property
     def valid_tokens(self) -> int:
@@ -57,9 +61,12 @@ def encode(documents: Iterable[str], tokenizer: Tokenizer, end_of_text: int) -> 
     return [np.asarray([*encoding.ids, end_of_text], dtype=np.int64) for encoding in encodings]
 
 
-def pack(documents: Sequence[Ids], sequence_length: int) -> Packed:
+def pack(
+    documents: Sequence[Ids], sequence_length: int, sources: Sequence[int] | None = None
+) -> Packed:
     """Concatenate and cut every L tokens; the incomplete last sequence is dropped.
 
+    `sources`: the file (0…255) of each document; without it all come from file 0.
     Raises InputsRefused when the text does not fill two sequences: one to learn from, one to hold
     out.
     """
@@ -82,7 +89,8 @@ def pack(documents: Sequence[Ids], sequence_length: int) -> Packed:
     labels = np.full_like(tokens, IGNORED)
     same = document[:, 1:] == document[:, :-1]
     labels[:, :-1] = np.where(same, tokens[:, 1:], IGNORED)
-    return Packed(tokens, labels, within - start)
+    files = np.zeros(len(documents)) if sources is None else np.asarray(sources)
+    return Packed(tokens, labels, within - start, files.astype(np.uint8)[document])
 
 
 def packing_digest(tokenizer_digest: str, sequence_length: int, end_of_text: int) -> str:

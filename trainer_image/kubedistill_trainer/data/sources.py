@@ -21,9 +21,13 @@ _LONGEST_FRAGMENT = 60
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in order, and the SHA-256 (hex) of the files that they came from."""
+    """Documents in order, and the SHA-256 (hex) of the files that they came from.
+
+    `sources`: for each document the place of its file in `spec.data.sources`.
+    """
 
     documents: Sequence[str]
+    sources: Sequence[int]
     digest: str
     bad_records: int = 0
 
@@ -40,6 +44,7 @@ def read_corpus(data: Data, open_store: OpenStore) -> Corpus:
     """
     digest = hashlib.sha256()
     documents: list[str] = []
+    sources: list[int] = []
     bad = 0
     for index, source in enumerate(data.sources):
         field = f"spec.data.sources[{index}].uri"
@@ -47,11 +52,12 @@ def read_corpus(data: Data, open_store: OpenStore) -> Corpus:
         digest.update(hashlib.sha256(body).digest() + source.text_field.encode() + b"\0")
         found, wrong = parse_source(source, body, field, data.max_bad_records - bad)
         documents += found
+        sources += [index] * len(found)
         bad += wrong
     if not documents:
         names = ", ".join(source.uri for source in data.sources)
         raise unreadable("spec.data.sources", f"no text in {names}", "give a file that holds text")
-    return Corpus(documents, digest.hexdigest(), bad)
+    return Corpus(documents, sources, digest.hexdigest(), bad)
 
 
 def parse_source(

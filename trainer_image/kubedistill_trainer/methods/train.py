@@ -23,6 +23,7 @@ from kubedistill_trainer.checkpoint import Checkpointer, fits_grace
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.failures import RunFailure
+from kubedistill_trainer.methods.history import History
 from kubedistill_trainer.methods.interruption import Interruption
 from kubedistill_trainer.methods.schedule import learning_rate
 from kubedistill_trainer.methods.signal import Signal
@@ -31,6 +32,7 @@ _log = logging.getLogger(__name__)
 Ids = npt.NDArray[np.int64]
 _GRACE_MARGIN_SECONDS = 5.0
 _INITIAL = "initialPerplexity"
+_HISTORY = "history"
 
 
 @dataclass
@@ -67,6 +69,7 @@ class Loop:
         self._control_group = control_group
         self._evaluate_start = evaluate_start
         self.initial_perplexity: float | None = None
+        self.history = History()
         self._timings = Timings()
         self._committed_step = -1
         spec = context.run.spec
@@ -90,7 +93,7 @@ class Loop:
         started, first = time.monotonic(), step
         while step < total:
             begun = time.monotonic()
-            parts = self._step(step, total)
+            parts = self._step(step)
             step += 1
             asked, soft, hard, loss = self._agree(parts)
             self._timings.steps.append(time.monotonic() - begun)
@@ -98,6 +101,7 @@ class Loop:
                 exporter.NONFINITE.inc()
                 raise RunFailure(ExitCode.UNKNOWN, f"the loss of step {step} is {loss}")
             speed = (step - first) / (time.monotonic() - started)
+            self.history.record(step, soft, hard, loss, self._rate(step - 1))
             self._report(step, total, soft, hard, loss, speed)
             if asked:
                 self._stop(step)
@@ -120,6 +124,7 @@ class Loop:
         self._committed_step = restored.step
         began = restored.cursor.get(_INITIAL)
         self.initial_perplexity = float(began) if isinstance(began, int | float) else None
+        self.history = History.from_cursor(restored.cursor.get(_HISTORY))
         return int(restored.step)
 
     def _micro_batches(self, first_step: int) -> Iterator[Ids]:
@@ -132,10 +137,9 @@ class Loop:
         for start in range(0, self._per_rank, self._micro):
             yield mine[start : start + self._micro]
 
-    def _step(self, step: int, total: int) -> torch.Tensor:
+    def _step(self, step: int) -> torch.Tensor:
         """One optimizer step; this rank's share of (soft, hard, total) loss, float64 [3]."""
-        training = self._training
-        rate = learning_rate(step, total, training.learning_rate, training.warmup_ratio)
+        rate = self._rate(step)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         exporter.LEARNING_RATE.set(rate)
@@ -159,6 +163,10 @@ class Loop:
                 samples.size * self._dataset.packed.sequence_length
             )
         return sums
+
+    def _rate(self, step: int) -> float:
+        total, training = self._dataset.total_steps, self._training
+        return learning_rate(step, total, training.learning_rate, training.warmup_ratio)
 
     def _forward(self, samples: Ids, normalizer: float) -> Any:
         device = self._engine.device
@@ -204,7 +212,7 @@ class Loop:
 
     def _commit(self, step: int) -> None:
         with exporter.CHECKPOINT_DURATION.labels("save").time():
-            cursor: dict[str, JsonValue] = {"step": step}
+            cursor: dict[str, JsonValue] = {"step": step, _HISTORY: self.history.to_cursor()}
             if self.initial_perplexity is not None:
                 cursor[_INITIAL] = self.initial_perplexity
             info = self._checkpointer.save(self._engine, step=step, cursor=cursor)

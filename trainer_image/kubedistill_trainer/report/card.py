@@ -1,10 +1,9 @@
-"""MODEL_CARD.md and report.json of a finished model."""
+"""MODEL_CARD.md of a finished model."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
 from kubedistill_api.runspec import RunSpec
 from kubedistill_api.status import Metric
@@ -12,34 +11,7 @@ from kubedistill_api.status import Metric
 from kubedistill_trainer.data.dataset import Dataset
 
 
-def report(run: RunSpec, dataset: Dataset, metrics: list[Metric], parameters: int) -> str:
-    """report.json: figures, and the inputs that they belong to."""
-    content: dict[str, Any] = {
-        "name": run.name,
-        "namespace": run.namespace,
-        "method": _method(run),
-        "parameters": parameters,
-        "metrics": {metric.name: metric.value for metric in metrics},
-        "heldOut": {
-            "sequences": len(dataset.split.heldout),
-            "tokens": dataset.packed.take(dataset.split.heldout).valid_tokens,
-        },
-        "training": {
-            "steps": dataset.total_steps,
-            "sequences": len(dataset.split.training),
-            "tokensPerEpoch": dataset.packed.take(dataset.split.training).valid_tokens,
-            **run.spec.training.to_wire(),
-        },
-        "teacher": run.teacher_model.to_wire() if run.teacher_model else None,
-        "dataDigest": dataset.digest,
-        "tokenizerDigest": dataset.tokenizer.digest,
-        "inputsDigest": run.inputs_digest,
-        "version": version("kubedistill"),
-    }
-    return json.dumps(content, indent=2) + "\n"
-
-
-def card(run: RunSpec, dataset: Dataset, metrics: list[Metric], parameters: int) -> str:
+def card(run: RunSpec, dataset: Dataset, metrics: Sequence[Metric], parameters: int) -> str:
     """The model card, with the front matter that Hugging Face reads."""
     figures = "\n".join(f"| {metric.name} | {metric.value:.4g} |" for metric in metrics)
     sources = "\n".join(f"- `{source.uri}`" for source in run.spec.data.sources)
@@ -56,7 +28,7 @@ A language model of {parameters:,} parameters, made by kubedistill {version("kub
 |---|---|
 | method | {_method_text(run)} |
 | teacher | {_teacher_text(run)} |
-| student began as | {_student_text(run)} |
+| student began as | {student_text(run)} |
 | steps | {dataset.total_steps} of {run.spec.training.global_batch_size} sequences |
 
 ## Held-out figures
@@ -64,7 +36,7 @@ A language model of {parameters:,} parameters, made by kubedistill {version("kub
 |---|---|
 {figures}
 
-Measured on {len(dataset.split.heldout)} sequences that training never saw.
+Measured on {len(dataset.split.heldout)} sequences that training never saw; more in `report.html`.
 
 ## Data
 {sources}
@@ -104,10 +76,11 @@ def _teacher_text(run: RunSpec) -> str:
     return f"`{run.teacher_model.uri}`{made_by}"
 
 
-def _student_text(run: RunSpec) -> str:
+def student_text(run: RunSpec) -> str:
+    """What the student began as."""
     student = run.spec.student
     if student.from_teacher is not None:
         return f"{student.from_teacher.layers} layers of the teacher"
     if student.config is not None:
         return f"random weights ({student.config.get('model_type')})"
-    return f"`{run.student_model.uri}`" if run.student_model else "unknown"
+    return run.student_model.uri if run.student_model else "unknown"

@@ -8,57 +8,35 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from kubedistill_api.status import Metric
+from torch import Tensor
 
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.data.packing import IGNORED
 from kubedistill_trainer.losses import TeacherHidden, TeacherSparse
 from kubedistill_trainer.methods.signal import NoTeacher, Signal, softcapped
+from kubedistill_trainer.report.figures import Evaluation, Sums
 
 _CHUNK_TOKENS = 256
 
 
-@dataclass
-class Sums:
-    """Sums over held-out tokens, added up over ranks; see `metrics` for what comes of them."""
+def evaluate(
+    engine: Any, teacher: Signal, dataset: Dataset, rank: int, world_size: int, group: Any
+) -> Evaluation:
+    """Figures at T = 1 over all held-out sequences, divided between the ranks of `group`."""
+    sums = measure(engine, teacher, dataset, rank, world_size)
+    return sums.reduce(group).evaluation(dataset.sources)
 
-    tokens: float = 0.0
-    student_nll: float = 0.0
-    student_hits: float = 0.0
-    teacher_tokens: float = 0.0
-    teacher_nll: float = 0.0
-    agreements: float = 0.0
-    divergence: float = 0.0
 
-    def reduce(self, group: Any) -> Sums:
-        """The same sums over all ranks of `group`."""
-        values = torch.tensor(list(vars(self).values()), dtype=torch.float64)
-        dist.all_reduce(values, group=group)
-        return Sums(*values.tolist())
-
-    def metrics(self, *, exact_teacher: bool) -> list[Metric]:
-        """perplexity, accuracy; with a teacher agreement and KL; with its exact distribution
-        (Hidden or Online) its perplexity and the ratio too."""
-        count = max(1.0, self.tokens)
-        values = {
-            "perplexity": math.exp(min(50.0, self.student_nll / count)),
-            "accuracy": self.student_hits / count,
-        }
-        if self.teacher_tokens:
-            values["teacherAgreement"] = self.agreements / self.teacher_tokens
-        if self.teacher_tokens and exact_teacher:
-            values["teacherKL"] = self.divergence / self.teacher_tokens
-            values["teacherPerplexity"] = math.exp(min(50.0, self.teacher_nll / count))
-            values["perplexityRatio"] = values["perplexity"] / values["teacherPerplexity"]
-        return [Metric(name=name, value=round(value, 6)) for name, value in values.items()]
+def initial_perplexity(
+    engine: Any, dataset: Dataset, rank: int, world_size: int, group: Any
+) -> float:
+    """Held-out perplexity of the student as it is now, without its teacher."""
+    return evaluate(engine, NoTeacher(), dataset, rank, world_size, group).figures["perplexity"]
 
 
 @torch.no_grad()
-def evaluate(
-    engine: Any, teacher: Signal, dataset: Dataset, rank: int, world_size: int, group: Any
-) -> list[Metric]:
-    """Figures at T = 1 over all held-out sequences, divided between the ranks.
+def measure(engine: Any, teacher: Signal, dataset: Dataset, rank: int, world_size: int) -> Sums:
+    """This rank's part of the sums.
 
     Under ZeRO-3 a forward pass is a collective: every rank makes the same number of them, and
     counts only the sequences that are its own.
@@ -68,53 +46,74 @@ def evaluate(
     rounds = math.ceil(len(heldout) / world_size)
     mine = [int(heldout[min(i * world_size + rank, len(heldout) - 1)]) for i in range(rounds)]
     teacher.expect(np.asarray([sample]) for sample in mine)
-    sums = Sums()
-    exact = True
+    sums = Sums(len(dataset.sources), engine.device)
+    uncounted = Sums(len(dataset.sources), engine.device)
     for index, sample in enumerate(mine):
         counted = index * world_size + rank < len(heldout)
-        exact &= _add(engine, teacher, dataset, sample, sums if counted else Sums())
-    return sums.reduce(group).metrics(exact_teacher=exact)
+        _add(engine, teacher, dataset, sample, sums if counted else uncounted)
+    return sums
 
 
-def initial_perplexity(
-    engine: Any, dataset: Dataset, rank: int, world_size: int, group: Any
-) -> float:
-    """Held-out perplexity of the student as it is now, without its teacher."""
-    metrics = evaluate(engine, NoTeacher(), dataset, rank, world_size, group)
-    return next(metric.value for metric in metrics if metric.name == "perplexity")
+@dataclass(frozen=True)
+class _Chunk:
+    """Some valid tokens [N] of a sequence; `student`: log-probabilities [N, V]."""
+
+    index: Tensor
+    sources: Tensor
+    labels: Tensor
+    student: Tensor
 
 
-def _add(engine: Any, teacher: Signal, dataset: Dataset, sample: int, sums: Sums) -> bool:
-    """Add one sequence; whether the teacher's whole distribution was known."""
+def _add(engine: Any, teacher: Signal, dataset: Dataset, sample: int, sums: Sums) -> None:
     samples = np.asarray([sample])
     sequence = dataset.packed.take(samples)
-    device = engine.device
-    tokens = torch.from_numpy(sequence.tokens).to(device)
-    positions = torch.from_numpy(sequence.positions).to(device)
-    labels = torch.from_numpy(sequence.labels).to(device).flatten()
+    tokens, positions, labels, sources = (
+        torch.from_numpy(values).to(engine.device)
+        for values in (sequence.tokens, sequence.positions, sequence.labels, sequence.sources)
+    )
     batch = teacher.batch(samples, tokens, positions)
     logits = engine(tokens, positions)
-    valid = labels != IGNORED
-    for chunk in torch.split(valid.nonzero().flatten(), _CHUNK_TOKENS):
-        student = torch.log_softmax(logits[chunk].float(), dim=-1)
-        target = labels[chunk, None]
-        sums.tokens += len(chunk)
-        sums.student_nll -= float(student.gather(-1, target).sum())
-        sums.student_hits += float((student.argmax(-1) == labels[chunk]).sum())
+    labels, sources = labels.flatten(), sources.flatten().long()
+    for index in torch.split((labels != IGNORED).nonzero().flatten(), _CHUNK_TOKENS):
+        student = torch.log_softmax(logits[index].float(), dim=-1)
+        chunk = _Chunk(index, sources[index], labels[index], student)
+        _add_student(chunk, sums)
         if isinstance(batch, TeacherHidden):
-            _add_hidden(batch, chunk, student, target, sums)
+            _add_hidden(batch, chunk, sums)
         elif isinstance(batch, TeacherSparse):
-            top = batch.ids_NK[chunk].gather(-1, batch.logprobs_NK[chunk].argmax(-1, keepdim=True))
-            sums.teacher_tokens += len(chunk)
-            sums.agreements += float((student.argmax(-1, keepdim=True) == top).sum())
-    return not isinstance(batch, TeacherSparse)
+            _add_sparse(batch, chunk, sums)
 
 
-def _add_hidden(batch: TeacherHidden, chunk: Any, student: Any, target: Any, sums: Sums) -> None:
-    scores = (batch.hidden_NH[chunk].to(batch.head_VH.dtype) @ batch.head_VH.T).float()
+def _add_student(chunk: _Chunk, sums: Sums) -> None:
+    best, guess = chunk.student.max(-1)
+    hits = guess == chunk.labels
+    sums.add(
+        chunk.sources,
+        tokens=torch.ones_like(best),
+        nll=-chunk.student.gather(-1, chunk.labels[:, None])[:, 0],
+        hits=hits,
+    )
+    sums.add_confidence("student", best.exp(), hits)
+
+
+def _add_hidden(batch: TeacherHidden, chunk: _Chunk, sums: Sums) -> None:
+    scores = (batch.hidden_NH[chunk.index].to(batch.head_VH.dtype) @ batch.head_VH.T).float()
     scores = softcapped(scores, batch.softcap)
-    teacher = torch.log_softmax(scores[:, : student.shape[-1]], dim=-1)
-    sums.teacher_tokens += len(chunk)
-    sums.teacher_nll -= float(teacher.gather(-1, target).sum())
-    sums.agreements += float((student.argmax(-1) == teacher.argmax(-1)).sum())
-    sums.divergence += float((teacher.exp() * (teacher - student)).sum())
+    teacher = torch.log_softmax(scores[:, : chunk.student.shape[-1]], dim=-1)
+    best, guess = teacher.max(-1)
+    sums.add(
+        chunk.sources,
+        teacherTokens=torch.ones_like(best),
+        exactTokens=torch.ones_like(best),
+        teacherNll=-teacher.gather(-1, chunk.labels[:, None])[:, 0],
+        agreements=chunk.student.argmax(-1) == guess,
+        divergence=(teacher.exp() * (teacher - chunk.student)).sum(-1),
+    )
+    sums.add_confidence("teacher", best.exp(), guess == chunk.labels)
+
+
+def _add_sparse(batch: TeacherSparse, chunk: _Chunk, sums: Sums) -> None:
+    likeliest = batch.logprobs_NK[chunk.index].argmax(-1, keepdim=True)
+    guess = batch.ids_NK[chunk.index].gather(-1, likeliest)[:, 0]
+    agreements = chunk.student.argmax(-1) == guess
+    sums.add(chunk.sources, teacherTokens=torch.ones_like(agreements), agreements=agreements)

@@ -1,0 +1,155 @@
+"""The history of a run's losses: bounded, and the same whether or not the run was interrupted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from kubedistill_api.job import Training
+from kubedistill_trainer.data.order import Order
+from kubedistill_trainer.data.packing import pack
+from kubedistill_trainer.exporter import ProgressBoard
+from kubedistill_trainer.failures import RunFailure
+from kubedistill_trainer.methods.history import LIMIT, History, Point
+from kubedistill_trainer.methods.signal import NoTeacher
+from kubedistill_trainer.methods.train import Loop
+
+
+def recorded(first: int, last: int, history: History) -> History:
+    for step in range(first, last + 1):
+        history.record(step, math.nan, 3 + 1 / step, 1 / step, 1e-3 * step)
+    return history
+
+
+def test_every_step_is_there_until_it_is_full() -> None:
+    points = recorded(1, 8, History(8)).points
+    assert [p.step for p in points] == list(range(1, 9))
+    assert points[2] == Point(3, None, 3.33333, 0.333333, 0.003)
+
+
+def test_then_every_second_point_is_dropped() -> None:
+    history = recorded(1, 9, History(8))
+    assert [p.step for p in history.points] == [1, 2, 4, 6, 8, 9]
+    assert [p.step for p in recorded(10, 11, history).points] == [1, 2, 4, 6, 8, 10, 11]
+    assert [p.step for p in recorded(12, 15, history).points] == [1, 4, 8, 12, 15]
+
+
+@pytest.mark.parametrize("steps", [1, 499, 500, 501, 1000, 1001, 12_345])
+def test_first_and_last_step_are_always_there_and_the_rest_is_bounded(steps: int) -> None:
+    points = recorded(1, steps, History()).points
+    assert (points[0].step, points[-1].step) == (1, steps)
+    assert min(steps, LIMIT // 2) <= len(points) <= LIMIT
+
+
+@pytest.mark.parametrize("stop", [1, 7, 8, 9, 13, 40, 99])
+def test_a_resumed_run_has_the_history_of_one_that_never_stopped(stop: int) -> None:
+    cursor = json.loads(json.dumps(recorded(1, stop, History(8)).to_cursor(), allow_nan=False))
+    resumed = recorded(stop + 1, 100, History.from_cursor(cursor, 8))
+    assert resumed.to_cursor() == recorded(1, 100, History(8)).to_cursor()
+
+
+@pytest.mark.parametrize("cursor", [None, {}, {"every": 1}, {"every": 2, "points": [[1, 2]]}, "x"])
+def test_a_commit_without_a_history_gives_an_empty_one(cursor: object) -> None:
+    assert History.from_cursor(cursor).points == ()  # type: ignore[arg-type]
+
+
+def test_a_full_history_is_small() -> None:
+    history = History()
+    for step in range(1, LIMIT + 1):
+        history.record(100_000_000 + step, 1 / 3e3, 2 / 3, 4 / 3, 2 / 3 * 1e-5)
+    assert len(json.dumps(history.to_cursor())) < 32_000
+
+
+class Commits:
+    """A checkpointer that keeps cursors only, as JSON."""
+
+    def __init__(self) -> None:
+        self.cursors: list[str] = []
+
+    def save(self, engine: Any, step: int, cursor: Any) -> Any:
+        self.cursors.append(json.dumps(cursor, allow_nan=False))
+        return SimpleNamespace(duration_seconds=0.0, uri="", time="", digest="")
+
+    def restore(self, engine: Any) -> Any:
+        if not self.cursors:
+            return None
+        cursor = json.loads(self.cursors[-1])
+        return SimpleNamespace(step=cursor["step"], cursor=cursor, uri="", rejected=[])
+
+
+class Engine:
+    """Its loss is the mean sample id, so that it tells one step from another."""
+
+    device = torch.device("cpu")
+    optimizer = SimpleNamespace(param_groups=[{}])
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return 1
+
+    gradient_accumulation_steps = train_micro_batch_size_per_gpu
+
+    def train(self, *loss: Any) -> None:
+        """Nothing is learnt."""
+
+    step = backward = get_global_grad_norm = train
+
+    def __call__(self, tokens: Any, positions: Any, labels: Any, *rest: Any) -> Any:
+        loss = tokens.double().mean()
+        return SimpleNamespace(soft=loss * math.nan, hard=loss, total=loss)
+
+
+class Clock:
+    """Asks to stop when the step of a number is done."""
+
+    def __init__(self, after: int) -> None:
+        self._left = after
+
+    @property
+    def asked(self) -> bool:
+        self._left -= 1
+        return self._left == 0
+
+    def remaining_seconds(self) -> float:
+        return 1e6
+
+
+@pytest.fixture
+def gang() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def loop(commits: Commits, stop_after: int = 0) -> Loop:
+    training = Training.model_validate({"globalBatchSize": 1, "learningRate": 0.1})
+    spec = SimpleNamespace(training=training, checkpoint=SimpleNamespace(interval_steps=4))
+    context = SimpleNamespace(run=SimpleNamespace(spec=spec), world_size=1, rank=0)
+    dataset = SimpleNamespace(
+        total_steps=10,
+        order=Order(np.arange(6), 1, seed=0),
+        packed=pack([np.full(3, i) for i in range(6)], 3),
+    )
+    clock, board = Clock(stop_after), ProgressBoard()
+    return Loop(context, dataset, Engine(), NoTeacher(), commits, board, clock, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("gang")
+def test_a_commit_carries_the_history_into_the_next_attempt() -> None:
+    calm = loop(Commits())
+    calm.run()
+    assert [p.step for p in calm.history.points] == list(range(1, 11))
+    assert {p.soft for p in calm.history.points} == {None}
+    assert len({p.total for p in calm.history.points}) > 2
+    commits = Commits()
+    with pytest.raises(RunFailure, match="committed step 6"):
+        loop(commits, stop_after=6).run()
+    resumed = loop(commits)
+    resumed.run()
+    assert resumed.history.points == calm.history.points

@@ -1,0 +1,56 @@
+"""The end of a run: what is laid beside the model, logged, and reported."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from kubedistill_api.status import ModelStatus
+from kubedistill_trainer import run
+from kubedistill_trainer.exporter import ProgressBoard
+from kubedistill_trainer.methods.signal import NoTeacher
+from report_kit import evaluation, finished
+
+
+def test_the_report_lies_beside_the_model_and_its_table_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    exported: dict[str, Any] = {}
+
+    def export(model: Any, weights: Any, tokenizer: Any, documents: Any, *rest: Any) -> Any:
+        exported.update(documents)
+        return ModelStatus(uri="s3://m/d", digest="d", parameters=6)
+
+    monkeypatch.setattr(run, "export", export)
+    monkeypatch.setattr(run, "evaluate", lambda *arguments: evaluation())
+    monkeypatch.setattr(run, "gather_weights", lambda engine: {"w": torch.zeros(2, 3)})
+    done = finished(steps=30)
+    done.dataset.tokenizer.files = {}
+    context = SimpleNamespace(
+        run=done.run, rank=0, world_size=1, scratch=tmp_path, models_store=None
+    )
+    loop = SimpleNamespace(initial_perplexity=88.4, history=SimpleNamespace(points=done.history))
+    engine = SimpleNamespace(module=SimpleNamespace(model=None))
+    caplog.set_level(logging.INFO)
+    outcome = run._finish(
+        context,
+        done.dataset,
+        engine,
+        NoTeacher(),
+        ProgressBoard(),
+        None,
+        loop,  # type: ignore[arg-type]
+    )
+    report = json.loads(exported["report.json"])
+    assert "<title>small-chain-medium" in exported["report.html"]
+    assert report["student"]["parameters"] == 6
+    assert len(report["history"]) == 30
+    assert {m.name: m.value for m in outcome.metrics} == report["metrics"]
+    assert {"ece", "teacherEce", "initialPerplexity"} <= set(report["metrics"])
+    names = [message.split()[0] for message in caplog.messages]
+    assert names[:2] == ["figure", "perplexity"] and "highest" in names

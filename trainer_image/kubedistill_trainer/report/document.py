@@ -1,0 +1,141 @@
+"""report.json of a finished model: figures, and the inputs that they belong to (docs/report.md)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from kubedistill_api.runspec import RunSpec
+from kubedistill_api.status import Metric
+
+from kubedistill_trainer.data.dataset import Dataset
+from kubedistill_trainer.data.order import Ids
+from kubedistill_trainer.methods.history import Point
+from kubedistill_trainer.report.card import card, student_text
+from kubedistill_trainer.report.figures import BINS, Calibration, Evaluation, Slice
+from kubedistill_trainer.report.page import page
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that trained and was evaluated. `metrics`: those of the status, in order."""
+
+    run: RunSpec
+    dataset: Dataset
+    parameters: int
+    metrics: Sequence[Metric]
+    evaluation: Evaluation
+    history: Sequence[Point]
+
+
+def files(finished: Finished, content: dict[str, Any]) -> dict[str, str]:
+    """What is laid beside the model; `content` as of `document`."""
+    model_card = card(finished.run, finished.dataset, finished.metrics, finished.parameters)
+    return {
+        "MODEL_CARD.md": model_card,
+        "report.json": json.dumps(content, indent=2) + "\n",
+        "report.html": page(content),
+    }
+
+
+def document(finished: Finished) -> dict[str, Any]:
+    """The content of report.json. Nothing in it depends on the time or on the machine."""
+    run, dataset, found = finished.run, finished.dataset, finished.evaluation
+    return {
+        "schemaVersion": SCHEMA_VERSION,
+        "job": _job(run),
+        "student": {"parameters": finished.parameters, "start": student_text(run)},
+        "teacher": _teacher(run),
+        "objective": run.spec.distill.objective.to_wire() if run.spec.distill else None,
+        "data": {
+            "sources": list(dataset.sources),
+            "sequenceLength": dataset.packed.sequence_length,
+            "training": _amount(dataset, dataset.split.training),
+            "heldOut": _amount(dataset, dataset.split.heldout),
+        },
+        "training": {
+            "steps": dataset.total_steps,
+            "tokens": dataset.total_steps
+            * run.spec.training.global_batch_size
+            * dataset.packed.sequence_length,
+            **run.spec.training.to_wire(),
+        },
+        "metrics": {metric.name: metric.value for metric in finished.metrics},
+        "calibration": {
+            "student": _calibration(found.student),
+            "teacher": _calibration(found.teacher) if found.teacher else None,
+        },
+        "slices": [_slice(part) for part in found.slices],
+        "weakest": {
+            name: {"source": part.name, "tokens": part.tokens}
+            for name, part in found.weakest().items()
+        },
+        "history": [_point(point) for point in finished.history],
+        "inputs": {
+            "inputsDigest": run.inputs_digest,
+            "dataDigest": dataset.digest,
+            "tokenizerDigest": dataset.tokenizer.digest,
+            "version": version("kubedistill"),
+        },
+    }
+
+
+def _job(run: RunSpec) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "namespace": run.namespace,
+        "chain": run.chain,
+        "stage": run.stage,
+        "method": "distill" if run.spec.distill is not None else "fineTune",
+    }
+
+
+def _teacher(run: RunSpec) -> dict[str, Any] | None:
+    if run.teacher_model is None or run.spec.teacher is None:
+        return None
+    teacher = run.spec.teacher
+    payload = {"payload": teacher.payload} if teacher.delivery == "Stream" else {}
+    return {**run.teacher_model.to_wire(), "delivery": teacher.delivery, **payload}
+
+
+def _amount(dataset: Dataset, samples: Ids) -> dict[str, int]:
+    return {"sequences": len(samples), "tokens": dataset.packed.take(samples).valid_tokens}
+
+
+def _calibration(found: Calibration) -> dict[str, Any]:
+    bins: list[dict[str, Any]] = []
+    for index, part in enumerate(found.bins):
+        entry: dict[str, Any] = {
+            "from": round(index / BINS, 6),
+            "to": round((index + 1) / BINS, 6),
+            "tokens": int(part.tokens),
+        }
+        if part.tokens:
+            entry["confidence"] = round(part.confidence / part.tokens, 6)
+            entry["accuracy"] = round(part.hits / part.tokens, 6)
+        bins.append(entry)
+    return {
+        "ece": round(found.ece, 6),
+        "accuracy": round(found.accuracy, 6),
+        "confidence": round(found.confidence, 6),
+        "bins": bins,
+    }
+
+
+def _slice(part: Slice) -> dict[str, Any]:
+    return {"source": part.name, "tokens": part.tokens, **part.figures}
+
+
+def _point(point: Point) -> dict[str, Any]:
+    return {
+        "step": point.step,
+        "soft": point.soft,
+        "hard": point.hard,
+        "total": point.total,
+        "learningRate": point.learning_rate,
+    }

@@ -1,0 +1,303 @@
+"""The sections of the page: each from its part of the document, or None where that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kubedistill_trainer.report.markup import Child, Markup, join, tag
+from kubedistill_trainer.report.plots import Labels, Series, lines, reliability, swatch
+from kubedistill_trainer.report.text import Row, compared, number, paired, shown
+
+Document = Mapping[str, Any]
+_METHODS = {"distill": "distillation", "fineTune": "fine-tuning"}
+_LOSSES = {"total": "total", "soft": "soft: against the teacher", "hard": "hard: cross-entropy"}
+_SHOWN_STEPS = 12
+_SLICE_COLUMNS = {
+    "tokens": "Tokens",
+    "perplexity": "Perplexity",
+    "teacherPerplexity": "Teacher’s",
+    "perplexityRatio": "Ratio",
+    "accuracy": "Accuracy",
+    "teacherAgreement": "Agreement",
+    "teacherKL": "KL",
+}
+_WEAKEST = {"perplexity": "highest perplexity", "perplexityRatio": "furthest from the teacher"}
+_BIN_COLUMNS = {"tokens": "Tokens", "confidence": "Sure", "accuracy": "Right"}
+_INPUTS = {
+    "inputsDigest": "Inputs",
+    "dataDigest": "Data (SHA-256)",
+    "tokenizerDigest": "Tokenizer (SHA-256)",
+    "version": "kubedistill",
+}
+
+
+def summary(document: Document) -> Markup:
+    """What was made of what."""
+    job, data, training = document["job"], document["data"], document["training"]
+    stage = f"{job['stage']} of {job['chain']}" if job.get("chain") else None
+    facts = {
+        "Job": f"{job['namespace']}/{job['name']}",
+        "Stage": stage,
+        "Method": _method(document),
+        "Teacher": _teacher(document.get("teacher")),
+        "Student": f"{document['student']['parameters']:,} parameters; "
+        f"began as {document['student']['start']}",
+        "Trained": f"{training['steps']:,} steps, {training['tokens']:,} tokens",
+        "Data": f"{data['training']['tokens']:,} tokens to learn from in "
+        f"{_counted(len(data['sources']), 'file')}; {data['heldOut']['tokens']:,} held out",
+    }
+    return tag(
+        "header",
+        tag("p", "Distillation report", class_="kicker"),
+        tag("h1", job["name"]),
+        _definitions(facts),
+    )
+
+
+def figures(document: Document) -> Markup | None:
+    """Key figures as cards, the student beside its teacher."""
+    with_teacher = document.get("teacher") is not None
+    both = [_card(row, with_teacher) for row in paired(document)]
+    if not both:
+        return None
+    single = [_card(row, False) for row in compared(document)]
+    if not with_teacher:
+        both, single = [], both + single
+    return _section(
+        "Figures",
+        tag("p", "Measured on text that training never saw.", class_="lead"),
+        tag("div", *both, class_="cards wide") if both else None,
+        tag("div", *single, class_="cards") if single else None,
+    )
+
+
+def slices(document: Document) -> Markup | None:
+    """Figures by source, the weakest marked."""
+    rows = document.get("slices")
+    if not rows:
+        return None
+    weakest = document.get("weakest", {})
+    columns = {n: t for n, t in _SLICE_COLUMNS.items() if any(n in row for row in rows)}
+    body = []
+    for row in sorted(rows, key=lambda r: -r.get("perplexity", 0.0)):
+        marks = [_WEAKEST[n] for n, part in weakest.items() if part["source"] == row["source"]]
+        badges = [tag("span", mark, class_="badge") for mark in marks]
+        cells = [tag("td", shown(name, row.get(name))) for name in columns]
+        source = tag("th", tag("span", row["source"], class_="uri"), *badges, scope="row")
+        body.append(tag("tr", source, *cells, class_="weak" if marks else None))
+    told = "The held-out text by the file that it comes from."
+    if weakest:
+        told += " More text like that of the marked files is what the next run needs most."
+    return _section(
+        "Weakest data" if weakest else "Data", tag("p", told, class_="lead"),
+        _table("Figures by file", _heading("File", *columns.values()), body),
+    )  # fmt: skip
+
+
+def losses(document: Document) -> Markup | None:
+    """Loss and learning rate over the steps."""
+    points: Sequence[Document] = document.get("history") or []
+    if len(points) < 2:
+        return None
+    parts = _loss_parts(points)
+    series = [Series(text, name, _course(points, name)) for name, text in parts.items()]
+    rates = Series("learning rate", "rate", _course(points, "learningRate"))
+    plots = join(
+        _figure(
+            "Loss",
+            lines(Labels("Loss", _change(points), "optimizer step", "mean loss a token"), series),
+            {one.style: one.name for one in series},
+        ),
+        _figure(
+            "Learning rate",
+            lines(
+                Labels("Learning rate", "Over the steps.", "optimizer step", "learning rate"),
+                [rates],
+                height=200,
+            ),
+            {},
+        ),
+    )
+    heading = _heading("Step", *(name.capitalize() for name in parts), "Learning rate")
+    body = [
+        tag(
+            "tr", tag("th", f"{point['step']:,}", scope="row"),
+            *(tag("td", number(point[name])) for name in (*parts, "learningRate")),
+        )
+        for point in _spread(points)
+    ]  # fmt: skip
+    return _section("Training", _beside(plots, _table("Loss at some steps", heading, body)))
+
+
+def calibration(document: Document) -> Markup | None:
+    """How far the models can be trusted when they are sure."""
+    found = document.get("calibration") or {}
+    models = {name: found[name] for name in ("student", "teacher") if found.get(name)}
+    if not models:
+        return None
+    series = [Series(name, name, *_dots(model["bins"])) for name, model in models.items()]
+    told = " ".join(_verdict(name, model) for name, model in models.items())
+    plot = reliability(
+        Labels("Reliability", told, "confidence", "accuracy"),
+        # The student's dots lie over the teacher's.
+        series[::-1],
+    )
+    body = [_bin_row(index, models) for index in range(len(models["student"]["bins"]))]
+    groups = [
+        tag("th", name.capitalize(), scope="colgroup", colspan=len(_BIN_COLUMNS)) for name in models
+    ]
+    heading = join(
+        tag("tr", tag("td"), *groups),
+        _heading("Confidence", *(text for _ in models for text in _BIN_COLUMNS.values())),
+    )
+    legend = {name: name for name in models}
+    return _section(
+        "Calibration",
+        tag("p", told, class_="lead"),
+        _beside(
+            _figure("How often it is right, when it is how sure", plot, legend, ideal=True),
+            _table("Tokens by confidence", heading, [row for row in body if row is not None]),
+        ),
+    )
+
+
+def inputs(document: Document) -> Markup | None:
+    """What pins the run: digests, files, settings."""
+    known = document.get("inputs")
+    if not known:
+        return None
+    facts: dict[str, Child] = {text: known.get(name) for name, text in _INPUTS.items()}
+    teacher = document.get("teacher") or {}
+    facts["Teacher (digest)"] = teacher.get("digest") or None
+    files = [tag("li", source) for source in document["data"]["sources"]]
+    facts["Files"] = tag("ul", *files)
+    settings = {n: v for n, v in document["training"].items() if not isinstance(v, dict)}
+    facts["Settings"] = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return _section("Inputs", _definitions(facts), class_="inputs")
+
+
+def _method(document: Document) -> str:
+    method = _METHODS[document["job"]["method"]]
+    objective = document.get("objective")
+    if objective is None:
+        return method
+    return (
+        f"{method}, {objective['loss']} at T = {number(objective['temperature'])}, "
+        f"soft weight {number(objective['softWeight'])}"
+    )
+
+
+def _teacher(teacher: Document | None) -> str | None:
+    if teacher is None:
+        return None
+    how = [teacher[name] for name in ("delivery", "payload") if name in teacher]
+    text = f"job {teacher['job']}" if teacher.get("job") else str(teacher["uri"])
+    return f"{text} ({', '.join(how)})"
+
+
+def _card(row: Row, with_teacher: bool) -> Markup:
+    values = [_value("student" if with_teacher else None, "student", shown(row.name, row.student))]
+    if with_teacher:
+        values.append(_value("teacher", "teacher", shown(row.name, row.teacher)))
+    return tag(
+        "article",
+        tag("h3", row.title),
+        tag("div", *values, class_="values"),
+        tag("p", row.what),
+        class_="card",
+    )
+
+
+def _value(name: str | None, style: str, value: str) -> Markup:
+    label = tag("span", name, class_="of") if name else None
+    return tag("div", tag("span", value, class_="value"), label, class_=style)
+
+
+def _loss_parts(points: Sequence[Document]) -> dict[str, str]:
+    """Name and text of the losses to show; where only one has a weight it is the total."""
+    parts = {n: t for n, t in _LOSSES.items() if any(p[n] is not None for p in points)}
+    return parts if len(parts) != 2 else {"total": parts[next(n for n in parts if n != "total")]}
+
+
+def _course(points: Sequence[Document], name: str) -> list[tuple[float, float]]:
+    return [(point["step"], point[name]) for point in points if point[name] is not None]
+
+
+def _change(points: Sequence[Document]) -> str:
+    first, last = points[0], points[-1]
+    return (
+        f"The total loss went from {number(first['total'])} at step {first['step']:,} "
+        f"to {number(last['total'])} at step {last['step']:,}."
+    )
+
+
+def _spread(points: Sequence[Document]) -> Sequence[Document]:
+    """Some of the points, evenly spread, the first and the last included."""
+    if len(points) <= _SHOWN_STEPS:
+        return points
+    return [points[i * (len(points) - 1) // (_SHOWN_STEPS - 1)] for i in range(_SHOWN_STEPS)]
+
+
+def _dots(bins: Sequence[Document]) -> tuple[list[tuple[float, float]], list[float]]:
+    """(confidence, accuracy) of the bins that hold tokens, and their shares of the tokens."""
+    total = sum(part["tokens"] for part in bins)
+    filled = [part for part in bins if part["tokens"]]
+    places = [(part["confidence"], part["accuracy"]) for part in filled]
+    return places, [part["tokens"] / total for part in filled]
+
+
+def _verdict(name: str, model: Document) -> str:
+    gap = model["confidence"] - model["accuracy"]
+    leaning = "overconfident" if gap > 0 else "underconfident"
+    return (
+        f"The {name} is {leaning} by {abs(gap) * 100:.1f} points on average; "
+        f"its calibration error is {shown('ece', model['ece'])}."
+    )
+
+
+def _bin_row(index: int, models: Mapping[str, Document]) -> Markup | None:
+    parts = [model["bins"][index] for model in models.values()]
+    if not any(part["tokens"] for part in parts):
+        return None
+    cells = [tag("td", shown(name, part.get(name))) for part in parts for name in _BIN_COLUMNS]
+    return tag("tr", tag("th", f"{parts[0]['from']:.2f}–{parts[0]['to']:.2f}", scope="row"), *cells)
+
+
+def _section(title: str, *children: Child, class_: str | None = None) -> Markup:
+    return tag("section", tag("h2", title), *children, class_=class_)
+
+
+def _beside(plots: Markup, table: Markup) -> Markup:
+    return tag("div", tag("div", plots), table, class_="beside")
+
+
+def _figure(title: str, plot: Markup, legend: Mapping[str, str], ideal: bool = False) -> Markup:
+    entries = [tag("li", swatch(style), name) for style, name in legend.items()]
+    if ideal:
+        entries.append(tag("li", swatch("ideal"), "perfectly calibrated"))
+    names = tag("ul", *entries, class_="legend") if entries else None
+    return tag("figure", tag("figcaption", tag("strong", title), names), plot)
+
+
+def _heading(*texts: str) -> Markup:
+    return tag("tr", *(tag("th", text, scope="col") for text in texts))
+
+
+def _table(caption: str, heading: Markup, body: Sequence[Markup]) -> Markup:
+    """A table that scrolls within itself where the screen is narrow."""
+    table = tag("table", tag("caption", caption), tag("thead", heading), tag("tbody", *body))
+    return tag("div", table, class_="scroll", role="region", aria_label=caption, tabindex=0)
+
+
+def _definitions(facts: Mapping[str, Child]) -> Markup:
+    rows = [
+        tag("div", tag("dt", name), tag("dd", value))
+        for name, value in facts.items()
+        if value is not None
+    ]
+    return tag("dl", *rows)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

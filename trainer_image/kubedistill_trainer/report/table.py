@@ -1,0 +1,25 @@
+"""The figures of a report as lines of a log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kubedistill_trainer.report.text import compared, number, paired
+
+_HEADING = ("figure", "student", "teacher")
+_WEAKEST = {"perplexity": "highest perplexity", "perplexityRatio": "highest perplexityRatio"}
+
+
+def table(document: Mapping[str, Any]) -> list[str]:
+    """One line a row: each becomes an event of its own, so that columns line up in a log."""
+    rows = [*paired(document), *compared(document)]
+    cells = [_HEADING, *((r.name, number(r.student), number(r.teacher)) for r in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(3)]
+    lines = [
+        f"{name:<{widths[0]}}  {student:>{widths[1]}}  {teacher:>{widths[2]}}"
+        for name, student, teacher in cells
+    ]
+    for figure, part in document.get("weakest", {}).items():
+        lines.append(f"{_WEAKEST[figure]}: {part['source']} ({part['tokens']:,} tokens)")
+    return lines
