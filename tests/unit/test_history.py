@@ -17,6 +17,7 @@ from kubedistill_trainer.data.order import Order
 from kubedistill_trainer.data.packing import pack
 from kubedistill_trainer.exporter import ProgressBoard
 from kubedistill_trainer.failures import RunFailure
+from kubedistill_trainer.losses import LossParts
 from kubedistill_trainer.methods.history import LIMIT, History, Point
 from kubedistill_trainer.methods.signal import NoTeacher
 from kubedistill_trainer.methods.train import Loop
@@ -102,7 +103,7 @@ class Engine:
 
     def __call__(self, tokens: Any, positions: Any, labels: Any, *rest: Any) -> Any:
         loss = tokens.double().mean()
-        return SimpleNamespace(soft=loss * math.nan, hard=loss, total=loss)
+        return LossParts(total=loss, soft=loss * math.nan, hard=loss)
 
 
 class Clock:

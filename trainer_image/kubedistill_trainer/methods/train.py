@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,15 @@ class Timings:
 
     steps: deque[float] = field(default_factory=lambda: deque(maxlen=200))
     saves: list[float] = field(default_factory=list)
+
+
+class Losses(NamedTuple):
+    """Mean losses a token of one step, over all ranks."""
+
+    soft: float
+    hard: float
+    features: float
+    total: float
 
 
 class Loop:
@@ -95,14 +104,14 @@ class Loop:
             begun = time.monotonic()
             parts = self._step(step)
             step += 1
-            asked, soft, hard, loss = self._agree(parts)
+            asked, losses = self._agree(parts)
             self._timings.steps.append(time.monotonic() - begun)
-            if not math.isfinite(loss):
+            if not math.isfinite(losses.total):
                 exporter.NONFINITE.inc()
-                raise RunFailure(ExitCode.UNKNOWN, f"the loss of step {step} is {loss}")
+                raise RunFailure(ExitCode.UNKNOWN, f"the loss of step {step} is {losses.total}")
             speed = (step - first) / (time.monotonic() - started)
-            self.history.record(step, soft, hard, loss, self._rate(step - 1))
-            self._report(step, total, soft, hard, loss, speed)
+            self.history.record(step, losses.soft, losses.hard, losses.total, self._rate(step - 1))
+            self._report(step, total, losses, speed)
             if asked:
                 self._stop(step)
             if step % self._context.run.spec.checkpoint.interval_steps == 0 and step < total:
@@ -138,7 +147,7 @@ class Loop:
             yield mine[start : start + self._micro]
 
     def _step(self, step: int) -> torch.Tensor:
-        """One optimizer step; this rank's share of (soft, hard, total) loss, float64 [3]."""
+        """One optimizer step; this rank's share of its `Losses`, float64 [4]."""
         rate = self._rate(step)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -146,7 +155,7 @@ class Loop:
         batch = self._dataset.order.batch(step)
         # All ranks know all data, so the step's valid tokens need no communication.
         valid = self._dataset.packed.take(batch).valid_tokens
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(len(Losses._fields), dtype=torch.float64)
         # DeepSpeed divides by the ranks and by the accumulation steps; the normaliser already
         # speaks of the whole step.
         scale = self._context.world_size * self._engine.gradient_accumulation_steps()
@@ -154,11 +163,9 @@ class Loop:
             parts = self._forward(samples, float(max(1, valid)))
             self._engine.backward(parts.total * scale)
             self._engine.step()
-            sums += (
-                torch.stack([parts.soft.detach(), parts.hard.detach(), parts.total.detach()])
-                .double()
-                .cpu()
-            )
+            features = torch.zeros_like(parts.total) if parts.features is None else parts.features
+            shares = (parts.soft, parts.hard, features, parts.total)
+            sums += torch.stack([share.detach() for share in shares]).double().cpu()
             exporter.TOKENS.labels("student").inc(
                 samples.size * self._dataset.packed.sequence_length
             )
@@ -178,21 +185,19 @@ class Loop:
             teacher = self._teacher.batch(samples, tokens, positions)
         return self._engine(tokens, positions, labels, teacher, normalizer)
 
-    def _agree(self, sums: torch.Tensor) -> tuple[bool, float, float, float]:
+    def _agree(self, sums: torch.Tensor) -> tuple[bool, Losses]:
         """One small all-reduce a step: was any rank asked to stop; the losses of all ranks."""
         message = torch.cat([torch.tensor([float(self._interruption.asked)]).double(), sums])
         dist.all_reduce(message, group=self._control_group)
-        asked, soft, hard, total = message.tolist()
-        return asked > 0, soft, hard, total
+        asked, *losses = message.tolist()
+        return asked > 0, Losses(*losses)
 
-    def _report(
-        self, step: int, total: int, soft: float, hard: float, loss: float, speed: float
-    ) -> None:
+    def _report(self, step: int, total: int, losses: Losses, speed: float) -> None:
         now = time.time()
         exporter.STEP.set(step)
         exporter.LAST_STEP.set(now)
         exporter.STEP_DURATION.labels("step").observe(self._timings.steps[-1])
-        for component, value in (("soft", soft), ("hard", hard), ("total", loss)):
+        for component, value in losses._asdict().items():
             exporter.LOSS.labels(component).set(value)
         norm = self._engine.get_global_grad_norm()
         if norm is not None:
@@ -200,7 +205,7 @@ class Loop:
         batch_tokens = self._training.global_batch_size * self._dataset.packed.sequence_length
         self._board.update(
             step=step,
-            loss=loss,
+            loss=losses.total,
             last_step_time=now,
             tokens_per_second=speed * batch_tokens,
             estimated_remaining_seconds=(total - step) / speed if speed else None,
@@ -208,7 +213,7 @@ class Loop:
             teacher_stream=self._teacher.status(),
         )
         if step == 1 or step % 50 == 0 or step == total:
-            _log.info("step", extra={"step": step, "of": total, "loss": round(loss, 4)})
+            _log.info("step", extra={"step": step, "of": total, "loss": round(losses.total, 4)})
 
     def _commit(self, step: int) -> None:
         with exporter.CHECKPOINT_DURATION.labels("save").time():
