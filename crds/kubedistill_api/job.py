@@ -86,7 +86,8 @@ class Objective(ApiModel):
     model_config = rules(
         [
             cel(
-                "has(self.mix) == (self.loss == 'Mix')",
+                # Of a default `{}` the rule is asked before the defaults within it.
+                "has(self.mix) == (has(self.loss) && self.loss == 'Mix')",
                 "give `mix` with `loss: Mix`, and only with it",
             )
         ]
