@@ -13,6 +13,7 @@ from kubedistill_api.runspec import ResolvedModel, RunSpec
 from kubedistill_api.status import Metric
 from kubedistill_trainer.data.packing import pack
 from kubedistill_trainer.methods.history import History
+from kubedistill_trainer.methods.watch import Look, Watch
 from kubedistill_trainer.report.document import Finished
 from kubedistill_trainer.report.figures import Evaluation, Sums
 
@@ -30,7 +31,8 @@ def finished(*, teacher: bool = True, steps: int = STEPS) -> Finished:
     found = evaluation(teacher=teacher)
     points = history(steps, 0.5 if teacher else 0.0)
     metrics = [*found.metrics, Metric(name="initialPerplexity", value=88.412345)]
-    return Finished(_run(teacher), _dataset(steps), 134_515_008, metrics, found, points)
+    watch = Watch(None, tuple(Look(step=n, loss=3 + abs(n - 20) / 50) for n in (10, 20, 30)))
+    return Finished(_run(teacher), _dataset(steps), 134_515_008, metrics, found, points, watch)
 
 
 def evaluation(*, teacher: bool = True) -> Evaluation:

@@ -69,6 +69,14 @@ def test_what_goes(count: int, keep_last: int, verified: int | None, gone: list[
     assert [entry.sequence for entry in found] == gone
 
 
+def test_the_commit_of_a_step_that_is_wanted_stays() -> None:
+    found = entries(5)
+    best = found[1].record.model_copy(update={"step": 7})
+    found[1] = CommitEntry(2, best)
+    gone = to_retire(found, keep_last=1, verified=5, keep_step=7)
+    assert [entry.sequence for entry in gone] == [1, 3, 4]
+
+
 @given(
     count=st.integers(0, 12), keep_last=st.integers(0, 6), verified=st.none() | st.integers(1, 12)
 )

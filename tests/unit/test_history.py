@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
-from kubedistill_api.job import Training
-from kubedistill_trainer.data.order import Order
-from kubedistill_trainer.data.packing import pack
-from kubedistill_trainer.exporter import ProgressBoard
 from kubedistill_trainer.failures import RunFailure
-from kubedistill_trainer.losses import LossParts
 from kubedistill_trainer.methods.history import LIMIT, History, Point
-from kubedistill_trainer.methods.signal import NoTeacher
-from kubedistill_trainer.methods.train import Loop
+from loop_kit import Commits, gang, loop  # noqa: F401
 
 
 def recorded(first: int, last: int, history: History) -> History:
@@ -66,79 +54,6 @@ def test_a_full_history_is_small() -> None:
     for step in range(1, LIMIT + 1):
         history.record(100_000_000 + step, 1 / 3e3, 2 / 3, 4 / 3, 2 / 3 * 1e-5)
     assert len(json.dumps(history.to_cursor())) < 32_000
-
-
-class Commits:
-    """A checkpointer that keeps cursors only, as JSON."""
-
-    def __init__(self) -> None:
-        self.cursors: list[str] = []
-
-    def save(self, engine: Any, step: int, cursor: Any) -> Any:
-        self.cursors.append(json.dumps(cursor, allow_nan=False))
-        return SimpleNamespace(duration_seconds=0.0, uri="", time="", digest="")
-
-    def restore(self, engine: Any) -> Any:
-        if not self.cursors:
-            return None
-        cursor = json.loads(self.cursors[-1])
-        return SimpleNamespace(step=cursor["step"], cursor=cursor, uri="", rejected=[])
-
-
-class Engine:
-    """Its loss is the mean sample id, so that it tells one step from another."""
-
-    device = torch.device("cpu")
-    optimizer = SimpleNamespace(param_groups=[{}])
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        return 1
-
-    gradient_accumulation_steps = train_micro_batch_size_per_gpu
-
-    def train(self, *loss: Any) -> None:
-        """Nothing is learnt."""
-
-    step = backward = get_global_grad_norm = train
-
-    def __call__(self, tokens: Any, positions: Any, labels: Any, *rest: Any) -> Any:
-        loss = tokens.double().mean()
-        return LossParts(total=loss, soft=loss * math.nan, hard=loss)
-
-
-class Clock:
-    """Asks to stop when the step of a number is done."""
-
-    def __init__(self, after: int) -> None:
-        self._left = after
-
-    @property
-    def asked(self) -> bool:
-        self._left -= 1
-        return self._left == 0
-
-    def remaining_seconds(self) -> float:
-        return 1e6
-
-
-@pytest.fixture
-def gang() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def loop(commits: Commits, stop_after: int = 0) -> Loop:
-    training = Training.model_validate({"globalBatchSize": 1, "learningRate": 0.1})
-    spec = SimpleNamespace(training=training, checkpoint=SimpleNamespace(interval_steps=4))
-    context = SimpleNamespace(run=SimpleNamespace(spec=spec), world_size=1, rank=0)
-    dataset = SimpleNamespace(
-        total_steps=10,
-        order=Order(np.arange(6), 1, seed=0),
-        packed=pack([np.full(3, i) for i in range(6)], 3),
-    )
-    clock, board = Clock(stop_after), ProgressBoard()
-    return Loop(context, dataset, Engine(), NoTeacher(), commits, board, clock, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("gang")

@@ -16,7 +16,7 @@ from kubedistill_api.status import Metric
 from kubedistill_trainer.data.packing import IGNORED, pack
 from kubedistill_trainer.losses import TeacherHidden, TeacherSparse
 from kubedistill_trainer.methods.signal import NoTeacher
-from kubedistill_trainer.report.evaluate import evaluate, initial_perplexity, measure
+from kubedistill_trainer.report.evaluate import evaluate, heldout_perplexity, measure
 from kubedistill_trainer.report.figures import BINS, Sums
 
 VOCABULARY, LENGTH, HIDDEN = 11, 6, 4
@@ -156,7 +156,7 @@ def test_without_a_teacher(group: Any) -> None:
     data = dataset()
     found = evaluate(Engine(), NoTeacher(), data, 0, 1, group)
     assert set(found.figures) == {"perplexity", "accuracy", "ece"}
-    perplexity = initial_perplexity(Engine(), data, 0, 1, group)
+    perplexity = heldout_perplexity(Engine(), data, 0, 1, group)
     assert perplexity == found.figures["perplexity"]
 
 

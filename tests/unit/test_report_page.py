@@ -52,7 +52,14 @@ def whole() -> str:
 def test_all_sections_of_a_distillation(whole: str) -> None:
     outline = Outline(whole)
     assert whole.startswith("<!doctype html>")
-    assert outline.headings == ["Figures", "Weakest data", "Training", "Calibration", "Inputs"]
+    assert outline.headings == [
+        "Figures",
+        "Weakest data",
+        "Training",
+        "Early stopping",
+        "Calibration",
+        "Inputs",
+    ]
     assert len(outline.having("article")) == 7
     plots = [a for a in outline.having("svg") if a.get("role") == "img"]
     assert len(plots) == 3 and all(a["aria-label"] for a in plots)
@@ -119,7 +126,7 @@ def test_a_page_without_a_teacher() -> None:
     assert text.count('class="line total"') == 2 and 'class="line hard"' not in text
     assert "Agreement" not in text and 'class="teacher"' not in text and ">Ratio<" not in text
     assert Outline(text).headings == [
-        "Figures", "Weakest data", "Training", "Calibration", "Inputs",
+        "Figures", "Weakest data", "Training", "Early stopping", "Calibration", "Inputs",
     ]  # fmt: skip
 
 

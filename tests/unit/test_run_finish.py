@@ -34,7 +34,9 @@ def test_the_report_lies_beside_the_model_and_its_table_in_the_log(
     context = SimpleNamespace(
         run=done.run, rank=0, world_size=1, scratch=tmp_path, models_store=None
     )
-    loop = SimpleNamespace(initial_perplexity=88.4, history=SimpleNamespace(points=done.history))
+    loop = SimpleNamespace(
+        initial_perplexity=88.4, history=SimpleNamespace(points=done.history), watch=done.watch
+    )
     engine = SimpleNamespace(module=SimpleNamespace(model=None))
     caplog.set_level(logging.INFO)
     outcome = run._finish(
@@ -50,6 +52,8 @@ def test_the_report_lies_beside_the_model_and_its_table_in_the_log(
     assert "<title>small-chain-medium" in exported["report.html"]
     assert report["student"]["parameters"] == 6
     assert len(report["history"]) == 30
+    assert report["earlyStopping"]["bestStep"] == 20
+    assert "Best after step 20, which is what was exported" in exported["report.html"]
     assert {m.name: m.value for m in outcome.metrics} == report["metrics"]
     assert {"ece", "teacherEce", "initialPerplexity"} <= set(report["metrics"])
     names = [message.split()[0] for message in caplog.messages]

@@ -31,7 +31,7 @@ from kubedistill_trainer.models.export import export, gather_weights
 from kubedistill_trainer.models.folder import download, read_config
 from kubedistill_trainer.models.sizes import check_layers
 from kubedistill_trainer.report.document import Finished, document, files
-from kubedistill_trainer.report.evaluate import evaluate, initial_perplexity
+from kubedistill_trainer.report.evaluate import evaluate, heldout_perplexity
 from kubedistill_trainer.report.figures import Evaluation
 from kubedistill_trainer.report.table import table
 from kubedistill_trainer.teacher.digest import teacher_digest
@@ -72,15 +72,14 @@ def run_student(
     micro = micro_batch_size(
         spec.training.global_batch_size // context.world_size, spec.training.micro_batch_size
     )
+    if spec.training.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = wrap(module, spec.training, context.world_size, micro)
     teacher = _signal(context, dataset, teacher_folder, engine.device, features)
-    # Random weights say nothing: there only what comes of them is worth a figure.
-    began = None
-    if spec.student.config is None:
-        began = partial(
-            initial_perplexity, engine, dataset, context.rank, context.world_size, group
-        )
-    loop = Loop(context, dataset, engine, teacher, checkpointer, board, interruption, group, began)
+    measured = partial(heldout_perplexity, engine, dataset, context.rank, context.world_size, group)
+    loop = Loop(
+        context, dataset, engine, teacher, checkpointer, board, interruption, group, measured
+    )
     try:
         loop.run()
         return _finish(context, dataset, engine, teacher, board, group, loop)
@@ -173,7 +172,9 @@ def _finish(
     if weights is None:
         return Outcome(reason="Completed", message="rank 0 exports")
     parameters = sum(tensor.numel() for tensor in weights.values())
-    finished = Finished(context.run, dataset, parameters, metrics, found, loop.history.points)
+    finished = Finished(
+        context.run, dataset, parameters, metrics, found, loop.history.points, loop.watch
+    )
     content = document(finished)
     for line in table(content):
         _log.info(line)

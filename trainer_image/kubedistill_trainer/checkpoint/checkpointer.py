@@ -110,8 +110,17 @@ class Checkpointer:
             lambda: self._tidy(lambda: retention.collect(self._store, self._log, self._fence))
         )
 
-    def save(self, engine: Any, *, step: int, cursor: dict[str, JsonValue]) -> CommitInfo:
+    def save(
+        self,
+        engine: Any,
+        *,
+        step: int,
+        cursor: dict[str, JsonValue],
+        keep_step: int | None = None,
+    ) -> CommitInfo:
         """Steps 2 and 3: snapshot, upload, commit; then clean up. Returns after the commit.
+
+        Clean-up leaves the commit of `keep_step` alone.
 
         Raises on every rank: Fenced (exit, write nothing more), StoreError or CheckpointFailed
         (nothing was committed; the previous commit is valid, and another save may be tried).
@@ -127,7 +136,7 @@ class Checkpointer:
             entry = self._gang.from_first(lambda: self._commit(step, cursor, data, receipts))
         finally:
             snapshot.empty(folder)
-        self._gang.from_first(lambda: self._tidy(self._retire))
+        self._gang.from_first(lambda: self._tidy(lambda: self._retire(keep_step)))
         # Retries draw random numbers in some libraries; a resumed run would not have drawn them.
         rng.restore(taken.generators)
         commit = entry.record
@@ -156,8 +165,10 @@ class Checkpointer:
         )
         return data, [receipt for of_rank in receipts for receipt in of_rank]
 
-    def restore(self, engine: Any) -> Restored | None:
-        """Load the newest good commit into a fresh engine; None when the run has none.
+    def restore(self, engine: Any, step: int | None = None) -> Restored | None:
+        """Load the newest good commit into the engine; None when the run has none.
+
+        With `step` the newest good commit of that step, or where there is none the newest of all.
 
         A commit that is missing, altered or torn gets a REJECT and the next older one is tried.
         Raises WorldSizeChanged and ConfigChanged on a good commit that does not fit, StoreError
@@ -166,7 +177,7 @@ class Checkpointer:
         self._gang.from_first(self._log.read)
         rejected = self._gang.from_first(self._reject_unreadable)
         while True:
-            entry = self._gang.from_first(self._newest)
+            entry = self._gang.from_first(lambda: self._newest(step))
             if entry is None:
                 self._refuse_if_all_bad(rejected)
                 return None
@@ -200,8 +211,10 @@ class Checkpointer:
         assert isinstance(entry.record, Commit)
         return CommitEntry(entry.sequence, entry.record)
 
-    def _newest(self) -> CommitEntry | None:
-        return commits[-1] if (commits := self._log.commits()) else None
+    def _newest(self, step: int | None) -> CommitEntry | None:
+        commits = self._log.commits()
+        wanted = [commit for commit in commits if commit.record.step == step]
+        return next(reversed(wanted or commits), None)
 
     def _fetch(self, entry: CommitEntry, folder: Path) -> str:
         """Download what this rank needs, verified; what is wrong on any rank, or nothing."""
@@ -259,9 +272,12 @@ class Checkpointer:
                 "start a new job"
             )
 
-    def _retire(self) -> None:
+    def _retire(self, keep_step: int | None) -> None:
         commits = retention.to_retire(
-            self._log.commits(), keep_last=self._keep_last, verified=self._verified
+            self._log.commits(),
+            keep_last=self._keep_last,
+            verified=self._verified,
+            keep_step=keep_step,
         )
         retention.retire(self._store, self._log, commits)
 

@@ -15,16 +15,24 @@ _DATA_PREFIX = re.compile(r"data/e(\d+)/s\d+/[^/]+")
 
 
 def to_retire(
-    commits: Sequence[CommitEntry], *, keep_last: int, verified: int | None
+    commits: Sequence[CommitEntry],
+    *,
+    keep_last: int,
+    verified: int | None,
+    keep_step: int | None = None,
 ) -> list[CommitEntry]:
     """Which of the usable commits, oldest first, may go.
 
     Kept are the newest `keep_last` (at least 1) and the commit in slot `verified`: the newest that
-    a load or a full read has proved. Where none was proved, two are kept at least, so that one bad
-    shard is not the end of the run.
+    a load or a full read has proved, and those of `keep_step`. Where none was proved, two are kept
+    at least, so that one bad shard is not the end of the run.
     """
     kept = max(keep_last, 1 if verified is not None else _UNVERIFIED_KEPT)
-    return [commit for commit in commits[:-kept] if commit.sequence != verified]
+    return [
+        commit
+        for commit in commits[:-kept]
+        if commit.sequence != verified and commit.record.step != keep_step
+    ]
 
 
 def retire(store: Store, log: CommitLog, commits: Sequence[CommitEntry]) -> None:

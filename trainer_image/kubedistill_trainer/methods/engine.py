@@ -18,6 +18,12 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 def deepspeed_config(training: Training, ranks: int, micro_batch: int) -> dict[str, Any]:
     """The JSON that DeepSpeed takes. The learning rate is set by the loop, step by step."""
+    zero: dict[str, Any] = {
+        "stage": training.deep_speed.zero_stage,
+        "stage3_param_persistence_threshold": 1000,
+    }
+    if training.deep_speed.offload == "CPU":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -34,10 +40,9 @@ def deepspeed_config(training: Training, ranks: int, micro_batch: int) -> dict[s
                 "torch_adam": True,
             },
         },
-        "zero_optimization": {
-            "stage": training.deep_speed.zero_stage,
-            "stage3_param_persistence_threshold": 1000,
-        },
+        "zero_optimization": zero,
+        # torch's AdamW steps on the CPU as well; DeepSpeed's own is compiled when it is first used.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31 - 1,
     }
 

@@ -27,12 +27,14 @@ from kubedistill_trainer.methods.history import History
 from kubedistill_trainer.methods.interruption import Interruption
 from kubedistill_trainer.methods.schedule import learning_rate
 from kubedistill_trainer.methods.signal import Signal
+from kubedistill_trainer.methods.watch import Watch
 
 _log = logging.getLogger(__name__)
 Ids = npt.NDArray[np.int64]
 _GRACE_MARGIN_SECONDS = 5.0
 _INITIAL = "initialPerplexity"
 _HISTORY = "history"
+_WATCH = "heldOut"
 
 
 @dataclass
@@ -65,9 +67,9 @@ class Loop:
         board: exporter.ProgressBoard,
         interruption: Interruption,
         control_group: Any,
-        evaluate_start: Callable[[], float] | None = None,
+        heldout_perplexity: Callable[[], float] | None = None,
     ) -> None:
-        """`evaluate_start` gives the student's held-out perplexity before its first step."""
+        """`heldout_perplexity` measures the student as it is; a collective over all ranks."""
         self._context = context
         self._dataset = dataset
         self._engine = engine
@@ -76,9 +78,10 @@ class Loop:
         self._board = board
         self._interruption = interruption
         self._control_group = control_group
-        self._evaluate_start = evaluate_start
+        self._heldout_perplexity = heldout_perplexity
         self.initial_perplexity: float | None = None
         self.history = History()
+        self.watch = Watch(context.run.spec.training.early_stopping)
         self._timings = Timings()
         self._committed_step = -1
         spec = context.run.spec
@@ -89,18 +92,20 @@ class Loop:
     def run(self) -> int:
         """Restore, train, commit the last step; the number of steps is returned.
 
+        Where the held-out loss was best before the last step, the engine has that commit's weights.
+
         Raises RunFailure: GRACEFUL_CHECKPOINT or INTERRUPTED after SIGTERM, UNKNOWN when the loss
         stops being finite.
         """
         total = self._dataset.total_steps
         step = self._restore()
-        if step == 0 and self._evaluate_start is not None:
-            self.initial_perplexity = self._evaluate_start()
+        if step == 0 and self._heldout_perplexity is not None and self._starts_with_weights:
+            self.initial_perplexity = self._heldout_perplexity()
         self._board.update(phase="Training", total_steps=total, step=step)
         self._teacher.expect(self._micro_batches(step))
         self._engine.train()
         started, first = time.monotonic(), step
-        while step < total:
+        while step < total and not self.watch.stopped:
             begun = time.monotonic()
             parts = self._step(step)
             step += 1
@@ -114,11 +119,39 @@ class Loop:
             self._report(step, total, losses, speed)
             if asked:
                 self._stop(step)
-            if step % self._context.run.spec.checkpoint.interval_steps == 0 and step < total:
+            best = self.watch.due(step, total) and self._look(step)
+            interval = self._context.run.spec.checkpoint.interval_steps
+            if best or (step % interval == 0 and step < total):
                 self._commit(step)
         if self._committed_step != step:
             self._commit(step)
+        self._take_best(step)
         return step
+
+    @property
+    def _starts_with_weights(self) -> bool:
+        # Random weights say nothing: there only what comes of them is worth a figure.
+        return self._context.run.spec.student.config is None
+
+    def _look(self, step: int) -> bool:
+        """Measure the held-out loss; whether it is the best so far."""
+        assert self._heldout_perplexity is not None
+        perplexity = self._heldout_perplexity()
+        self._engine.train()
+        exporter.EVALUATION.labels("perplexity").set(perplexity)
+        best = self.watch.record(step, math.log(perplexity))
+        _log.info("held out", extra={"step": step, "perplexity": perplexity, "best": best})
+        return best
+
+    def _take_best(self, step: int) -> None:
+        """Load the commit with the least held-out loss, if that is not the one that is here."""
+        best = self.watch.best_step
+        if self.watch.stopped:
+            self._board.update(step=step, total_steps=step)
+        if best is None or best == step:
+            return
+        _log.info("going back to the best step", extra={"step": best, "from": step})
+        self._checkpointer.restore(self._engine, step=best)
 
     def _restore(self) -> int:
         with exporter.CHECKPOINT_DURATION.labels("restore").time():
@@ -134,6 +167,7 @@ class Loop:
         began = restored.cursor.get(_INITIAL)
         self.initial_perplexity = float(began) if isinstance(began, int | float) else None
         self.history = History.from_cursor(restored.cursor.get(_HISTORY))
+        self.watch = Watch.from_cursor(self._training.early_stopping, restored.cursor.get(_WATCH))
         return int(restored.step)
 
     def _micro_batches(self, first_step: int) -> Iterator[Ids]:
@@ -172,8 +206,7 @@ class Loop:
         return sums
 
     def _rate(self, step: int) -> float:
-        total, training = self._dataset.total_steps, self._training
-        return learning_rate(step, total, training.learning_rate, training.warmup_ratio)
+        return learning_rate(step, self._dataset.total_steps, self._training)
 
     def _forward(self, samples: Ids, normalizer: float) -> Any:
         device = self._engine.device
@@ -220,7 +253,11 @@ class Loop:
             cursor: dict[str, JsonValue] = {"step": step, _HISTORY: self.history.to_cursor()}
             if self.initial_perplexity is not None:
                 cursor[_INITIAL] = self.initial_perplexity
-            info = self._checkpointer.save(self._engine, step=step, cursor=cursor)
+            if self.watch.looks:
+                cursor[_WATCH] = self.watch.to_cursor()
+            info = self._checkpointer.save(
+                self._engine, step=step, cursor=cursor, keep_step=self.watch.best_step
+            )
         self._committed_step = step
         self._timings.saves.append(info.duration_seconds)
         exporter.LAST_COMMIT.set(time.time())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from kubedistill_api.status import Metric
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.data.order import Ids
 from kubedistill_trainer.methods.history import Point
+from kubedistill_trainer.methods.watch import Watch
 from kubedistill_trainer.report.card import card, student_text
 from kubedistill_trainer.report.figures import BINS, Calibration, Evaluation, Slice
 from kubedistill_trainer.report.page import page
@@ -31,6 +33,7 @@ class Finished:
     metrics: Sequence[Metric]
     evaluation: Evaluation
     history: Sequence[Point]
+    watch: Watch
 
 
 def files(finished: Finished, content: dict[str, Any]) -> dict[str, str]:
@@ -76,6 +79,7 @@ def document(finished: Finished) -> dict[str, Any]:
             for name, part in found.weakest().items()
         },
         "history": [_point(point) for point in finished.history],
+        "earlyStopping": _early_stopping(finished.watch),
         "inputs": {
             "inputsDigest": run.inputs_digest,
             "dataDigest": dataset.digest,
@@ -139,3 +143,14 @@ def _point(point: Point) -> dict[str, Any]:
         "total": point.total,
         "learningRate": point.learning_rate,
     }
+
+
+def _early_stopping(watch: Watch) -> dict[str, Any] | None:
+    """The looks at the held-out loss; None where nobody looked."""
+    if not watch.looks:
+        return None
+    looks = [
+        {"step": look.step, "loss": look.loss, "perplexity": math.exp(look.loss)}
+        for look in watch.looks
+    ]
+    return {"looks": looks, "bestStep": watch.best_step, "stopped": watch.stopped}

@@ -27,10 +27,10 @@ def evaluate(
     return sums.reduce(group).evaluation(dataset.sources)
 
 
-def initial_perplexity(
+def heldout_perplexity(
     engine: Any, dataset: Dataset, rank: int, world_size: int, group: Any
 ) -> float:
-    """Held-out perplexity of the student as it is now, without its teacher."""
+    """Held-out perplexity of the student as it is now, without its teacher. A collective."""
     return evaluate(engine, NoTeacher(), dataset, rank, world_size, group).figures["perplexity"]
 
 

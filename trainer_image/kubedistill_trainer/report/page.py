@@ -15,6 +15,7 @@ SECTIONS: tuple[Section, ...] = (
     sections.figures,
     sections.slices,
     sections.losses,
+    sections.held_out,
     sections.calibration,
     sections.inputs,
 )

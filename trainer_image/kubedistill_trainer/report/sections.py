@@ -130,6 +130,29 @@ def losses(document: Document) -> Markup | None:
     return _section("Training", _beside(plots, _table("Loss at some steps", heading, body)))
 
 
+def held_out(document: Document) -> Markup | None:
+    """The held-out perplexity on the way, and which step was taken."""
+    found = document.get("earlyStopping")
+    if not found:
+        return None
+    looks: Sequence[Document] = found["looks"]
+    last = looks[-1]["step"]
+    told = (
+        f"Best after step {found['bestStep']:,}, which is what was exported; training ended after "
+        f"step {last:,}" + (", for it no longer fell." if found["stopped"] else ".")
+    )
+    course = [(float(look["step"]), float(look["perplexity"])) for look in looks]
+    labels = Labels("Held-out perplexity", told, "optimizer step", "perplexity")
+    body = [
+        tag("tr", tag("th", f"{look['step']:,}", scope="row"),
+            tag("td", number(look["perplexity"])), tag("td", number(look["loss"])))
+        for look in _spread(looks)
+    ]  # fmt: skip
+    table = _table("Looks", _heading("Step", "Perplexity", "Loss"), body)
+    plot = _figure("Held-out perplexity", lines(labels, [Series("perplexity", "rate", course)]), {})
+    return _section("Early stopping", tag("p", told, class_="lead"), _beside(plot, table))
+
+
 def calibration(document: Document) -> Markup | None:
     """How far the models can be trusted when they are sure."""
     found = document.get("calibration") or {}

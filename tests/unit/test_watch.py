@@ -1,0 +1,116 @@
+"""Early stopping: when it looks, when it stops, and which step it takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from kubedistill_api.job import EarlyStopping, Training
+from kubedistill_trainer.failures import RunFailure
+from kubedistill_trainer.methods.schedule import learning_rate
+from kubedistill_trainer.methods.watch import Watch
+from loop_kit import Commits, gang, loop  # noqa: F401
+
+RULE = EarlyStopping(interval_steps=2, patience=2, min_delta=0.1)
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "stopped"),
+    [
+        ([], None, False),
+        ([3.0], 2, False),
+        ([3.0, 2.5, 2.0], 6, False),
+        ([3.0, 3.5], 2, False),
+        ([3.0, 3.5, 3.2], 2, True),
+        # Falls by less than minDelta are none, however many.
+        ([3.0, 2.95, 2.91], 2, True),
+        ([3.0, 2.95, 2.89], 6, False),
+        ([3.0, 2.0, 2.5, 1.8], 8, False),
+    ],
+)
+def test_the_rule(losses: list[float], best: int | None, stopped: bool) -> None:
+    watch = Watch(RULE)
+    for index, loss in enumerate(losses):
+        step = 2 * (index + 1)
+        assert watch.record(step, loss) == (watch.best_step == step)
+    assert (watch.best_step, watch.stopped) == (best, stopped)
+    again = Watch.from_cursor(RULE, json.loads(json.dumps(watch.to_cursor())))
+    assert (again.looks, again.stopped) == (watch.looks, stopped)
+
+
+@pytest.mark.parametrize("cursor", [None, "x", [[1]], [["a", 2]], {"steps": 1}])
+def test_a_cursor_without_looks_gives_a_watch_without_looks(cursor: object) -> None:
+    assert Watch.from_cursor(RULE, cursor).looks == ()  # type: ignore[arg-type]
+
+
+def test_it_looks_at_the_interval_and_at_the_end() -> None:
+    assert [step for step in range(1, 8) if Watch(RULE).due(step, 7)] == [2, 4, 6, 7]
+    assert not Watch(None).due(2, 2)
+
+
+def test_an_infinite_perplexity_is_no_best() -> None:
+    watch = Watch(RULE)
+    watch.record(2, 3.0)
+    assert not watch.record(4, float("nan"))
+    assert watch.best_step == 2
+
+
+def _falling_then_rising() -> Iterator[float]:
+    yield from (9.0, 5.0, 6.0, 7.0, 8.0)
+
+
+@pytest.mark.usefixtures("gang")
+def test_training_ends_and_goes_back_to_the_best_step() -> None:
+    commits, heldout = Commits(), _falling_then_rising()
+    stopping = {"earlyStopping": {"intervalSteps": 2, "patience": 2}}
+    run = loop(commits, heldout=lambda: next(heldout), **stopping)
+    assert run.run() == 8
+    assert run.watch.best_step == 4
+    assert commits.loaded == [None, 4]
+    steps = [json.loads(cursor)["step"] for cursor in commits.cursors]
+    assert steps == [2, 4, 8]
+    assert commits.kept == [2, 4, 4]
+    # A next attempt, killed before it exported: no step more, and the same best.
+    again = loop(commits, **stopping)
+    assert again.run() == 8
+    assert commits.loaded == [None, 4, None, 4]
+
+
+@pytest.mark.usefixtures("gang")
+def test_a_resumed_run_decides_as_one_that_never_stopped() -> None:
+    commits, heldout = Commits(), _falling_then_rising()
+    stopping = {"earlyStopping": {"intervalSteps": 2, "patience": 2}}
+    with pytest.raises(RunFailure, match="committed step 5"):
+        loop(commits, stop_after=5, heldout=lambda: next(heldout), **stopping).run()
+    resumed = loop(commits, heldout=lambda: next(heldout), **stopping)
+    assert resumed.run() == 8
+    assert resumed.watch.best_step == 4
+
+
+@pytest.mark.usefixtures("gang")
+def test_where_the_last_step_is_the_best_it_stays() -> None:
+    commits, heldout = Commits(), iter([9.0, 8.0, 7.0, 6.0, 5.0])
+    run = loop(
+        commits, heldout=lambda: next(heldout), earlyStopping={"intervalSteps": 2, "patience": 1}
+    )
+    assert run.run() == 10
+    assert commits.loaded == [None]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "final", "expected"),
+    [
+        ("Cosine", 0.1, [0.5, 1.0, 1.0, 0.868, 0.55, 0.232]),
+        ("Cosine", 0.0, [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]),
+        ("Linear", 0.0, [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("Linear", 0.2, [0.5, 1.0, 1.0, 0.8, 0.6, 0.4]),
+        ("Constant", 0.1, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_schedules(schedule: str, final: float, expected: list[float]) -> None:
+    training = Training.model_validate(
+        {"learningRate": 1.0, "warmupRatio": 1 / 3, "schedule": schedule, "finalRateRatio": final}
+    )
+    rates = [learning_rate(step, 6, training) for step in range(6)]
+    assert rates == pytest.approx(expected, abs=1e-3)
