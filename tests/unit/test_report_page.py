@@ -62,7 +62,7 @@ def test_all_sections_of_a_distillation(whole: str) -> None:
     ]
     assert len(outline.having("article")) == 7
     plots = [a for a in outline.having("svg") if a.get("role") == "img"]
-    assert len(plots) == 3 and all(a["aria-label"] for a in plots)
+    assert len(plots) == 4 and all(a["aria-label"] for a in plots)
     assert len(outline.having("caption")) == len(outline.having("table")) == 3
 
 
