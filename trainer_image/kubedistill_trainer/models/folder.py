@@ -11,15 +11,21 @@ from typing import Any
 from kubedistill_trainer.failures import unreadable
 from kubedistill_trainer.store import NoSuchBucket, NotFound, Store
 
-NOT_IN_DIGEST = ("MODEL_CARD.md", "README.md", "report.json")
-"""Written for people, with times in them: not what the model is."""
-
 _LOADED = (".json", ".safetensors", ".jinja", ".txt", ".model")
+"""What a model is made of; all else in its folder is for people."""
+_NOT_IN_DIGEST = ("report.json",)
 
 
 def digest_of(files: Iterable[tuple[str, str]]) -> str:
-    """SHA-256 (hex) over (name, SHA-256 of the content) of a folder's files, in name order."""
-    lines = [f"{digest}  {name}\n" for name, digest in sorted(files) if name not in NOT_IN_DIGEST]
+    """SHA-256 (hex) over (name, SHA-256 of the content) of a model's files, in name order.
+
+    Cards and reports are no part of it.
+    """
+    lines = [
+        f"{digest}  {name}\n"
+        for name, digest in sorted(files)
+        if name.endswith(_LOADED) and name not in _NOT_IN_DIGEST
+    ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

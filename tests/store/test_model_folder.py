@@ -1,0 +1,42 @@
+"""A finished model's folder in S3: found again under its digest, whatever lies beside the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kubedistill_trainer.failures import InputsRefused
+from kubedistill_trainer.models.folder import download, upload
+from kubedistill_trainer.store import Store
+from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
+
+MODEL = {"config.json": "{}", "model.safetensors": "w", "tokenizer.json": "{}", "merges.txt": "m"}
+BESIDE = {"MODEL_CARD.md": "# m", "report.json": "{}", "report.html": "<p>", "plot.svg": "<svg>"}
+
+
+@pytest.fixture
+def store(s3: S3Server) -> Store:  # noqa: F811
+    return s3.store()
+
+
+def _folder(path: Path, files: dict[str, str]) -> Path:
+    path.mkdir()
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
+
+
+def test_cards_and_reports_are_no_part_of_the_digest(store: Store, tmp_path: Path) -> None:
+    digest, folder = upload(_folder(tmp_path / "whole", MODEL | BESIDE), store)
+    assert download(folder, tmp_path / "got", "spec.teacher", digest) == digest
+    plain, _ = upload(_folder(tmp_path / "plain", MODEL), store)
+    assert plain == digest
+    other, _ = upload(_folder(tmp_path / "other", MODEL | {"merges.txt": "n"}), store)
+    assert other != digest
+
+
+def test_a_folder_that_somebody_changed_is_refused(store: Store, tmp_path: Path) -> None:
+    digest, folder = upload(_folder(tmp_path / "whole", MODEL), store)
+    folder.put("config.json", b'{"changed": 1}')
+    with pytest.raises(InputsRefused, match="somebody changed the folder"):
+        download(folder, tmp_path / "got", "spec.teacher", digest)
