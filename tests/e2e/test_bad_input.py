@@ -153,7 +153,7 @@ def test_no_payload_within_the_bound(team: Team, source: str) -> None:
     job = team.distilled("exact", source, distill={"objective": {"temperature": 4}})
     job["spec"]["teacher"] |= {"payload": "Auto", "maxGradientError": 1e-6}
     team.apply(job)
-    team.ends("exact", "InvalidSpec")
+    team.ends("exact", "TeacherFailed")
     message = team.condition("exact")["message"]
     for words in ("spec.teacher.maxGradientError: found 1e-06", "Hidden, int8", "gradient error"):
         assert words in message

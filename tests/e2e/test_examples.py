@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,20 @@ def test_two_writers_shared_a_sparse_stream(
     assert stream["bytes"] == sum(len(body) for key, body in written.items() if "/shards/" in key)
     shards = {key.split("/")[1] for key in written if "/shards/" in key}
     assert shards == {"0", "1"}
+
+
+def test_early_stopping_exports_the_best_look(
+    team: Team, applied: dict[str, list[dict[str, Any]]]
+) -> None:
+    status = team.ends("early-stopping", "Completed")
+    found = json.loads(team.objects(status["model"]["uri"])["report.json"])["earlyStopping"]
+    best = min(found["looks"], key=lambda look: look["loss"])
+    # Within minDelta of the least, and what was exported is what was measured there.
+    taken = next(look for look in found["looks"] if look["step"] == found["bestStep"])
+    assert taken["loss"] <= best["loss"] + 0.5
+    [perplexity] = [m["value"] for m in status["metrics"] if m["name"] == "perplexity"]
+    assert perplexity == pytest.approx(taken["perplexity"], rel=1e-4)
+    assert status["progress"]["percentage"] == 100
 
 
 def test_auto_says_what_it_measured_and_took(

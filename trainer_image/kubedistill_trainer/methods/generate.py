@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,7 +87,8 @@ def run_teacher(context: Context, board: exporter.ProgressBoard) -> Outcome:
             probe=rows,
         ),
     )
-    report = _Reporter(board, manifest, context.storage.child(identity.address).uri)
+    uri = context.storage.child(identity.address).uri
+    report = _Reporter(board, identity, uri, rows)
     # A stream that another job laid out in more partitions is written by as many as there are.
     for partition in range(context.partition, manifest.partitions, spec.teacher.workers.replicas):
         _write_partition(context, manifest, partition, dataset, model, report)
@@ -115,10 +117,16 @@ def _measured(
 class _Reporter:
     """Keeps /progress current; counts what this process committed."""
 
-    def __init__(self, board: exporter.ProgressBoard, manifest: Manifest, uri: str) -> None:
+    def __init__(
+        self,
+        board: exporter.ProgressBoard,
+        identity: StreamIdentity,
+        uri: str,
+        rows: Sequence[PayloadProbe],
+    ) -> None:
         self._board = board
-        self._identity = manifest.identity
-        self._probe = list(manifest.probe)
+        self._identity = identity
+        self._probe = list(rows)
         self._uri = uri
         self._last = 0.0
         self._writers: list[StreamWriter] = []

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from kubedistill_api.status import TeacherStreamStatus
+from kubedistill_api.status import PayloadProbe, TeacherStreamStatus
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -25,7 +25,7 @@ from kubedistill_trainer.teacher.errors import StreamStalled
 from kubedistill_trainer.teacher.head import load_head
 from kubedistill_trainer.teacher.manifest import StreamIdentity
 from kubedistill_trainer.teacher.payload import TeacherOutputs
-from kubedistill_trainer.teacher.request import resolved
+from kubedistill_trainer.teacher.request import measured, resolved
 from kubedistill_trainer.teacher.stream_reader import ReaderSettings, StreamReader
 
 Ids = npt.NDArray[np.int64]
@@ -100,9 +100,14 @@ class StreamTeacher:
         temperature: float,
         softcap: float | None,
         uri: str,
+        probe: list[PayloadProbe],
     ) -> None:
-        """`head`: the teacher's LM head where the payload is Hidden, else None. `uri`: for status."""
+        """`head`: the teacher's LM head where the payload is Hidden, else None.
+
+        `uri` and `probe` are for the status.
+        """
         self._uri = uri
+        self._probe = probe
         self._reader = reader
         self._temperature = temperature
         self._head = head
@@ -132,7 +137,7 @@ class StreamTeacher:
             bytes=progress.size_bytes,
             tokens=progress.tokens,
             complete=progress.ended,
-            probe=list(self._reader.manifest.probe),
+            probe=self._probe,
         )
 
     def close(self) -> None:
@@ -249,4 +254,5 @@ def stream_teacher(
     head = load_head(context.storage, reader.manifest, cache).to(device) if hidden else None
     softcap = config.get("final_logit_softcapping")
     uri = context.storage.child(identity.address).uri
-    return StreamTeacher(reader, head, dataset, temperature, softcap, uri)
+    probe = measured(request, context.storage)
+    return StreamTeacher(reader, head, dataset, temperature, softcap, uri, probe)

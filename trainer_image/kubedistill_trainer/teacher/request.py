@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kubedistill_api.job import DistillationJobSpec, Teacher
+from kubedistill_api.status import PayloadProbe
 
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.failures import refuse
@@ -58,6 +59,13 @@ def resolved(request: StreamIdentity | Question, store: Store) -> StreamIdentity
     if answer.chosen is None:
         raise refusal(request, answer)
     return request.with_payload(answer.chosen)
+
+
+def measured(request: StreamIdentity | Question, store: Store) -> list[PayloadProbe]:
+    """The table behind the choice of a payload; of the question, not of the stream: that may have
+    been there before."""
+    answer = read_answer(store, request) if isinstance(request, Question) else None
+    return list(answer.rows) if answer else []
 
 
 def _identity(
