@@ -40,7 +40,7 @@ def stream_request(
     return Question(
         identity=identity,
         temperatures=(temperature,),
-        objective=f"{objective.loss} {objective.mix} {objective.beta}",
+        objective=objective.model_dump_json(include={"loss", "mix", "beta"}),
         top_k=teacher.top_k,
         max_gradient_error=teacher.max_gradient_error,
     )
