@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 from kubedistill_trainer.store.errors import StoreUnavailable
-from kubedistill_trainer.teacher.errors import PartitionContested, StreamCorrupt
+from kubedistill_trainer.teacher.errors import StreamCorrupt
 from kubedistill_trainer.teacher.partition_log import PartitionLog
 from kubedistill_trainer.teacher.shard import ShardReader
 from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
 from teacher_builders import MemoryStore, hash_of, manifest, once, outputs_of, tokens_of
 
 LAYOUT = manifest(samples=12, partitions=2)
-LARGE = WriterSettings(first_shard_bytes=1 << 30, shard_bytes=1 << 30)
+LARGE = WriterSettings(first_shard_bytes=1 << 30, shard_bytes=1 << 30, patience_seconds=0)
 
 
 class Killed(BaseException):
@@ -183,19 +183,66 @@ def test_a_loser_that_thought_it_was_done_goes_back(tmp_path: Path) -> None:
     assert committed_samples(store) == [0, 2, 4, 6, 8, 10]
 
 
-def test_a_writer_that_keeps_losing_yields(tmp_path: Path) -> None:
+def _patient(store: MemoryStore, scratch: Path, pause: Callable[[float], object]) -> StreamWriter:
+    """Its clock stands still but for its pauses."""
+    now = [0.0]
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+        pause(seconds)
+
+    settings = WriterSettings(patience_seconds=5)
+    return StreamWriter(
+        store, LAYOUT, 0, scratch=scratch, settings=settings, clock=lambda: now[0], pause=wait
+    )
+
+
+def test_the_loser_of_a_slot_stands_by_until_the_partition_is_whole(tmp_path: Path) -> None:
+    """What two jobs ask for at once is made once."""
     store = MemoryStore()
-    winner, loser = writer(store, tmp_path / "w"), writer(store, tmp_path / "l")
-    for sample in (0, 2):
-        write(winner, sample)
-        write(loser, sample)
+    winner, left = writer(store, tmp_path / "w"), iter((2, 4, 6, 8, 10))
+
+    def the_other_goes_on(_: float) -> None:
+        write(winner, next(left))
         winner.commit()
-        loser.commit()
-    write(winner, 4)
-    write(loser, 4)
+
+    loser = _patient(store, tmp_path / "l", the_other_goes_on)
+    made = []
+    write(winner, 0)
+    for sample in loser.samples():
+        made.append(sample)
+        write(loser, sample)
+        if sample == 0:
+            winner.commit()
+            loser.commit()
+    loser.end()
+    assert made == [0]
+    assert committed_samples(store) == [0, 2, 4, 6, 8, 10]
+    assert len(store.keys(".shard")) == 6
+
+
+def test_the_loser_goes_on_where_the_other_died(tmp_path: Path) -> None:
+    store, pauses = MemoryStore(), []
+    winner = writer(store, tmp_path / "w")
+    write(winner, 0, 2)
+
+    def the_other_commits_once_more(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            write(winner, 4)
+            winner.commit()
+
+    loser = _patient(store, tmp_path / "l", the_other_commits_once_more)
+    write(loser, 0)
     winner.commit()
-    with pytest.raises(PartitionContested, match="3 commits in a row"):
-        loser.commit()
+    loser.commit()
+    assert loser.next_sample == 6
+    # Five seconds of patience from the other's last commit on.
+    assert len(pauses) == 3 + 5
+    for sample in loser.samples():
+        write(loser, sample)
+    loser.end()
+    assert committed_samples(store) == [0, 2, 4, 6, 8, 10]
 
 
 def test_wrong_samples_are_refused(tmp_path: Path) -> None:

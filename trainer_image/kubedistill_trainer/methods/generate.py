@@ -165,8 +165,13 @@ def _write_partition(
     settings = WriterSettings(first_shard_bytes=_FIRST_SHARD_BYTES)
     scratch = context.scratch / f"partition-{partition}"
     scratch.mkdir(parents=True, exist_ok=True)
+
+    def pause(seconds: float) -> None:
+        time.sleep(seconds)
+        report.tick()
+
     with StreamWriter(
-        context.storage, manifest, partition, scratch=scratch, settings=settings
+        context.storage, manifest, partition, scratch=scratch, settings=settings, pause=pause
     ) as writer:
         report.follow(writer)
         for sample in writer.samples():

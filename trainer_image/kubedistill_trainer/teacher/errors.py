@@ -67,7 +67,3 @@ class StreamClosed(StreamError):
 
 class SampleMissing(StreamError):
     """The stream has ended and the sample is not in it."""
-
-
-class PartitionContested(StreamError):
-    """Another live writer keeps committing to this writer's partition."""

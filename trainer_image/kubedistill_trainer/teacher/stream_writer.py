@@ -1,9 +1,9 @@
 """A teacher's outputs into one partition of a stream, so that a writer can die at any moment.
 
 A shard counts once its record is in the partition's log. A writer that starts takes up the
-partition after its last committed shard. Two writers on one partition are safe: each uploads under
-keys of its own, one wins the slot, and the other drops its shard and goes on from what is
-committed.
+partition after its last committed shard. Two writers on one partition (two jobs that ask for the
+same stream at once) are safe: each uploads under keys of its own, one wins the slot, and the other
+drops its shard and stands by while the partition grows. It goes on where the winner stops.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from torch import Tensor
 from kubedistill_trainer.store.client import Store
 from kubedistill_trainer.store.errors import StoreError, StoreUnavailable
 from kubedistill_trainer.teacher.codec import encode_outputs, token_hash
-from kubedistill_trainer.teacher.errors import PartitionContested
 from kubedistill_trainer.teacher.manifest import Manifest
 from kubedistill_trainer.teacher.partition_log import LogRecord, PartitionLog, SlotTaken
 from kubedistill_trainer.teacher.payload import TeacherOutputs
 from kubedistill_trainer.teacher.shard import ShardWriter
+
+_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,8 @@ class WriterSettings:
     """Size of a partition's first shard; each next one is twice as large, so students can start."""
     shard_seconds: float = 120.0
     """A shard that took this long is committed at whatever size it has."""
-    lost_commits_allowed: int = 3
-    """Slots lost in a row to another writer before this one yields."""
+    patience_seconds: float = 180.0
+    """A writer that lost a slot goes on when the other has committed nothing for so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ class StreamWriter:
 
     `store` is rooted at the storage URI; `manifest` is what `publish_manifest` returned; `scratch`
     is a local folder with room for one shard. `before_upload(size_bytes)` may block: it is where a
-    byte budget holds the teacher back.
+    byte budget holds the teacher back. `pause(seconds)` is called again and again while another
+    writer is ahead.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class StreamWriter:
         settings: WriterSettings | None = None,
         before_upload: Callable[[int], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], object] = time.sleep,
     ) -> None:
         if not 0 <= partition < manifest.partitions:
             raise ValueError(f"partition {partition} is not one of 0…{manifest.partitions - 1}")
@@ -79,12 +82,12 @@ class StreamWriter:
         self._settings = settings or WriterSettings()
         self._before_upload = before_upload
         self._clock = clock
+        self._pause = pause
         self._log = PartitionLog(self._store, partition)
         self._shard: ShardWriter | None = None
         self._shard_path = scratch
         self._started = 0.0
         self._sealed: _Sealed | None = None
-        self._lost = 0
         self._log.refresh()
         self._position = self._log.committed
 
@@ -127,7 +130,7 @@ class StreamWriter:
 
         `tokens` are the sample's ids [L]; `outputs` has L positions. Raises ValueError when the
         sample is not `next_sample` or has another length, StoreError when a commit fails (the
-        shard is kept; `commit` tries again), PartitionContested when another writer is at work.
+        shard is kept; `commit` tries again).
         """
         length = self._manifest.identity.sequence_length
         if sample != self.next_sample:
@@ -248,23 +251,23 @@ class StreamWriter:
             self._sealed = _Sealed(sealed.path, record, uploaded=True)
         try:
             self._log.append(record)
-        except SlotTaken as taken:
-            self._lose(record, taken)
-        else:
-            self._lost = 0
+        except SlotTaken:
+            self._lose(record)
         sealed.path.unlink(missing_ok=True)
         self._sealed = None
 
-    def _lose(self, record: LogRecord, taken: SlotTaken) -> None:
-        """Drop the shard that came second and go on after what the other writer committed."""
+    def _lose(self, record: LogRecord) -> None:
+        """Drop the shard that came second; stand by while the other writer commits."""
         with contextlib.suppress(StoreError):  # an orphan costs space and nothing else
             self._store.delete([record.key])
         self._log.refresh()
-        self._position = self._log.committed
-        self._lost += 1
-        if self._lost >= self._settings.lost_commits_allowed:
-            self._sealed = None
-            raise PartitionContested(
-                f"partition {self._partition}: {self._lost} commits in a row were lost to another "
-                f"writer (its last nonce is {taken.record.nonce}); one writer a partition is enough"
-            )
+        committed, moved = self._log.committed, self._clock()
+        while (
+            committed < self._manifest.samples_of(self._partition)
+            and self._clock() - moved < self._settings.patience_seconds
+        ):
+            self._pause(_POLL_SECONDS)
+            self._log.refresh()
+            if self._log.committed > committed:
+                committed, moved = self._log.committed, self._clock()
+        self._position = committed
