@@ -45,7 +45,8 @@ class Plan:
 
 
 FULL = Plan((32_000, 49_152, 128_256, 151_936), 1024, 2048, 576, 7, 60)
-QUICK = Plan((32_000, 128_256), 128, 512, 64, 5, 6)
+# As many tokens as fill the workspace at the smallest vocabulary: memory is flat from there on.
+QUICK = Plan((32_000, 128_256), 256, 512, 64, 5, 6)
 
 
 @dataclass(frozen=True)
