@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kubedistill_trainer.teacher.payload import Sparse, sparse_of_logits
 from kubedistill_trainer.teacher.payload_spec import SparseSpec
 from kubedistill_trainer.teacher.sparse import decode_sparse, encode_sparse
+from kubedistill_trainer.teacher.sparse_symbols import decode_symbols
 
 GRID = (0.5, 1.0, 2.0, 4.0)
 
@@ -175,3 +176,11 @@ def test_damaged_records_give_value_errors_and_nothing_else(data: st.DataObject)
         except ValueError:
             continue
         assert found.token_ids.shape[1] == 5
+
+
+def test_a_damaged_count_of_rows_allocates_nothing() -> None:
+    spec = SparseSpec(k=5, temperatures=(1.0,))
+    record = bytearray(encode_sparse(sparse_of_logits(torch.randn(9, 40), 5, (1.0,)), spec, 40))
+    symbols = 12 + 4 * 9
+    with pytest.raises(ValueError, match="entropy-coded ids take"):
+        decode_symbols(bytes(record[symbols:]), 1 << 40, 5, 40, spec.levels)

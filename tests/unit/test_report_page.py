@@ -63,7 +63,7 @@ def test_all_sections_of_a_distillation(whole: str) -> None:
     assert len(outline.having("article")) == 7
     plots = [a for a in outline.having("svg") if a.get("role") == "img"]
     assert len(plots) == 4 and all(a["aria-label"] for a in plots)
-    assert len(outline.having("caption")) == len(outline.having("table")) == 3
+    assert len(outline.having("caption")) == len(outline.having("table")) == 4
 
 
 def test_it_asks_for_nothing_from_outside(whole: str) -> None:

@@ -116,7 +116,8 @@ def _decoded(
     offsets = [_HEADER.size]
     for size in (*sizes, 8 * lanes, 4 * words):
         offsets.append(offsets[-1] + size)
-    if len(data) != offsets[-1] or not (lanes <= positions and (lanes or not positions)):
+    # Rows are bounded by the lanes, and these by the data: a damaged count allocates nothing.
+    if len(data) != offsets[-1] or not lanes <= positions <= lanes * _MOST_ROWS_A_LANE:
         raise ValueError(
             f"entropy-coded ids take {len(data)} bytes in {lanes} lanes, not {offsets[-1]}"
         )
