@@ -10,15 +10,13 @@ its layers. Payloads are of distributions as language has them: a Zipfian prior,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from common import Measure, arguments, interleaved, note, report
-from kubedistill_api.job import Objective
+from common import Measure, arguments, interleaved, note, report, student, training_step
 from kubedistill_trainer.losses import Teacher, TeacherHidden
 from kubedistill_trainer.methods.signal import joined_sampled, joined_sparse
-from kubedistill_trainer.methods.student import StudentWithLoss
 from kubedistill_trainer.teacher.codec import decode_outputs, encode_outputs
 from kubedistill_trainer.teacher.payload import (
     Hidden,
@@ -32,7 +30,6 @@ from kubedistill_trainer.teacher.payload_spec import (
     SampledSpec,
     SparseSpec,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
 
 GOAL = 5.0
 TEMPERATURE = 4.0
@@ -100,38 +97,15 @@ def teacher_of(plan: Plan, spec: PayloadSpec, encoded: list[bytes]) -> Teacher:
     return TeacherHidden(states, torch.randn(plan.vocab_size, plan.teacher_width))
 
 
-def step_of(plan: Plan, teacher: Teacher) -> Callable[[], object]:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=plan.vocab_size, hidden_size=plan.width,
-            intermediate_size=plan.width * 8 // 3, num_hidden_layers=plan.layers,
-            num_attention_heads=plan.heads, num_key_value_heads=plan.heads,
-            tie_word_embeddings=True,
-        )
-    )  # fmt: skip
-    module = StudentWithLoss(model, Objective(temperature=TEMPERATURE), plan.vocab_size)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
-    tokens = torch.randint(0, plan.vocab_size, (plan.batch, plan.length))
-    positions = torch.arange(plan.length).expand_as(tokens)
-
-    def step() -> None:
-        parts = module(tokens, positions, tokens, teacher, float(tokens.numel()))
-        assert not isinstance(parts, torch.Tensor)
-        parts.total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
 def measured(plan: Plan, rounds: int, seconds: float) -> list[Measure]:
     """Each payload's decoding beside the step that it feeds."""
     result = []
     tokens = plan.batch * plan.length
     for spec in specs(plan):
         encoded = records(plan, spec)
-        step = step_of(plan, teacher_of(plan, spec, encoded))
+        model = student(plan.layers, plan.width, plan.heads, plan.heads, plan.vocab_size)
+        train = training_step(model, TEMPERATURE, plan.batch, plan.length)
+        step = partial(train, teacher_of(plan, spec, encoded))
 
         def decode(spec: PayloadSpec = spec, encoded: list[bytes] = encoded) -> object:
             return [decode_outputs(record, [spec]) for record in encoded]

@@ -10,8 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
+from kubedistill_api.job import Objective
+from kubedistill_trainer.losses import Teacher
+from kubedistill_trainer.methods.student import StudentWithLoss
+from transformers import LlamaConfig, LlamaForCausalLM
 
 # The profiler announces every start and stop otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")
@@ -145,3 +150,38 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
         live += change
         peak = max(peak, live)
     return peak
+
+
+def student(layers: int, width: int, heads: int, key_value_heads: int, vocab_size: int) -> Any:
+    """A Llama-shaped student with random weights, the same ones each time."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size, hidden_size=width, intermediate_size=width * 8 // 3,
+            num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=key_value_heads, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+def training_step(
+    model: Any, temperature: float, batch: int, length: int
+) -> Callable[[Teacher | None], None]:
+    """A step as the trainer makes it, without DeepSpeed: forward, loss, backward, AdamW.
+
+    It takes a teacher's outputs for batch · length tokens, or None for cross-entropy alone.
+    """
+    vocab_size = model.config.vocab_size
+    module = StudentWithLoss(model, Objective(temperature=temperature), vocab_size)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
+    tokens = torch.randint(0, vocab_size, (batch, length))
+    positions = torch.arange(length).expand_as(tokens)
+
+    def step(teacher: Teacher | None) -> None:
+        parts = module(tokens, positions, tokens, teacher, float(tokens.numel()))
+        assert not isinstance(parts, torch.Tensor)
+        parts.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step

@@ -16,13 +16,20 @@ from functools import partial
 from statistics import median
 
 import torch
-from common import Measure, arguments, interleaved, note, paired_ratio, report
-from kubedistill_api.job import Objective
+from common import (
+    Measure,
+    arguments,
+    interleaved,
+    note,
+    paired_ratio,
+    report,
+    student,
+    training_step,
+)
 from kubedistill_trainer.losses import Teacher, TeacherHidden, TeacherSampled, TeacherSparse
-from kubedistill_trainer.methods.student import StudentWithLoss
-from transformers import LlamaConfig, LlamaForCausalLM
 
 GOAL = 1.02
+TEMPERATURE = 4.0
 K, DRAWS = 100, 50
 
 
@@ -42,19 +49,6 @@ FULL = Plan(15, 49_152, 576, 512, 15, 480)
 QUICK = Plan(4, 8_192, 192, 256, 15, 35)
 
 
-def student(plan: Plan) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    heads = max(1, plan.width // 64)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=plan.vocab_size, hidden_size=plan.width,
-            intermediate_size=plan.width * 8 // 3, num_hidden_layers=plan.layers,
-            num_attention_heads=heads, num_key_value_heads=max(1, heads // 3),
-            tie_word_embeddings=True, attn_implementation="sdpa",
-        )
-    )  # fmt: skip
-
-
 def teachers(plan: Plan, head: torch.Tensor) -> dict[str, Teacher | None]:
     """What each kind of stream gives for a step, of a random teacher of the student's width."""
     states = torch.randn(plan.tokens, plan.width)
@@ -71,20 +65,10 @@ def teachers(plan: Plan, head: torch.Tensor) -> dict[str, Teacher | None]:
 
 def steps(plan: Plan) -> dict[str, Callable[[], object]]:
     """One step for each kind; they share student and optimizer, which none of them depends on."""
-    model = student(plan)
+    heads = max(1, plan.width // 64)
+    model = student(plan.layers, plan.width, heads, max(1, heads // 3), plan.vocab_size)
     head = model.get_output_embeddings().weight.detach()
-    module = StudentWithLoss(model, Objective(temperature=4.0), plan.vocab_size)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
-    tokens = torch.randint(0, plan.vocab_size, (2, plan.tokens // 2))
-    positions = torch.arange(plan.tokens // 2).expand_as(tokens)
-
-    def step(teacher: Teacher | None) -> None:
-        parts = module(tokens, positions, tokens, teacher, float(plan.tokens))
-        assert not isinstance(parts, torch.Tensor)
-        parts.total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    step = training_step(model, TEMPERATURE, 2, plan.tokens // 2)
     return {name: partial(step, teacher) for name, teacher in teachers(plan, head).items()}
 
 
