@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from kubedistill_api.job import Objective
+from kubedistill_api.objective import Objective
 from kubedistill_trainer.losses import Teacher
 from kubedistill_trainer.methods.student import StudentWithLoss
 from transformers import LlamaConfig, LlamaForCausalLM

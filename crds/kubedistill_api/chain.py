@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, StringConstraints
 
 from kubedistill_api.base import ApiModel, cel, rules
-from kubedistill_api.job import ModelSource
+from kubedistill_api.references import ModelSource
 from kubedistill_api.status import Conditions
 
 StageName = Annotated[

@@ -2,179 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
 from kubedistill_api.base import ApiModel, cel, number_or, rules
-
-S3Uri = Annotated[
-    str,
-    StringConstraints(pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?$", max_length=1024),
-]
-ObjectName = Annotated[
-    str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", min_length=1, max_length=50)
-]
-Preserved = Annotated[
-    dict[str, Any],
-    Field(json_schema_extra={"type": "object", "x-kubernetes-preserve-unknown-fields": True}),
-]
-
-
-class JobReference(ApiModel):
-    """Another DistillationJob of the same namespace, whose finished model is used."""
-
-    name: ObjectName = Field(description="Name of a DistillationJob in the same namespace.")
-
-
-class ModelSource(ApiModel):
-    """A model folder in S3, in Hugging Face layout: config.json, *.safetensors, tokenizer.json."""
-
-    uri: S3Uri = Field(description="Folder of a Hugging Face model with safetensors weights.")
-
-
-class DivergenceMix(ApiModel):
-    """Weights of divergences of the teacher's distribution p and the student's q."""
-
-    model_config = rules(
-        [
-            cel(
-                "self.forwardKL + self.reverseKL + self.jsd > 0.0",
-                "give at least one of forwardKL, reverseKL and jsd a weight above 0",
-            )
-        ]
-    )
-    forward_kl: float = Field(
-        0.0, alias="forwardKL", ge=0, le=1000, description="Weight of KL(p || q)."
-    )
-    reverse_kl: float = Field(
-        0.0, alias="reverseKL", ge=0, le=1000, description="Weight of KL(q || p)."
-    )
-    jsd: float = Field(0.0, ge=0, le=1000, description="Weight of JSD.")
-
-
-class FeatureMatching(ApiModel):
-    """Hidden states of the student, through a trained projection, pulled to the teacher's."""
-
-    model_config = rules(
-        [
-            cel(
-                "has(self.studentLayer) == has(self.teacherLayer)",
-                "give both studentLayer and teacherLayer, or neither for all layers of the student",
-            )
-        ]
-    )
-    student_layer: int | None = Field(
-        None, ge=1, le=1024, description="Layer of the student, counted from 1."
-    )
-    teacher_layer: int | None = Field(
-        None,
-        ge=1,
-        le=1024,
-        description="Layer of the teacher. With neither, every layer of the student is matched to "
-        "the teacher's at the same relative depth.",
-    )
-    loss: Literal["MSE", "Cosine"] = Field(
-        "MSE", description="Mean squared error a dimension, or 1 - cosine."
-    )
-    weight: float = Field(1.0, gt=0, le=1000, description="Weight beside the other terms.")
-
-
-class Objective(ApiModel):
-    """The loss: softWeight * T^2 * D(teacher, student) + (1 - softWeight) * cross-entropy + features."""
-
-    model_config = rules(
-        [
-            cel(
-                # Of a default `{}` the rule is asked before the defaults within it.
-                "has(self.mix) == (has(self.loss) && self.loss == 'Mix')",
-                "give `mix` with `loss: Mix`, and only with it",
-            )
-        ]
-    )
-    loss: Literal["ForwardKL", "ReverseKL", "JSD", "Mix"] = Field(
-        "ForwardKL", description="Divergence D of the soft term: one, or a Mix by weights."
-    )
-    mix: DivergenceMix | None = Field(None, description="Weights, for `loss: Mix`.")
-    beta: float = Field(
-        0.5,
-        gt=0,
-        lt=1,
-        description="JSD's share of the teacher in the mean that both are compared with.",
-    )
-    temperature: float = Field(
-        4.0, gt=0, le=100, description="T of the soft term, which is multiplied by T^2."
-    )
-    soft_weight: float = Field(
-        0.5, ge=0, le=1, description="Weight of the soft term; cross-entropy has the rest."
-    )
-    features: list[FeatureMatching] = Field(
-        [], max_length=64, description="Hidden states to be matched; needs `delivery: Online`."
-    )
+from kubedistill_api.data import Data
+from kubedistill_api.generation import ChainOfThought, Generation
+from kubedistill_api.objective import Objective
+from kubedistill_api.references import (
+    JobReference,
+    ModelSource,
+    Preserved,
+    S3Uri,
+    SecretReference,
+)
+from kubedistill_api.teacher import Teacher
 
 
 class Distill(ApiModel):
     """Train the student on a teacher's outputs."""
 
+    model_config = rules(
+        [
+            cel(
+                "!has(self.generation) || (has(self.signal) && self.signal != 'Logits')",
+                "`generation` is for `signal: Responses` and `ChainOfThought`",
+            ),
+            cel(
+                "!has(self.chainOfThought) || (has(self.signal) && self.signal == 'ChainOfThought')",
+                "`chainOfThought` is for `signal: ChainOfThought`",
+            ),
+            cel(
+                "!has(self.chainOfThought) || self.chainOfThought.minAgreement == 0.0 || "
+                "(has(self.generation) && self.generation.samples > 1)",
+                "samples can agree only where there are several: raise `generation.samples`",
+                ".chainOfThought.minAgreement",
+            ),
+            cel(
+                "!has(self.signal) || self.signal == 'Logits' || !has(self.objective) || "
+                "!has(self.objective.features) || size(self.objective.features) == 0",
+                "a teacher's text has no layers: leave `features` out, or write `signal: Logits`",
+                ".objective.features",
+            ),
+        ]
+    )
     objective: Objective = Field(Objective(), description="What is minimised.")
-    signal: Literal["Logits"] = Field(
-        "Logits", description="What of the teacher is learnt: its next-token distribution."
+    signal: Literal["Logits", "Responses", "ChainOfThought"] = Field(
+        "Logits",
+        description="What of the teacher is learnt. Logits: its next-token distribution. "
+        "Responses: its answers to prompts. ChainOfThought: answers with the reasoning before them.",
+    )
+    generation: Generation | None = Field(
+        None, description="How the teacher answers, for Responses and ChainOfThought."
+    )
+    chain_of_thought: ChainOfThought | None = Field(
+        None, description="Which reasoning is learnt, for ChainOfThought."
     )
 
 
 class FineTune(ApiModel):
     """Train the student on the data's own labels: cross-entropy only, no teacher."""
-
-
-class TeacherWorkers(ApiModel):
-    """The teacher's own pods, for `delivery: Stream`: independent writers of parts of the data."""
-
-    replicas: int = Field(1, ge=1, le=256, description="Writers; each takes a part of the data.")
-    gpus_per_replica: int = Field(
-        1, ge=0, le=16, description="GPUs of a writer; 0 runs on the CPU."
-    )
-    template: Preserved = Field(
-        {}, description="Pod template merged over the operator's, as for `workers.template`."
-    )
-
-
-class Teacher(ApiModel):
-    """The model whose outputs are learnt: exactly one of `model` and `fromJob`."""
-
-    model_config = rules(
-        [
-            cel(
-                "has(self.model) != has(self.fromJob)",
-                "give exactly one teacher: either `model: {uri: s3://…}` or `fromJob: {name: …}`",
-            )
-        ]
-    )
-    model: ModelSource | None = Field(None, description="A model folder in S3.")
-    from_job: JobReference | None = Field(
-        None, description="The model of another job; waits for it."
-    )
-    delivery: Literal["Online", "Stream"] = Field(
-        "Stream",
-        description="Online: the teacher runs inside the student's pods. "
-        "Stream: it runs once in pods of its own and writes a stream to S3.",
-    )
-    payload: Literal["Auto", "Sparse", "Sampled", "Hidden"] = Field(
-        "Hidden",
-        description="What a stream holds a token. Hidden: final hidden state, exact at every T. "
-        "Sparse: the topK log-probabilities and the mass of the rest, for low T. "
-        "Sampled: random draws at the objective's T, unbiased, for much text at T = 1. "
-        "Auto: measures Sparse and Hidden on a part of the data, and takes the smallest within "
-        "maxGradientError.",
-    )
-    max_gradient_error: float = Field(
-        0.05,
-        gt=0,
-        le=1,
-        description="For Auto: greatest error of the logits' gradient, relative to the exact one.",
-    )
-    top_k: int = Field(100, ge=1, le=1024, description="Log-probabilities a token, for Sparse.")
-    draws: int = Field(50, ge=1, le=1024, description="Random draws a token, for Sampled.")
-    workers: TeacherWorkers = Field(TeacherWorkers(), description="The teacher's own pods.")
 
 
 class FromTeacher(ApiModel):
@@ -206,35 +94,6 @@ class Student(ApiModel):
         None,
         description="Keys of a Hugging Face config.json; random weights. `model_type` is needed, "
         "`vocab_size` is taken from the tokenizer when absent.",
-    )
-
-
-class DataSource(ApiModel):
-    """One file of text."""
-
-    uri: S3Uri = Field(description="A .jsonl file (one object a line) or a .txt file.")
-    text_field: str = Field(
-        "text",
-        min_length=1,
-        max_length=128,
-        description="Field of a JSON line that holds the text.",
-    )
-
-
-class Data(ApiModel):
-    """What is learnt from, and what is held out."""
-
-    sources: list[DataSource] = Field(min_length=1, max_length=64, description="Files of text.")
-    tokenizer: ModelSource | None = Field(
-        None,
-        description="Folder with tokenizer.json; by default the teacher's, or else the student's.",
-    )
-    sequence_length: int = Field(1024, ge=8, le=131072, description="Tokens of a packed sequence.")
-    holdout: float = Field(
-        0.02, gt=0, lt=1, description="Share of the packed sequences kept for evaluation."
-    )
-    max_bad_records: int = Field(
-        0, ge=0, le=1_000_000, description="Malformed lines that are skipped before the job fails."
     )
 
 
@@ -323,12 +182,6 @@ class Workers(ApiModel):
     )
 
 
-class SecretReference(ApiModel):
-    """A Secret of the same namespace."""
-
-    name: str = Field(min_length=1, max_length=253, description="Name of the Secret.")
-
-
 class Storage(ApiModel):
     """Where checkpoints, streams and models go."""
 
@@ -401,6 +254,31 @@ class DistillationJobSpec(ApiModel):
                 "draws estimate KL(teacher || student) only: write `objective.loss: ForwardKL`, "
                 "or another teacher.payload",
                 ".distill.objective.loss",
+            ),
+            cel(
+                "!has(self.distill) || !has(self.teacher) || self.distill.signal == 'Logits' || "
+                "self.teacher.delivery == 'Stream'",
+                "a teacher's text is written before it is learnt: write `teacher.delivery: Stream`",
+                ".teacher.delivery",
+            ),
+            cel(
+                "!has(self.distill) || !has(self.teacher) || !has(self.teacher.endpoint) || "
+                "self.distill.signal != 'Logits'",
+                "an endpoint gives text: write `distill.signal: Responses` or `ChainOfThought`",
+                ".distill.signal",
+            ),
+            cel(
+                "!has(self.teacher) || !has(self.teacher.endpoint) || !has(self.student.fromTeacher)",
+                "a student cannot begin as a teacher behind an endpoint: give `student.model`, "
+                "`fromJob` or `config`",
+                ".student.fromTeacher",
+            ),
+            cel(
+                "(has(self.distill) && self.distill.signal != 'Logits') == "
+                "self.data.sources.exists(s, s.origin == 'Teacher')",
+                "`signal: Responses` and `ChainOfThought` need a source with `origin: Teacher`, whose "
+                "prompts the teacher answers; other jobs have none",
+                ".data.sources",
             ),
             cel(
                 "self.training.globalBatchSize >= self.workers.nodes * "

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kubedistill_api.data import Data, DataSource
 from kubedistill_api.exit_codes import ExitCode
-from kubedistill_api.job import Data, DataSource
 from kubedistill_trainer.data.dataset import source_names
 from kubedistill_trainer.data.order import Order, micro_batch_size, split
 from kubedistill_trainer.data.packing import IGNORED, pack

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kubedistill_api.job import Objective
+from kubedistill_api.objective import Objective
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.losses import FeatureMatcher, FeaturePair, uniform_map
 from kubedistill_trainer.methods.objective import divergence_of, feature_pairs

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kubedistill_api.job import Objective
+from kubedistill_api.objective import Objective
 from kubedistill_api.runspec import Outcome
 from kubedistill_api.status import Metric
 

@@ -11,7 +11,7 @@ from kubedistill_api.names import stage_job_name
 _METHODS = {"distill": ("fineTune",), "fineTune": ("distill", "teacher")}
 """A stage's method, and what of the template it puts aside."""
 _EXCLUSIVE = {
-    "teacher": ("model", "fromJob"),
+    "teacher": ("model", "fromJob", "endpoint"),
     "student": ("model", "fromJob", "fromTeacher", "config"),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kubedistill_api import reasons
-from kubedistill_api.job import JobReference, ModelSource
+from kubedistill_api.references import JobReference, ModelSource
 from kubedistill_api.runspec import ResolvedModel
 
 from kubedistill_operator.plan.actions import Inputs

@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.data import DataSource
+from kubedistill_api.job import Distill, DistillationJobSpec
 from kubedistill_api.runspec import Problem, ResolvedModel
 from pydantic import ValidationError
 
@@ -70,6 +71,7 @@ def rule_problems(spec: DistillationJobSpec) -> list[Problem]:
         )  # fmt: skip
     _source_problems(spec, refuse)
     _objective_problems(spec, refuse)
+    _text_problems(spec, refuse)
     ranks = ranks_of(spec)
     if spec.training.global_batch_size % ranks:
         refuse(
@@ -81,11 +83,14 @@ def rule_problems(spec: DistillationJobSpec) -> list[Problem]:
 
 def _source_problems(spec: DistillationJobSpec, refuse: Any) -> None:
     teacher, student = spec.teacher, spec.student
-    if teacher is not None and (teacher.model is None) == (teacher.from_job is None):
-        refuse(
-            "teacher", "two sources" if teacher.model else "no source",
-            "give exactly one of `model: {uri: s3://…}` and `fromJob: {name: …}`",
-        )  # fmt: skip
+    if teacher is not None:
+        given = [s for s in (teacher.model, teacher.from_job, teacher.endpoint) if s is not None]
+        if len(given) != 1:
+            refuse(
+                "teacher", f"{len(given)} sources",
+                "give exactly one of `model: {uri: s3://…}`, `fromJob: {name: …}` and "
+                "`endpoint: {url: …, model: …}`",
+            )  # fmt: skip
     starts = [
         student.model is not None, student.from_job is not None,
         student.from_teacher is not None, student.config is not None,
@@ -135,6 +140,62 @@ def _objective_problems(spec: DistillationJobSpec, refuse: Any) -> None:
         )  # fmt: skip
 
 
+def _text_problems(spec: DistillationJobSpec, refuse: Any) -> None:
+    """What concerns a teacher's text, and conversations."""
+    distill, teacher = spec.distill, spec.teacher
+    text = distill is not None and distill.signal != "Logits"
+    asked = any(source.origin == "Teacher" for source in spec.data.sources)
+    if text != asked:
+        refuse(
+            "data.sources", "a source" if asked else "no source with `origin: Teacher`",
+            "`signal: Responses` and `ChainOfThought` need a source with `origin: Teacher`; other "
+            "jobs have none",
+        )  # fmt: skip
+    for index, source in enumerate(spec.data.sources):
+        _fields_problem(source, f"data.sources[{index}]", refuse)
+    if teacher is not None and teacher.endpoint is not None and spec.student.from_teacher:
+        refuse("student.fromTeacher", "a teacher behind an endpoint", "use another start")
+    if distill is None:
+        return
+    if text and teacher is not None and teacher.delivery != "Stream":
+        refuse("teacher.delivery", teacher.delivery, "text needs `delivery: Stream`")
+    if teacher is not None and teacher.endpoint is not None and not text:
+        refuse(
+            "distill.signal", distill.signal,
+            "an endpoint gives text: write `Responses` or `ChainOfThought`",
+        )  # fmt: skip
+    if distill.generation is not None and not text:
+        refuse("distill.generation", "settings", "they are for signals of text: leave them out")
+    samples = distill.generation.samples if distill.generation else 1
+    if samples > 1 and distill.generation and distill.generation.temperature == 0:
+        refuse("distill.generation.temperature", "0", f"above 0: {samples} samples would be alike")
+    _thought_problems(distill, samples, refuse)
+    if text and distill.objective.features:
+        refuse("distill.objective.features", "layers", "a teacher's text has none: leave it out")
+
+
+def _thought_problems(distill: Distill, samples: int, refuse: Any) -> None:
+    thought = distill.chain_of_thought
+    if thought is None:
+        return
+    if distill.signal != "ChainOfThought":
+        refuse("distill.chainOfThought", "settings", "they are for `signal: ChainOfThought`")
+    if thought.min_agreement > 0 and samples < 2:
+        refuse(
+            "distill.chainOfThought.minAgreement", str(thought.min_agreement),
+            "several samples: raise distill.generation.samples, or leave it out",
+        )  # fmt: skip
+
+
+def _fields_problem(source: DataSource, field: str, refuse: Any) -> None:
+    if source.messages_field and (source.prompt_field or source.response_field):
+        refuse(field, "both", "give `messagesField`, or `promptField` and `responseField`")
+    elif source.response_field and not source.prompt_field:
+        refuse(f"{field}.promptField", "nothing", "`responseField` needs it")
+    if source.origin == "Teacher" and not (source.prompt_field or source.messages_field):
+        refuse(field, "no prompts", "give `promptField` or `messagesField` for the teacher")
+
+
 def ranks_of(spec: DistillationJobSpec) -> int:
     """Ranks of the gang: one a GPU, or one a pod on the CPU."""
     return spec.workers.nodes * max(1, spec.workers.gpus_per_node)
@@ -173,6 +234,8 @@ def teacher_summary(spec: DistillationJobSpec) -> str:
         return ""
     if spec.teacher.from_job:
         return f"from {spec.teacher.from_job.name}"[:64]
+    if spec.teacher.endpoint:
+        return spec.teacher.endpoint.model[:64]
     return last_part(spec.teacher.model.uri) if spec.teacher.model else ""
 
 

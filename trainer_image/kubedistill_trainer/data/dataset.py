@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kubedistill_api.job import DataSource, DistillationJobSpec
+from kubedistill_api.data import DataSource
+from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import RunSpec
 
 from kubedistill_trainer.data.order import Order, Split, split

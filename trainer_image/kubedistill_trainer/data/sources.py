@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kubedistill_api.job import Data, DataSource
+from kubedistill_api.data import Data, DataSource
 
 from kubedistill_trainer.failures import unreadable
 from kubedistill_trainer.store import NoSuchBucket, NotFound, Store

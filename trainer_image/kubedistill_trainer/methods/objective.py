@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kubedistill_api.job import Objective
+from kubedistill_api.objective import Objective
 
 from kubedistill_trainer.failures import refuse
 from kubedistill_trainer.losses.features import FeaturePair, uniform_map

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from kubedistill_api.job import Objective
+from kubedistill_api.objective import Objective
 from torch import Tensor, nn
 
 from kubedistill_trainer.losses import (

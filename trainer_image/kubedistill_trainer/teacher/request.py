@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kubedistill_api.job import DistillationJobSpec, Teacher
+from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.status import PayloadProbe
+from kubedistill_api.teacher import Teacher
 
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.failures import refuse
