@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from kubedistill_api.job import Training
-from kubedistill_trainer.data.order import Order
+from kubedistill_trainer.data.order import Order, Part
 from kubedistill_trainer.data.packing import pack
 from kubedistill_trainer.exporter import ProgressBoard
 from kubedistill_trainer.losses import LossParts
@@ -101,7 +101,7 @@ def loop(
     context = SimpleNamespace(run=SimpleNamespace(spec=spec), world_size=1, rank=0)
     dataset = SimpleNamespace(
         total_steps=10,
-        order=Order(np.arange(6), 1, seed=0),
+        order=Order([Part(np.arange(6))], 1, seed=0),
         packed=pack([np.full(3, i) for i in range(6)], 3),
     )
     clock, board = Clock(stop_after), ProgressBoard()

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from kubedistill_api.data import Data, DataSource
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_trainer.data.dataset import source_names
-from kubedistill_trainer.data.order import Order, micro_batch_size, split
+from kubedistill_trainer.data.order import Order, Part, micro_batch_size, split
 from kubedistill_trainer.data.packing import IGNORED, pack
-from kubedistill_trainer.data.sources import parse_source, read_corpus
+from kubedistill_trainer.data.records import BadRecords
+from kubedistill_trainer.data.sources import Corpus, parse_source, read_corpus
 from kubedistill_trainer.failures import InputsRefused
 
 
@@ -42,7 +43,7 @@ def test_documents_know_their_file() -> None:
     files = {"a.jsonl": b'{"text": "x"}\n{"text": "y"}\n', "b.txt": b" ", "c.txt": b"z"}
     store = SimpleNamespace(get=files.__getitem__)
     data = Data.model_validate({"sources": [{"uri": f"s3://data/{name}"} for name in files]})
-    corpus = read_corpus(data, lambda uri: store)  # type: ignore[arg-type,return-value]
+    corpus = read_corpus(data, lambda uri: store, BadRecords(0))  # type: ignore[arg-type,return-value]
     assert (corpus.documents, corpus.sources) == (["x", "y", "z"], [0, 0, 2])
 
 
@@ -59,15 +60,15 @@ def test_a_file_read_for_two_fields_has_two_names() -> None:
 
 
 def test_too_little_text_says_how_much_is_needed() -> None:
-    with pytest.raises(InputsRefused, match="found 5 tokens of text; give at least 8 tokens"):
-        pack([np.arange(5)], 4)
+    with pytest.raises(InputsRefused, match="found 3 tokens of text; give at least 8 tokens"):
+        pack([np.arange(3)], 4)
 
 
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=20), st.integers(2, 16))
 def test_packing_loses_only_the_tail(lengths: list[int], length: int) -> None:
     documents = [np.arange(n) + 100 * i for i, n in enumerate(lengths)]
     total = sum(lengths)
-    if total // length < 2:
+    if total // length < 1:
         return
     packed = pack(documents, length)
     assert (
@@ -80,14 +81,14 @@ def test_packing_loses_only_the_tail(lengths: list[int], length: int) -> None:
 
 @given(st.integers(2, 300), st.floats(0.001, 0.999), st.integers(0, 5))
 def test_a_split_is_a_partition(count: int, holdout: float, seed: int) -> None:
-    parts = split(count, holdout, seed)
+    parts = split([count], holdout, seed)
     assert sorted([*parts.training, *parts.heldout]) == list(range(count))
     assert len(parts.training) >= 1 and len(parts.heldout) >= 1
 
 
 @given(st.integers(1, 50), st.integers(1, 30), st.integers(1, 4))
 def test_every_epoch_sees_each_sequence_once(size: int, batch: int, epochs: int) -> None:
-    order = Order(np.arange(size) * 3, batch, seed=1)
+    order = Order([Part(np.arange(size) * 3)], batch, seed=1)
     steps = -(-size * epochs // batch)
     row = np.concatenate([order.batch(step) for step in range(steps)])[: size * epochs]
     for epoch in range(epochs):
@@ -95,9 +96,9 @@ def test_every_epoch_sees_each_sequence_once(size: int, batch: int, epochs: int)
 
 
 def test_a_batch_depends_on_nothing_but_step_and_seed() -> None:
-    training = np.arange(100)
-    assert (Order(training, 8, 3).batch(17) == Order(training, 8, 3).batch(17)).all()
-    assert (Order(training, 8, 3).batch(17) != Order(training, 8, 4).batch(17)).any()
+    parts = [Part(np.arange(100))]
+    assert (Order(parts, 8, 3).batch(17) == Order(parts, 8, 3).batch(17)).all()
+    assert (Order(parts, 8, 3).batch(17) != Order(parts, 8, 4).batch(17)).any()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def _source(uri: str = "s3://data/a.jsonl") -> DataSource:
 def test_a_bad_line_is_named(line: str, found: str) -> None:
     body = ('{"text": "good"}\n' + line + "\n").encode()
     with pytest.raises(InputsRefused) as refused:
-        parse_source(_source(), body, "spec.data.sources[0].uri", 0)
+        parse_source(Corpus(), 0, _source(), body, BadRecords(0))
     assert refused.value.code == ExitCode.UNREADABLE_INPUT
     [problem] = refused.value.problems
     assert problem.field == "spec.data.sources[0].uri"
@@ -132,15 +133,16 @@ def test_a_bad_line_is_named(line: str, found: str) -> None:
 
 
 def test_bad_lines_within_the_limit_are_counted() -> None:
-    documents, bad = parse_source(_source(), b'{"text": "a"}\nx\n\n{"text": "b"}\n', "f", 1)
-    assert (documents, bad) == (["a", "b"], 1)
+    corpus, bad = Corpus(), BadRecords(1)
+    parse_source(corpus, 0, _source(), b'{"text": "a"}\nx\n\n{"text": "b"}\n', bad)
+    assert (corpus.documents, bad.count) == (["a", "b"], 1)
 
 
 def test_text_that_is_not_utf_8_is_named() -> None:
     with pytest.raises(InputsRefused, match="line 2 is not UTF-8"):
-        parse_source(_source(), b'{"text": "a"}\n\xff\xfe\n', "f", 9)
+        parse_source(Corpus(), 0, _source(), b'{"text": "a"}\n\xff\xfe\n', BadRecords(9))
 
 
 def test_a_file_of_another_kind_is_refused() -> None:
     with pytest.raises(InputsRefused, match=r"give a \.jsonl or a \.txt file"):
-        parse_source(_source("s3://data/a.parquet"), b"", "f", 0)
+        parse_source(Corpus(), 0, _source("s3://data/a.parquet"), b"", BadRecords(0))

@@ -1,4 +1,4 @@
-"""Documents → sequences of exactly L tokens, without attention or labels across documents."""
+"""Texts and conversations → sequences of exactly L tokens, without attention or labels across them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from kubedistill_trainer.failures import unreadable
+from kubedistill_trainer.data.template import Encoded
+from kubedistill_trainer.failures import InputsRefused, unreadable
 
 PACKING_VERSION = 1
+CONVERSATIONS_VERSION = 1
 IGNORED = -100
 """Label of a position that has nothing to predict."""
+_OPEN_SEQUENCES = 64
+"""How many unfilled sequences are tried for a conversation."""
 
 Ids = npt.NDArray[np.int64]
 
@@ -25,8 +29,10 @@ class Packed:
     """N sequences of L tokens.
 
     tokens, labels, positions: int64 [N, L]. `labels` is already shifted: position i predicts
-    `labels[i]`, which is IGNORED where the next token belongs to another document or is not there.
-    `positions` restart at 0 with each document, which is how attention is kept apart.
+    `labels[i]`, which is IGNORED where the next token belongs to another document, is not there, or
+    is not said by the assistant of a conversation.
+    `positions` restart at 0 with each document, which is how attention is kept apart; what pads a
+    sequence is a document of its own.
     sources: uint8 [N, L], the file that a token comes from, by its place in `spec.data.sources`.
     """
 
@@ -61,25 +67,38 @@ def encode(documents: Iterable[str], tokenizer: Tokenizer, end_of_text: int) -> 
     return [np.asarray([*encoding.ids, end_of_text], dtype=np.int64) for encoding in encodings]
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How conversations came into sequences: how many whole, cut at the end, or not at all because
+    the prompt alone fills a sequence; and the tokens that pad the sequences."""
+
+    whole: int = 0
+    cut: int = 0
+    dropped: int = 0
+    padding: int = 0
+
+    def __add__(self, other: Fit) -> Fit:
+        return Fit(
+            self.whole + other.whole,
+            self.cut + other.cut,
+            self.dropped + other.dropped,
+            self.padding + other.padding,
+        )
+
+
 def pack(
     documents: Sequence[Ids], sequence_length: int, sources: Sequence[int] | None = None
 ) -> Packed:
     """Concatenate and cut every L tokens; the incomplete last sequence is dropped.
 
     `sources`: the file (0…255) of each document; without it all come from file 0.
-    Raises InputsRefused when the text does not fill two sequences: one to learn from, one to hold
-    out.
+    Raises InputsRefused when the text does not fill a sequence.
     """
     lengths = np.asarray([len(document) for document in documents], dtype=np.int64)
     total = int(lengths.sum())
     count = total // sequence_length
-    if count < 2:
-        raise unreadable(
-            "spec.data.sources",
-            f"{total} tokens of text",
-            f"give at least {2 * sequence_length} tokens (two sequences), or lower "
-            "spec.data.sequenceLength",
-        )
+    if count < 1:
+        raise too_little(f"{total} tokens of text", sequence_length)
     kept = count * sequence_length
     tokens = np.concatenate(documents)[:kept].reshape(count, sequence_length)
     document = np.repeat(np.arange(len(lengths)), lengths)[:kept].reshape(count, sequence_length)
@@ -93,7 +112,96 @@ def pack(
     return Packed(tokens, labels, within - start, files.astype(np.uint8)[document])
 
 
-def packing_digest(tokenizer_digest: str, sequence_length: int, end_of_text: int) -> str:
-    """SHA-256 (hex) of what decides how documents become sequences."""
-    facts = [PACKING_VERSION, tokenizer_digest, sequence_length, end_of_text]
+def too_little(found: str, sequence_length: int) -> InputsRefused:
+    """Data that fills no two sequences: one to learn from, one to hold out."""
+    return unreadable(
+        "spec.data.sources",
+        found,
+        f"give at least {2 * sequence_length} tokens (two sequences), or lower "
+        "spec.data.sequenceLength",
+    )
+
+
+def pack_conversations(
+    conversations: Sequence[Encoded], sequence_length: int, source: int, padding: int
+) -> tuple[Packed, Fit]:
+    """Put each conversation whole into the first sequence with room; fill up with `padding`.
+
+    One longer than L is cut at the end, or dropped when nothing that is learnt would be left.
+    """
+    kept: list[tuple[Ids, Ids]] = []
+    cut = 0
+    for one in conversations:
+        tokens, labels = one.tokens[:sequence_length], _labels(one)[:sequence_length]
+        labels[-1:] = IGNORED
+        if (labels != IGNORED).any():
+            kept.append((tokens, labels))
+            cut += len(one.tokens) > sequence_length
+    places, filled = _first_fit([len(tokens) for tokens, _ in kept], sequence_length)
+    shape = (len(filled), sequence_length)
+    packed = Packed(
+        np.full(shape, padding, dtype=np.int64),
+        np.full(shape, IGNORED, dtype=np.int64),
+        # Of the padding; a conversation's are written over it.
+        np.maximum(np.arange(sequence_length) - np.asarray(filled).reshape(-1, 1), 0),
+        np.full(shape, source, dtype=np.uint8),
+    )
+    for (row, start), (tokens, labels) in zip(places, kept, strict=True):
+        end = start + len(tokens)
+        packed.tokens[row, start:end] = tokens
+        packed.labels[row, start:end] = labels
+        packed.positions[row, start:end] = np.arange(len(tokens))
+    fit = Fit(
+        whole=len(kept) - cut,
+        cut=cut,
+        dropped=len(conversations) - len(kept),
+        padding=packed.tokens.size - sum(filled),
+    )
+    return packed, fit
+
+
+def _labels(one: Encoded) -> Ids:
+    labels = np.full_like(one.tokens, IGNORED)
+    labels[:-1] = np.where(one.learnt[1:], one.tokens[1:], IGNORED)
+    return labels
+
+
+def _first_fit(lengths: Sequence[int], room: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """(sequence, place in it) of each item, and how far each sequence is filled."""
+    places: list[tuple[int, int]] = []
+    filled: list[int] = []
+    unfilled: list[int] = []
+    for length in lengths:
+        row = next((row for row in unfilled if filled[row] + length <= room), len(filled))
+        if row == len(filled):
+            filled.append(0)
+            # One with room for the least of things is as good as full after so many others.
+            unfilled = [*unfilled[-_OPEN_SEQUENCES + 1 :], row]
+        places.append((row, filled[row]))
+        filled[row] += length
+        if filled[row] == room:
+            unfilled.remove(row)
+    return places, filled
+
+
+def joined(parts: Sequence[Packed]) -> Packed:
+    """The sequences of all parts, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return Packed(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.positions for part in parts]),
+        np.concatenate([part.sources for part in parts]),
+    )
+
+
+def packing_digest(
+    tokenizer_digest: str, sequence_length: int, end_of_text: int, more: Sequence[object] = ()
+) -> str:
+    """SHA-256 (hex) of what decides how documents become sequences.
+
+    `more`: what does so beside the tokenizer, where not all is plain text in one row; JSON.
+    """
+    facts = [PACKING_VERSION, tokenizer_digest, sequence_length, end_of_text, *more]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -16,6 +18,15 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+)
+_NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
 )
 
 
@@ -32,6 +43,37 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """One more than the greatest id."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of conversations that lies with the tokenizer, if any."""
+        if "chat_template.jinja" in self.files:
+            return self.files["chat_template.jinja"].decode()
+        found = self._settings().get("chat_template")
+        if isinstance(found, list):  # several, each with a name
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        return found if isinstance(found, str) else None
+
+    @property
+    def named_tokens(self) -> Mapping[str, str]:
+        """What a chat template may ask for by name: `eos_token` and the like."""
+        settings = self._settings()
+        found = {name: _token(settings.get(name)) for name in _NAMED_TOKENS}
+        found["eos_token"] = found["eos_token"] or self.tokenizer.id_to_token(self.end_of_text)
+        return {name: token for name, token in found.items() if token is not None}
+
+    def with_chat_template(self, template: str) -> TextTokenizer:
+        """The same with another chat template in its files."""
+        files = {**self.files, "chat_template.jinja": template.encode()}
+        if "tokenizer_config.json" in files:
+            settings = self._settings()
+            settings.pop("chat_template", None)
+            files["tokenizer_config.json"] = json.dumps(settings, indent=2).encode()
+        return replace(self, files=files)
+
+    def _settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+        return settings
 
 
 def load_tokenizer(store: Store, field: str) -> TextTokenizer:
@@ -66,9 +108,7 @@ def tokenizer_digest(body: bytes) -> str:
 
 
 def _end_of_text(tokenizer: Tokenizer, files: dict[str, bytes], field: str, store: Store) -> int:
-    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
-    named = settings.get("eos_token")
-    token = named.get("content") if isinstance(named, dict) else named
+    token = _token(json.loads(files.get("tokenizer_config.json", b"{}")).get("eos_token"))
     for candidate in (token, "<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>"):
         if candidate is not None and (found := tokenizer.token_to_id(candidate)) is not None:
             return int(found)
@@ -77,3 +117,9 @@ def _end_of_text(tokenizer: Tokenizer, files: dict[str, bytes], field: str, stor
         f"no end-of-text token in {store.uri}",
         "name it as eos_token in tokenizer_config.json",
     )
+
+
+def _token(named: Any) -> str | None:
+    """A token of tokenizer_config.json, which is written as text or as an object."""
+    found = named.get("content") if isinstance(named, dict) else named
+    return found if isinstance(found, str) else None
