@@ -95,5 +95,5 @@ def _dataset(steps: int) -> Any:
     ids = np.arange(len(packed))
     return SimpleNamespace(
         packed=packed, split=SimpleNamespace(training=ids[10:], heldout=ids[:10]), sources=SOURCES,
-        total_steps=steps, digest="b" * 64, tokenizer=SimpleNamespace(digest="c" * 64),
+        fit=None, total_steps=steps, digest="b" * 64, tokenizer=SimpleNamespace(digest="c" * 64),
     )  # fmt: skip

@@ -45,12 +45,15 @@ class DataSource(ApiModel):
     )
     prompt_field: FieldName | None = Field(None, description="Field that holds a prompt.")
     response_field: FieldName | None = Field(
-        None, description="Field that holds the response to it; only that is learnt."
+        None,
+        description="Field that holds the response to it; only that is learnt. Not read with "
+        "`origin: Teacher`.",
     )
     messages_field: FieldName | None = Field(
         None,
         description="Field that holds a conversation, a list of {role, content}; only what the "
-        "assistant says is learnt.",
+        "assistant says is learnt. With `origin: Teacher` its turns are the prompt, and what the "
+        "assistant says after the last other turn is left out.",
     )
     answer_field: FieldName | None = Field(
         None, description="Field that holds the right answer, which ChainOfThought checks."
@@ -59,7 +62,8 @@ class DataSource(ApiModel):
         1.0,
         gt=0,
         le=1000,
-        description="How often an epoch holds each sequence of this file: 2 twice, 0.5 every second.",
+        description="How often an epoch holds each sequence of this file: 2 twice, 0.5 every "
+        "second one.",
     )
 
 
@@ -70,7 +74,7 @@ class Data(ApiModel):
     tokenizer: ModelSource | None = Field(
         None,
         description="Folder with tokenizer.json; by default the teacher's, or else the student's. "
-        "For signals of text: the student's.",
+        "For signals of text: the student's, or else the teacher's.",
     )
     chat_template: str | None = Field(
         None,

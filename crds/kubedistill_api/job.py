@@ -233,8 +233,10 @@ class DistillationJobSpec(ApiModel):
                 "`student.fromTeacher` needs a `teacher`; use `student.config`, `model` or `fromJob`",
             ),
             cel(
-                "!has(self.student.config) || has(self.teacher) || has(self.data.tokenizer)",
-                "a student by `config` without a teacher needs `data.tokenizer: {uri: s3://…}`",
+                "!has(self.student.config) || has(self.data.tokenizer) || "
+                "(has(self.teacher) && has(self.distill) && self.distill.signal == 'Logits')",
+                "a student by `config` needs `data.tokenizer: {uri: s3://…}`, unless it learns the "
+                "logits of a teacher, whose tokenizer it has then",
             ),
             cel(
                 "!has(self.teacher) || !has(self.teacher.model) || !has(self.student.model) || "

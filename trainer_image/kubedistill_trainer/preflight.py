@@ -8,7 +8,13 @@ from kubedistill_api.runspec import Outcome, RunSpec
 from kubedistill_api.status import Resolved
 
 from kubedistill_trainer.context import Context
-from kubedistill_trainer.data.dataset import Dataset, load_dataset, ranks_of, tokenizer_source
+from kubedistill_trainer.data.dataset import (
+    Dataset,
+    learns_text,
+    load_dataset,
+    ranks_of,
+    tokenizer_source,
+)
 from kubedistill_trainer.data.tokenizer import load_tokenizer
 from kubedistill_trainer.failures import refuse, unreadable
 from kubedistill_trainer.imports import quiet_collector
@@ -42,7 +48,18 @@ def run_preflight(context: Context) -> Outcome:
         stream_uri=stream_uri,
         stream_complete=complete,
     )
-    return Outcome(reason="Completed", message="all inputs fit", resolved=found)
+    return Outcome(reason="Completed", message=_verdict(dataset), resolved=found)
+
+
+def _verdict(dataset: Dataset) -> str:
+    """The outcome's message: what is lost of the conversations, if anything."""
+    fit = dataset.fit
+    if fit is None or not fit.cut + fit.dropped:
+        return "all inputs fit"
+    return (
+        f"all inputs fit; of {fit.whole + fit.cut + fit.dropped} conversations {fit.cut} are cut at "
+        f"{dataset.packed.sequence_length} tokens, and {fit.dropped} dropped: their prompts are as long"
+    )
 
 
 def _teacher_config(context: Context) -> dict[str, Any] | None:
@@ -53,24 +70,45 @@ def _teacher_config(context: Context) -> dict[str, Any] | None:
 
 
 def _check_tokenizers(context: Context, dataset: Dataset) -> None:
-    """Logits mean nothing between different vocabularies: refuse, and say what would work."""
+    """A model knows the ids of one tokenizer, and a teacher's logits one way to write a conversation:
+    refuse others, and say what would work. A teacher's text may come of another tokenizer."""
     run = context.run
     used_field, used_uri = tokenizer_source(run)
-    for field, model in (("spec.teacher", run.teacher_model), ("spec.student", run.student_model)):
-        if model is None or model.uri == used_uri:
+    teacher = None if learns_text(run.spec) else run.teacher_model
+    for field, model in (("spec.teacher", teacher), ("spec.student", run.student_model)):
+        if model is None:
             continue
         store = context.open_store(model.uri)
         if store.head("tokenizer.json") is None:
             continue
         found = load_tokenizer(store, field)
         if found.digest != dataset.tokenizer.digest:
+            needed = (
+                "learning a teacher's logits needs one tokenizer for teacher, student and data"
+                if teacher is not None
+                else "the student needs its own tokenizer for the data"
+            )
             raise unreadable(
                 field,
                 f"the tokenizer of {model.uri} ({found.vocab_size} ids, {found.digest[:12]})",
                 f"it differs from the one of {used_field}, {used_uri} "
-                f"({dataset.tokenizer.vocab_size} ids, {dataset.tokenizer.digest[:12]}): "
-                "learning a teacher's logits needs one tokenizer for teacher, student and data",
+                f"({dataset.tokenizer.vocab_size} ids, {dataset.tokenizer.digest[:12]}): {needed}",
             )
+        if field == "spec.teacher":
+            _check_template(dataset, model.uri, found.chat_template)
+
+
+def _check_template(dataset: Dataset, uri: str, known: str | None) -> None:
+    """A teacher that was taught conversations in another form says nothing of use about these."""
+    used = dataset.template
+    if used is None or known is None or known == used.text:
+        return
+    raise unreadable(
+        used.field,
+        f"another chat template than the teacher's, {uri}",
+        "learning a teacher's logits needs its own template: leave spec.data.chatTemplate out, and "
+        "take spec.data.tokenizer from the teacher's folder; or write `signal: Responses`",
+    )
 
 
 def _check_features(

@@ -102,8 +102,12 @@ def _source_problems(spec: DistillationJobSpec, refuse: Any) -> None:
         )  # fmt: skip
     if student.from_teacher is not None and teacher is None:
         refuse("student.fromTeacher", "no teacher", "use `config`, `model` or `fromJob`")
-    if student.config is not None and teacher is None and spec.data.tokenizer is None:
-        refuse("data.tokenizer", "nothing", "give `tokenizer: {uri: s3://…}`: there is no teacher")
+    logits = spec.distill is not None and spec.distill.signal == "Logits"
+    if student.config is not None and not logits and spec.data.tokenizer is None:
+        refuse(
+            "data.tokenizer", "nothing",
+            "give `tokenizer: {uri: s3://…}`: only with a teacher's logits its tokenizer is taken",
+        )  # fmt: skip
     if teacher and teacher.model and student.model and teacher.model.uri == student.model.uri:
         refuse("student.model.uri", student.model.uri, "another model than the teacher")
 

@@ -56,7 +56,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         self.text = text
-        self._field = field
+        self.field = field
         self._tokenizer = tokenizer.tokenizer
         self._named_tokens = tokenizer.named_tokens
         self._markers = tuple(
@@ -115,7 +115,7 @@ class ChatTemplate:
         said = after[len(before) :]
         if said.endswith((message.content, message.content.strip())):
             raise unreadable(
-                self._field,
+                self.field,
                 "a chat template that puts nothing after what the assistant says",
                 "end each of its turns with a marker, such as eos_token, or the student never "
                 "learns to stop",
@@ -130,7 +130,7 @@ class ChatTemplate:
             min(len(first), len(second)),
         )
         return unreadable(
-            self._field,
+            self.field,
             f"a chat template that renders the turns before message {index + 1} differently once "
             f"it is there: {first[place : place + 40]!r}, then {second[place : place + 40]!r}",
             "give spec.data.chatTemplate one that only ever adds text at the end, so that what the "

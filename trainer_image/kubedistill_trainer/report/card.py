@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from kubedistill_api.data import DataSource
 from kubedistill_api.runspec import RunSpec
 from kubedistill_api.status import Metric
 
@@ -14,7 +15,7 @@ from kubedistill_trainer.data.dataset import Dataset
 def card(run: RunSpec, dataset: Dataset, metrics: Sequence[Metric], parameters: int) -> str:
     """The model card, with the front matter that Hugging Face reads."""
     figures = "\n".join(f"| {metric.name} | {metric.value:.4g} |" for metric in metrics)
-    sources = "\n".join(f"- `{source.uri}`" for source in run.spec.data.sources)
+    sources = "\n".join(f"- {_source_text(source)}" for source in run.spec.data.sources)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -46,6 +47,13 @@ SHA-256 of the data: `{dataset.digest}`. Digest of the tokenizer: `{dataset.toke
 ## Limits
 The model knows what its teacher and its data hold, and repeats their errors and leanings.
 """
+
+
+def _source_text(source: DataSource) -> str:
+    text = f"`{source.uri}`"
+    if source.origin == "Teacher":
+        text += ", answered by the teacher"
+    return text if source.weight == 1 else f"{text}, weight {source.weight:g}"
 
 
 def _method(run: RunSpec) -> str:

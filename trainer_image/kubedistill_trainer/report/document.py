@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+from kubedistill_api.data import DataSource
 from kubedistill_api.runspec import RunSpec
 from kubedistill_api.status import Metric
 
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.data.order import Ids
+from kubedistill_trainer.data.packing import IGNORED
 from kubedistill_trainer.methods.history import Point
 from kubedistill_trainer.methods.watch import Watch
 from kubedistill_trainer.report.card import card, student_text
@@ -58,6 +61,8 @@ def document(finished: Finished) -> dict[str, Any]:
         "data": {
             "sources": list(dataset.sources),
             "sequenceLength": dataset.packed.sequence_length,
+            "files": _files(run.spec.data.sources, dataset),
+            "conversations": asdict(dataset.fit) if dataset.fit else None,
             "training": _amount(dataset, dataset.split.training),
             "heldOut": _amount(dataset, dataset.split.heldout),
         },
@@ -109,6 +114,22 @@ def _teacher(run: RunSpec) -> dict[str, Any] | None:
 
 def _amount(dataset: Dataset, samples: Ids) -> dict[str, int]:
     return {"sequences": len(samples), "tokens": dataset.packed.take(samples).valid_tokens}
+
+
+def _files(sources: Sequence[DataSource], dataset: Dataset) -> list[dict[str, Any]]:
+    """Of each file: whose text it is, its weight, and what of it is learnt from."""
+    learnt = dataset.packed.take(dataset.split.training)
+    tokens = np.bincount(learnt.sources[learnt.labels != IGNORED], minlength=len(sources))
+    return [
+        {
+            "source": name,
+            "origin": source.origin,
+            "weight": source.weight,
+            "sequences": int((learnt.sources == index).any(axis=1).sum()),
+            "tokens": int(tokens[index]),
+        }
+        for index, (name, source) in enumerate(zip(dataset.sources, sources, strict=True))
+    ]
 
 
 def _calibration(found: Calibration) -> dict[str, Any]:

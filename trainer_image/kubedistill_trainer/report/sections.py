@@ -46,6 +46,7 @@ def summary(document: Document) -> Markup:
         "Trained": f"{training['steps']:,} steps, {training['tokens']:,} tokens",
         "Data": f"{data['training']['tokens']:,} tokens to learn from in "
         f"{_counted(len(data['sources']), 'file')}; {data['heldOut']['tokens']:,} held out",
+        "Conversations": _conversations(data["conversations"]),
     }
     return tag(
         "header",
@@ -193,11 +194,27 @@ def inputs(document: Document) -> Markup | None:
     facts: dict[str, Child] = {text: known.get(name) for name, text in _INPUTS.items()}
     teacher = document.get("teacher") or {}
     facts["Teacher (digest)"] = teacher.get("digest") or None
-    files = [tag("li", source) for source in document["data"]["sources"]]
+    files = [tag("li", _file(file)) for file in document["data"]["files"]]
     facts["Files"] = tag("ul", *files)
     settings = {n: v for n, v in document["training"].items() if not isinstance(v, dict)}
     facts["Settings"] = ", ".join(f"{name} {value}" for name, value in settings.items())
     return _section("Inputs", _definitions(facts), class_="inputs")
+
+
+def _conversations(fit: Mapping[str, int] | None) -> str | None:
+    if fit is None:
+        return None
+    return f"{fit['whole']:,} whole, {fit['cut']:,} cut at the end, {fit['dropped']:,} dropped"
+
+
+def _file(file: Document) -> str:
+    """A file and what of it is learnt."""
+    facts = [f"{file['tokens']:,} tokens to learn from"]
+    if file["origin"] == "Teacher":
+        facts.append("answers of the teacher")
+    if file["weight"] != 1:
+        facts.append(f"weight {number(file['weight'])}")
+    return f"{file['source']} ({', '.join(facts)})"
 
 
 def _method(document: Document) -> str:
