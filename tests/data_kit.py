@@ -40,7 +40,9 @@ def tokenizer(template: str | None = TURNS, blanks_in_place: bool = True) -> Tex
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(["the answer to the question is the question "] * 4, trainer)
+    bpe.train_from_iterator(
+        ["user\nassistant\nthe answer to the question is the question "] * 4, trainer
+    )
     body = bpe.to_str().encode()
     settings = {"eos_token": {"content": END}, "model_max_length": 64}
     files = {"tokenizer.json": body, "tokenizer_config.json": json.dumps(settings).encode()}

@@ -15,6 +15,7 @@ from kubedistill_trainer.failures import InputsRefused
 
 PAIRS = {"promptField": "q", "responseField": "a"}
 TALKS = {"messagesField": "turns"}
+ASKED = {"promptField": "q", "origin": "Teacher"}
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
 SYSTEM = {"role": "system", "content": "Be brief"}
@@ -98,15 +99,18 @@ def test_no_number_of_bad_records_allows_prompts_without_a_response_field() -> N
         ({"turns": []}, TALKS, "field 'turns' is an empty list"),
         ({"turns": ["Hi"]}, TALKS, "message 1 of 'turns' is no {role, content}: str"),
         ({"turns": [USER, {"from": "bot"}]}, TALKS, "message 2 of 'turns' is no {role, content}: ['from']"),
-        ({"turns": [{"role": "human", "content": "x"}]}, TALKS, "message 1 of 'turns' has the role \"human\", not one of system, user, assistant, tool"),
+        (
+            {"turns": [{"role": "human", "content": "x"}]}, TALKS,
+            "message 1 of 'turns' has the role \"human\", not one of system, user, assistant, tool",
+        ),
         ({"turns": [{"role": ["user"], "content": "x"}]}, TALKS, "has the role [\"user\"], not one of"),
-        ({"turns": [USER, {**ASSISTANT, "content": ""}]}, TALKS, "the content of message 2 of 'turns' is empty"),
-        ({"turns": [USER, {**ASSISTANT, "content": [1]}]}, TALKS, "the content of message 2 of 'turns' is a list, not a string"),
+        ({"turns": [USER, {**ASSISTANT, "content": ""}]}, TALKS, "message 2 of 'turns' is empty"),
+        ({"turns": [USER, {**ASSISTANT, "content": [1]}]}, TALKS, "message 2 of 'turns' is a list, not"),
         ({"turns": [SYSTEM, ASSISTANT, USER, ASSISTANT]}, TALKS, "'turns' begins with the assistant"),
         ({"turns": [USER, ASSISTANT, USER]}, TALKS, "no response: the last message of 'turns' is the user's"),
-        ({"q": ""}, {"promptField": "q", "origin": "Teacher"}, "field 'q' is empty"),
+        ({"q": ""}, ASKED, "field 'q' is empty"),
         ({"turns": [SYSTEM]}, {**TALKS, "origin": "Teacher"}, "'turns' asks nothing"),
-        ({"q": "x", "n": [2]}, {"promptField": "q", "origin": "Teacher", "answerField": "n"}, "field 'n' is a list"),
+        ({"q": "x", "n": [2]}, {**ASKED, "answerField": "n"}, "field 'n' is a list"),
     ],
 )  # fmt: skip
 def test_a_bad_record_is_named(record: Any, source: Any, wrong: str) -> None:

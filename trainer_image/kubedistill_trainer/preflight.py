@@ -58,7 +58,7 @@ def _verdict(dataset: Dataset) -> str:
         return "all inputs fit"
     return (
         f"all inputs fit; of {fit.whole + fit.cut + fit.dropped} conversations {fit.cut} are cut at "
-        f"{dataset.packed.sequence_length} tokens, and {fit.dropped} dropped: their prompts are as long"
+        f"{dataset.packed.sequence_length} tokens, and {fit.dropped} with longer prompts are dropped"
     )
 
 
