@@ -52,6 +52,7 @@ def distilling(name: str, pods: dict[str, Any], **spec: Any) -> dict[str, Any]:
     return job(name, pods, **FAST, **spec)
 
 
+ASKED = {"uri": "s3://data/x.jsonl", "origin": "Teacher", "promptField": "q"}
 BAD = [
     ("unknown-field", {"nonsense": 1}, "nonsense"),
     ("two-methods", {"fineTune": {}}, "exactly one method"),
@@ -77,6 +78,15 @@ BAD = [
         "nothing-mixed",
         {"distill": {"objective": {"loss": "Mix", "mix": {}}}},
         "give at least one of forwardKL, reverseKL and jsd",
+    ),
+    (
+        "no-tokenizer",
+        {
+            "distill": {"signal": "Responses"},
+            "student": {"config": {"model_type": "llama"}},
+            "data": {"sources": [ASKED]},
+        },
+        "a student by `config` needs `data.tokenizer",
     ),
     ("no-data", {"data": {"sources": []}}, "sources"),
 ]

@@ -135,11 +135,16 @@ def model_of(result: Result, job: str) -> ResolvedModel:
 
 
 def put_inputs(s3: S3Access) -> None:
-    """A small part of the demo's text and a tokenizer, where the examples look for them."""
+    """A small part of the demo's text, questions with answers, and a tokenizer, where the examples
+    look for them."""
     import corpus
 
     lines = "".join(json.dumps({"text": text}) + "\n" for text in corpus.documents()[:12])
-    objects = {"data/small.jsonl": lines.encode()}
+    pairs = "".join(
+        json.dumps({"question": f"What is said of {name}?", "answer": text.split("\n\n")[1]}) + "\n"
+        for name, text in sorted(corpus.topics.items())
+    )
+    objects = {"data/small.jsonl": lines.encode(), "data/pairs.jsonl": pairs.encode()}
     tokenizer = corpus.tokenizer_files(512)
     objects |= {f"tokenizer/{name}": body for name, body in tokenizer.items()}
     client = s3.client()

@@ -81,3 +81,14 @@ def test_auto_says_what_it_measured_and_took(
     fitting = [row for row in stream["probe"] if row["gradientError"] <= 0.05]
     smallest = min(fitting, key=lambda row: row["bytesPerToken"])
     assert smallest["payload"].startswith(stream["payload"])
+
+
+def test_responses_are_learnt_by_weight_and_the_template_is_exported(
+    team: Team, applied: dict[str, list[dict[str, Any]]]
+) -> None:
+    model = team.objects(team.ends("conversations", "Completed")["model"]["uri"])
+    [wanted] = applied["11-conversations.yaml"]
+    assert model["chat_template.jinja"].decode() == wanted["spec"]["data"]["chatTemplate"]
+    data = json.loads(model["report.json"])["data"]
+    assert [file["weight"] for file in data["files"]] == [2, 0.5]
+    assert data["conversations"]["whole"] > 0

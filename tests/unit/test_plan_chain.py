@@ -73,6 +73,20 @@ def test_a_stages_method_replaces_the_templates() -> None:
     assert parse_spec(tuned)[1] == []
 
 
+@pytest.mark.parametrize("signal", ["Logits", "Responses"])
+def test_only_logits_bring_the_teacher_s_tokenizer(signal: str) -> None:
+    asked = {"origin": "Teacher", "promptField": "q"} if signal == "Responses" else {}
+    whole = {
+        "distill": {"signal": signal},
+        "teacher": {"model": {"uri": "s3://models/big"}},
+        "student": {"config": {"model_type": "llama"}},
+        "data": {"sources": [{"uri": "s3://data/x.jsonl", **asked}]},
+        "storage": {"uri": "s3://runs/test"},
+    }
+    fields = [problem.field for problem in parse_spec(whole)[1]]
+    assert fields == (["spec.data.tokenizer"] if asked else [])
+
+
 def test_a_stages_source_replaces_the_templates() -> None:
     student = {"config": {"model_type": "llama"}}
     assert composed(0, {"name": "m", "student": student})["student"] == student

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from kubedistill_api.data import DataSource
+from kubedistill_trainer.data.packing import Fit
 from kubedistill_trainer.report.document import document, files
 from kubedistill_trainer.report.table import table
 from report_kit import SOURCES, STEPS, finished
@@ -16,6 +18,11 @@ def test_the_parts_of_a_document() -> None:
     assert found["schemaVersion"] == 1
     assert found["job"]["chain"] == "small-chain"
     assert found["teacher"]["payload"] == "Hidden"
+    assert found["data"]["files"][0] == {
+        "source": SOURCES[0], "origin": "Human", "weight": 1.0,
+        "sequences": 140, "tokens": 140 * (256 - 4),
+    }  # fmt: skip
+    assert found["data"]["conversations"] is None
     assert found["data"]["heldOut"] == {"sequences": 10, "tokens": 10 * (256 - 4)}
     assert found["training"]["tokens"] == STEPS * 64 * 256
     assert found["metrics"]["initialPerplexity"] == 88.412345
@@ -94,3 +101,16 @@ def test_what_is_in_a_document_is_documented() -> None:
     figures = (docs / "concepts.md").read_text()
     for name in found["metrics"]:
         assert f"`{name}`" in figures, name
+
+
+def test_what_is_said_of_files_and_conversations() -> None:
+    done = finished()
+    done.dataset.fit = Fit(whole=9, cut=2, dropped=1, padding=77)
+    source = {"uri": SOURCES[2], "origin": "Teacher", "promptField": "q", "weight": 2.5}
+    done.run.spec.data.sources[2] = DataSource.model_validate(source)
+    content = document(done)
+    assert content["data"]["conversations"] == {"whole": 9, "cut": 2, "dropped": 1, "padding": 77}
+    found = files(done, content)
+    assert f"- `{SOURCES[2]}`, answered by the teacher, weight 2.5\n" in found["MODEL_CARD.md"]
+    assert "9 whole, 2 cut at the end, 1 dropped" in found["report.html"]
+    assert "0 tokens to learn from, answers of the teacher, weight 2.5" in found["report.html"]
