@@ -137,12 +137,14 @@ def model_of(result: Result, job: str) -> ResolvedModel:
 def put_inputs(s3: S3Access) -> None:
     """A small part of the demo's text, questions with answers, and a tokenizer, where the examples
     look for them."""
+    from pydoc_data.topics import topics
+
     import corpus
 
     lines = "".join(json.dumps({"text": text}) + "\n" for text in corpus.documents()[:12])
     pairs = "".join(
         json.dumps({"question": f"What is said of {name}?", "answer": text.split("\n\n")[1]}) + "\n"
-        for name, text in sorted(corpus.topics.items())
+        for name, text in sorted(topics.items())
     )
     objects = {"data/small.jsonl": lines.encode(), "data/pairs.jsonl": pairs.encode()}
     tokenizer = corpus.tokenizer_files(512)

@@ -59,11 +59,6 @@ def test_a_file_read_for_two_fields_has_two_names() -> None:
     )
 
 
-def test_too_little_text_says_how_much_is_needed() -> None:
-    with pytest.raises(InputsRefused, match="found 3 tokens of text; give at least 8 tokens"):
-        pack([np.arange(3)], 4)
-
-
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=20), st.integers(2, 16))
 def test_packing_loses_only_the_tail(lengths: list[int], length: int) -> None:
     documents = [np.arange(n) + 100 * i for i, n in enumerate(lengths)]

@@ -260,8 +260,12 @@ def test_conversations_that_do_not_fit_are_told() -> None:
     assert _verdict(_load(PAIRS)) == "all inputs fit"
 
 
-def test_one_sequence_is_too_little() -> None:
+def test_too_little_says_how_much_is_needed() -> None:
     bucket = _bucket()
+    bucket.objects["text.jsonl"] = jsonl({"text": "x" * 20})
+    found = r"21 tokens of text in s3://data/text.jsonl; give at least 64 tokens \(two sequences\)"
+    with pytest.raises(InputsRefused, match=found):
+        _load(PAIRS, TEXT, bucket=bucket)
     bucket.objects["pairs.jsonl"] = jsonl({"q": "x", "a": "y"})
     with pytest.raises(InputsRefused, match="one sequence of 32 tokens; give at least 64 tokens"):
         _load(PAIRS, bucket=bucket)

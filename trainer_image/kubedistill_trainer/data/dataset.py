@@ -14,9 +14,15 @@ from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import RunSpec
 
 from kubedistill_trainer.data.conversation import Conversation
-from kubedistill_trainer.data.mixing import PackedPart, conversation_parts, layout, text_parts
+from kubedistill_trainer.data.mixing import (
+    PackedPart,
+    conversation_parts,
+    layout,
+    text_parts,
+    too_little,
+)
 from kubedistill_trainer.data.order import Order, Part, Split, split
-from kubedistill_trainer.data.packing import Fit, Packed, joined, packing_digest, too_little
+from kubedistill_trainer.data.packing import Fit, Packed, joined, packing_digest
 from kubedistill_trainer.data.records import BadRecords
 from kubedistill_trainer.data.sources import OpenStore, Record, read_corpus
 from kubedistill_trainer.data.template import ChatTemplate, chat_template

@@ -19,7 +19,7 @@ from kubedistill_trainer.data.records import BadRecords
 from kubedistill_trainer.data.sources import Corpus, Record, field_of
 from kubedistill_trainer.data.template import ChatTemplate, Rendered, Unrenderable
 from kubedistill_trainer.data.tokenizer import TextTokenizer
-from kubedistill_trainer.failures import unreadable
+from kubedistill_trainer.failures import InputsRefused, unreadable
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,22 @@ def text_parts(data: Data, corpus: Corpus, tokenizer: TextTokenizer) -> list[Pac
         mine = [i for i, source in enumerate(corpus.sources) if source in row]
         texts = [corpus.documents[i] for i in mine]
         documents = encode(texts, tokenizer.tokenizer, tokenizer.end_of_text)
+        if (total := sum(map(len, documents))) < data.sequence_length:
+            names = ", ".join(data.sources[index].uri for index in row)
+            raise too_little(f"{total} tokens of text in {names}", data.sequence_length)
         packed = pack(documents, data.sequence_length, [corpus.sources[i] for i in mine])
         parts.append(PackedPart(packed, data.sources[row[0]].weight))
     return parts
+
+
+def too_little(found: str, sequence_length: int) -> InputsRefused:
+    """Data that fills no two sequences: one to learn from, one to hold out."""
+    return unreadable(
+        "spec.data.sources",
+        found,
+        f"give at least {2 * sequence_length} tokens (two sequences), or lower "
+        "spec.data.sequenceLength",
+    )
 
 
 def conversation_parts(

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from kubedistill_trainer.data.template import Encoded
-from kubedistill_trainer.failures import InputsRefused, unreadable
 
 PACKING_VERSION = 1
 CONVERSATIONS_VERSION = 1
@@ -92,13 +91,9 @@ def pack(
     """Concatenate and cut every L tokens; the incomplete last sequence is dropped.
 
     `sources`: the file (0…255) of each document; without it all come from file 0.
-    Raises InputsRefused when the text does not fill a sequence.
     """
     lengths = np.asarray([len(document) for document in documents], dtype=np.int64)
-    total = int(lengths.sum())
-    count = total // sequence_length
-    if count < 1:
-        raise too_little(f"{total} tokens of text", sequence_length)
+    count = int(lengths.sum()) // sequence_length
     kept = count * sequence_length
     tokens = np.concatenate(documents)[:kept].reshape(count, sequence_length)
     document = np.repeat(np.arange(len(lengths)), lengths)[:kept].reshape(count, sequence_length)
@@ -110,16 +105,6 @@ def pack(
     labels[:, :-1] = np.where(same, tokens[:, 1:], IGNORED)
     files = np.zeros(len(documents)) if sources is None else np.asarray(sources)
     return Packed(tokens, labels, within - start, files.astype(np.uint8)[document])
-
-
-def too_little(found: str, sequence_length: int) -> InputsRefused:
-    """Data that fills no two sequences: one to learn from, one to hold out."""
-    return unreadable(
-        "spec.data.sources",
-        found,
-        f"give at least {2 * sequence_length} tokens (two sequences), or lower "
-        "spec.data.sequenceLength",
-    )
 
 
 def pack_conversations(
@@ -143,7 +128,7 @@ def pack_conversations(
         np.full(shape, padding, dtype=np.int64),
         np.full(shape, IGNORED, dtype=np.int64),
         # Of the padding; a conversation's are written over it.
-        np.maximum(np.arange(sequence_length) - np.asarray(filled).reshape(-1, 1), 0),
+        np.maximum(np.arange(sequence_length) - np.asarray(filled, dtype=np.int64)[:, None], 0),
         np.full(shape, source, dtype=np.uint8),
     )
     for (row, start), (tokens, labels) in zip(places, kept, strict=True):
