@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kubedistill_trainer.losses.types import Divergence, TeacherSampled, TeacherSparse
+from kubedistill_trainer.losses.types import Divergence
 
-_GREATEST_LOG_RATIO = 40.0
+GREATEST_LOG_RATIO = 40.0
 
 
 @dataclass(frozen=True)
@@ -106,117 +106,10 @@ def _mixed(d_RV: Tensor, excess_R1: Tensor, divergence: Divergence, scratch: Scr
         grad_RV.addcmul_(q_RV, mean_R1 - d_RV, value=divergence.reverse)
     if divergence.jsd:
         beta = divergence.beta
-        d_RV.clamp_(max=_GREATEST_LOG_RATIO)
+        d_RV.clamp_(max=GREATEST_LOG_RATIO)
         l_RV = torch.expm1(d_RV).mul_(beta).log1p_()
         mean_R1 = (q_RV * l_RV).sum(-1, keepdim=True)
         teacher_R1 = (p_RV * (d_RV - l_RV)).sum(-1, keepdim=True)
         total_R1 += divergence.jsd * (beta * teacher_R1 - (1 - beta) * mean_R1).double()
         grad_RV.addcmul_(q_RV, mean_R1 - l_RV, value=divergence.jsd * (1 - beta))
     return total_R1.squeeze(-1)
-
-
-def sparse_divergence(
-    z_RV: Tensor,
-    teacher: TeacherSparse,
-    temperature: float,
-    divergence: Divergence,
-    scratch: Scratch,
-) -> Tensor:
-    """D of each token [R] (fp64) with all but the K kept tokens as one bucket, the tail.
-
-    The divergence of the distributions over K + 1 buckets. p_t = 1 − Σ_k p_k is the mass that the
-    teacher's exact log Z leaves over. q_t = Σ_{v ∉ K} q_v is summed over the rest: 1 − Σ_k q_k would
-    cancel to nothing for a confident student.
-
-    Gradient with respect to u = z / T. With Z = Σ_v e^{u_v}: log q_k = u_k − log Z and
-    log q_t = log Σ_{v ∉ K} e^{u_v} − log Z, so that
-
-        ∂ log q_k / ∂u_v = [v = k] − q_v        ∂ log q_t / ∂u_v = [v ∉ K] · q_v / q_t − q_v
-
-    and, with s_b = q_b (∂D/∂q_b − Σ q ∂D/∂q) of a bucket b (for KL(p ‖ q): q_b − p_b),
-
-        ∂D / ∂u_v = s_v              for v ∈ K
-        ∂D / ∂u_v = s_t · r_v        for v ∉ K,  r_v = q_v / q_t
-
-    r is a softmax over the tail alone: one pass over the vocabulary gives it and q_t, and both stay
-    exact however little mass is left. With K = V there is no tail and it is the full divergence.
-
-    Leaves ∂D / ∂u in `scratch.c_RV`; z_RV is not touched.
-    """
-    grad_RV, u_RV, ids_RK = scratch.c_RV, scratch.a_RV, teacher.ids_NK
-    torch.div(z_RV, temperature, out=u_RV)
-    u_RK = u_RV.gather(-1, ids_RK).double()
-    log_z_R1 = u_RK.logsumexp(-1, keepdim=True)
-    log_p_RK, log_pt_R1 = _teacher_buckets(teacher, temperature)
-    has_tail = ids_RK.shape[-1] < z_RV.shape[-1]
-    if has_tail:
-        tail_R1 = normalise(u_RV.scatter_(-1, ids_RK, float("-inf")), grad_RV)
-        log_z_R1 = torch.logaddexp(log_z_R1, tail_R1)
-        log_p = torch.cat([log_p_RK, log_pt_R1], -1)
-        log_q = torch.cat([u_RK, tail_R1], -1) - log_z_R1
-    else:
-        log_p, log_q = log_p_RK, u_RK - log_z_R1
-    value_R, slope = _of_buckets(log_p, log_q, divergence)
-    if has_tail:
-        grad_RV.mul_(slope[:, -1:].to(grad_RV.dtype))
-        slope = slope[:, :-1]
-    grad_RV.scatter_(-1, ids_RK, slope.to(grad_RV.dtype))
-    return value_R
-
-
-def sampled_kl(
-    z_RV: Tensor, teacher: TeacherSampled, temperature: float, scratch: Scratch
-) -> Tensor:
-    """KL(p̂ ‖ q) of each token [R] (fp64), p̂ the shares of the draws. Leaves q − p̂ in `c_RV`.
-
-    Its gradient is unbiased, as p̂ enters linearly; its value is not: of p̂'s own entropy.
-    """
-    u_RV, grad_RV = torch.div(z_RV, temperature, out=scratch.a_RV), scratch.c_RV
-    log_z_R1 = normalise(u_RV, grad_RV)
-    share_RK = teacher.shares_NK.double()
-    log_q_RK = u_RV.gather(-1, teacher.ids_NK).double() - log_z_R1
-    grad_RV.scatter_add_(-1, teacher.ids_NK, -teacher.shares_NK.to(grad_RV.dtype))
-    return (torch.xlogy(share_RK, share_RK) - share_RK * log_q_RK).sum(-1)
-
-
-def _of_buckets(
-    log_p_RB: Tensor, log_q_RB: Tensor, divergence: Divergence
-) -> tuple[Tensor, Tensor]:
-    """D [R] and s_b [R, B] (see `sparse_divergence`), fp64, from log-probabilities of buckets.
-
-    A bucket without teacher mass counts in KL(q ‖ p) as if it had e^-40: infinite on paper.
-    """
-    p, q = log_p_RB.exp(), log_q_RB.exp()
-    value_R, slope = torch.zeros_like(p[:, 0]), torch.zeros_like(p)
-    if divergence.forward:
-        value_R += divergence.forward * _bregman(log_p_RB, log_q_RB).sum(-1)
-        slope += divergence.forward * (q - p)
-    d = (log_p_RB - log_q_RB).clamp(-_GREATEST_LOG_RATIO, _GREATEST_LOG_RATIO)
-    if divergence.reverse:
-        mean_R1 = (q * d).sum(-1, keepdim=True)
-        value_R -= divergence.reverse * mean_R1.squeeze(-1)
-        slope += divergence.reverse * q * (mean_R1 - d)
-    if divergence.jsd:
-        beta, log_m_q = divergence.beta, torch.log1p(divergence.beta * torch.expm1(d))
-        mean_R1 = (q * log_m_q).sum(-1, keepdim=True)
-        teacher_R = (p * (d - log_m_q)).sum(-1)
-        value_R += divergence.jsd * (beta * teacher_R - (1 - beta) * mean_R1.squeeze(-1))
-        slope += divergence.jsd * (1 - beta) * q * (mean_R1 - log_m_q)
-    return value_R, slope
-
-
-def _teacher_buckets(teacher: TeacherSparse, temperature: float) -> tuple[Tensor, Tensor]:
-    """log p of the K tokens [R, K] and of the tail [R, 1], fp64; they sum to 1.
-
-    Quantised log-probabilities may sum to a little over 1: they are then scaled back to 1.
-    """
-    log_p_RK = teacher.logprobs_NK.double() / temperature - teacher.log_z_N[:, None].double()
-    log_kept_R1 = log_p_RK.logsumexp(-1, keepdim=True)
-    log_p_RK = log_p_RK - log_kept_R1.clamp_min(0)
-    return log_p_RK, (-torch.expm1(log_kept_R1.clamp_max(0))).log()
-
-
-def _bregman(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """p (log p − log q) − p + q, with 0 · log 0 = 0."""
-    p, q = log_p.exp(), log_q.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0) - p + q

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kubedistill_trainer.losses.divergence import (
-    Scratch,
-    dense_divergence,
+from kubedistill_trainer.losses.cached import (
+    SoftTerm,
+    log_normaliser,
     sampled_kl,
     sparse_divergence,
 )
+from kubedistill_trainer.losses.divergence import Scratch, dense_divergence
 from kubedistill_trainer.losses.types import (
     Objective,
     Teacher,
@@ -62,50 +63,93 @@ class Pointwise:
 
     def _block(self, z_RV: Tensor, t_RV: Tensor, rows_R: Tensor, labels_R1: Tensor) -> None:
         """Adds the block's loss to the sums and overwrites its logits by their gradient."""
-        w, T = self._objective.soft_weight, self._objective.temperature
-        divergence = self._objective.divergence
         scratch = self._scratch.head(len(rows_R))
         wide_RV = _widened(z_RV, self._student_RV, self._objective.softcap)
-        max_R1 = wide_RV.amax(-1, keepdim=True)
         if isinstance(self._teacher, TeacherHidden):
-            wide_t_RV = _widened(t_RV, self._teacher_RV, self._teacher.softcap)
-            soft_R = dense_divergence(wide_RV, max_R1, wide_t_RV, T, divergence, scratch)
-            self.sums[0] += T * T * soft_R.sum()
-        elif isinstance(self._teacher, TeacherSampled):
-            drawn = TeacherSampled(self._teacher.ids_NK[rows_R], self._teacher.shares_NK[rows_R])
-            self.sums[0] += T * T * sampled_kl(wide_RV, drawn, T, scratch).sum()
-        elif self._teacher is not None:
-            kept = _rows(self._teacher, rows_R)
-            self.sums[0] += T * T * sparse_divergence(wide_RV, kept, T, divergence, scratch).sum()
-        if w < 1:
-            q1_RV = scratch.b_RV
-            # dense_divergence has left it there for T = 1.
-            if T != 1 or not isinstance(self._teacher, TeacherHidden):
-                torch.softmax(wide_RV, -1, out=q1_RV)
-            log_z_R1 = max_R1.double() - q1_RV.amax(-1, keepdim=True).double().log()
-            self.sums[1] += (log_z_R1 - wide_RV.gather(-1, labels_R1)).sum()
-            q1_RV.scatter_add_(-1, labels_R1, q1_RV.new_full(labels_R1.shape, -1.0))
-        if self._scale is not None:
-            self._write_gradient(z_RV, wide_RV, scratch)
-
-    def _write_gradient(self, z_RV: Tensor, wide_RV: Tensor, scratch: Scratch) -> None:
-        """z_RV = scale · (w · T · ∂D/∂u + (1 − w) · ∂CE/∂z), from c_RV and b_RV of the scratch."""
-        w, cap = self._objective.soft_weight, self._objective.softcap
-        assert self._scale is not None
-        soft, hard = self._scale * w * self._objective.temperature, self._scale * (1 - w)
+            self._dense(wide_RV, _widened(t_RV, self._teacher_RV, self._teacher.softcap), scratch)
+            soft = None
+        else:
+            soft = self._cached(wide_RV, rows_R, scratch)
+        hard = self._objective.soft_weight < 1
+        if hard:
+            self._cross_entropy(wide_RV, labels_R1, soft, scratch)
+        if self._scale is None:
+            return
+        cap = self._objective.softcap
         if cap is not None:
             # d(cap · tanh(x / cap)) / dx = 1 − (z / cap)², where z is what the cap let through.
-            torch.div(wide_RV, cap, out=scratch.a_RV).square_().neg_().add_(1)
-        if w == 0:
-            torch.mul(scratch.b_RV, hard, out=wide_RV)
-        else:
-            torch.mul(scratch.c_RV, soft, out=wide_RV)
-            if w < 1:
-                wide_RV.add_(scratch.b_RV, alpha=hard)
+            slope_RV = wide_RV.div(cap).square_().neg_().add_(1)
+        self._write_gradient(wide_RV, labels_R1 if hard else None, soft, scratch)
         if cap is not None:
-            wide_RV.mul_(scratch.a_RV)
+            wide_RV.mul_(slope_RV)
         if wide_RV.dtype != z_RV.dtype:
             z_RV.copy_(wide_RV)
+
+    def _dense(self, z_RV: Tensor, t_RV: Tensor, scratch: Scratch) -> None:
+        T = self._objective.temperature
+        max_R1 = z_RV.amax(-1, keepdim=True)
+        soft_R = dense_divergence(z_RV, max_R1, t_RV, T, self._objective.divergence, scratch)
+        self.sums[0] += T * T * soft_R.sum()
+
+    def _cached(self, z_RV: Tensor, rows_R: Tensor, scratch: Scratch) -> SoftTerm | None:
+        """The soft term where the teacher is no TeacherHidden; None without a teacher.
+
+        At T = 1 its base is `scratch.b_RV`, which cross-entropy shares, else `scratch.c_RV`.
+        """
+        T, teacher = self._objective.temperature, self._teacher
+        if teacher is None:
+            return None
+        u_RV = z_RV if T == 1 else torch.mul(z_RV, 1 / T, out=scratch.a_RV)
+        out_RV = scratch.b_RV if T == 1 else scratch.c_RV
+        if isinstance(teacher, TeacherSampled):
+            soft = sampled_kl(
+                u_RV, TeacherSampled(teacher.ids_NK[rows_R], teacher.shares_NK[rows_R]), out_RV
+            )
+        else:
+            assert isinstance(teacher, TeacherSparse)
+            kept = _rows(teacher, rows_R)
+            soft = sparse_divergence(u_RV, kept, T, self._objective.divergence, out_RV)
+        self.sums[0] += T * T * soft.value_R.sum()
+        return soft
+
+    def _cross_entropy(
+        self, z_RV: Tensor, labels_R1: Tensor, soft: SoftTerm | None, scratch: Scratch
+    ) -> None:
+        """Leaves softmax(z) in `scratch.b_RV`, but for T = 1 and a cached teacher."""
+        if soft is not None and self._objective.temperature == 1:
+            log_z_R1 = soft.log_z_R1
+        else:
+            q_RV = scratch.b_RV
+            # dense_divergence has left it there for T = 1.
+            if self._objective.temperature != 1 or not isinstance(self._teacher, TeacherHidden):
+                torch.softmax(z_RV, -1, out=q_RV)
+            log_z_R1 = log_normaliser(z_RV, q_RV, labels_R1)
+        self.sums[1] += (log_z_R1 - z_RV.gather(-1, labels_R1)).sum()
+
+    def _write_gradient(
+        self, out_RV: Tensor, labels_R1: Tensor | None, soft: SoftTerm | None, scratch: Scratch
+    ) -> None:
+        """out_RV = scale · (w · T · ∂D/∂u + (1 − w) · ∂CE/∂z); no labels where w = 1."""
+        assert self._scale is not None
+        w, T = self._objective.soft_weight, self._objective.temperature
+        soft_scale, hard_scale = self._scale * w * T, self._scale * (1 - w)
+        shared = soft is not None and T == 1
+        if soft is not None:
+            factor_R1, add_RK = soft_scale * soft.factor_R1, soft_scale * soft.add_RK
+            if shared:
+                factor_R1 = factor_R1 + hard_scale * soft.unit_R1
+                add_RK = add_RK + hard_scale * soft.kept_RK
+            torch.mul(soft.base_RV, factor_R1.to(out_RV.dtype), out=out_RV)
+            out_RV.scatter_add_(-1, soft.ids_RK, add_RK.to(out_RV.dtype))
+        elif self._teacher is not None:
+            torch.mul(scratch.c_RV, soft_scale, out=out_RV)
+        if labels_R1 is None:
+            return
+        if self._teacher is None:
+            torch.mul(scratch.b_RV, hard_scale, out=out_RV)
+        elif not shared:
+            out_RV.add_(scratch.b_RV, alpha=hard_scale)
+        out_RV.scatter_add_(-1, labels_R1, out_RV.new_full(labels_R1.shape, -hard_scale))
 
 
 def _widened(x_RV: Tensor, buffer_RV: Tensor | None, softcap: float | None) -> Tensor:

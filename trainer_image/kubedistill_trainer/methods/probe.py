@@ -15,12 +15,8 @@ from kubedistill_api.status import PayloadProbe
 from torch import Tensor
 
 from kubedistill_trainer.data.packing import Packed
-from kubedistill_trainer.losses.divergence import (
-    Scratch,
-    dense_divergence,
-    sampled_kl,
-    sparse_divergence,
-)
+from kubedistill_trainer.losses.cached import sampled_kl, sparse_divergence
+from kubedistill_trainer.losses.divergence import Scratch, dense_divergence
 from kubedistill_trainer.losses.types import Divergence, TeacherSampled, TeacherSparse
 from kubedistill_trainer.methods.signal import final_hidden, softcap_of, softcapped
 from kubedistill_trainer.models.load import kept_layers
@@ -157,12 +153,13 @@ class Compared:
         self, teacher: TeacherSparse | TeacherSampled, temperature: float, divergence: Divergence
     ) -> Tensor:
         """∂D/∂u for what is known of the teacher at the compared positions."""
-        scratch = _scratch(self.student)
+        u, out = self.student / temperature, torch.empty_like(self.student)
         if isinstance(teacher, TeacherSampled):
-            sampled_kl(self.student, teacher, temperature, scratch)
+            soft = sampled_kl(u, teacher, out)
         else:
-            sparse_divergence(self.student, teacher, temperature, divergence, scratch)
-        return scratch.c_RV
+            soft = sparse_divergence(u, teacher, temperature, divergence, out)
+        gradient = out.mul_(soft.factor_R1.to(out.dtype))
+        return gradient.scatter_add_(-1, soft.ids_RK, soft.add_RK.to(out.dtype))
 
 
 def measure(

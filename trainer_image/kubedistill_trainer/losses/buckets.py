@@ -1,0 +1,50 @@
+"""Divergences of distributions over few buckets: the kept tokens, and the tail."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kubedistill_trainer.losses.divergence import GREATEST_LOG_RATIO
+from kubedistill_trainer.losses.types import Divergence, TeacherSparse
+
+
+def of_buckets(log_p_RB: Tensor, log_q_RB: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    """D [R] and s_b [R, B] (see `cached.sparse_divergence`), fp64, from log-probabilities of buckets.
+
+    A bucket without teacher mass counts in KL(q ‖ p) as if it had e^-40: infinite on paper.
+    """
+    p, q = log_p_RB.exp(), log_q_RB.exp()
+    value_R, slope = torch.zeros_like(p[:, 0]), torch.zeros_like(p)
+    if divergence.forward:
+        value_R += divergence.forward * _bregman(log_p_RB, log_q_RB).sum(-1)
+        slope += divergence.forward * (q - p)
+    d = (log_p_RB - log_q_RB).clamp(-GREATEST_LOG_RATIO, GREATEST_LOG_RATIO)
+    if divergence.reverse:
+        mean_R1 = (q * d).sum(-1, keepdim=True)
+        value_R -= divergence.reverse * mean_R1.squeeze(-1)
+        slope += divergence.reverse * q * (mean_R1 - d)
+    if divergence.jsd:
+        beta, log_m_q = divergence.beta, torch.log1p(divergence.beta * torch.expm1(d))
+        mean_R1 = (q * log_m_q).sum(-1, keepdim=True)
+        teacher_R = (p * (d - log_m_q)).sum(-1)
+        value_R += divergence.jsd * (beta * teacher_R - (1 - beta) * mean_R1.squeeze(-1))
+        slope += divergence.jsd * (1 - beta) * q * (mean_R1 - log_m_q)
+    return value_R, slope
+
+
+def teacher_buckets(teacher: TeacherSparse, temperature: float) -> tuple[Tensor, Tensor]:
+    """log p of the K tokens [R, K] and of the tail [R, 1], fp64; they sum to 1.
+
+    Quantised log-probabilities may sum to a little over 1: they are then scaled back to 1.
+    """
+    log_p_RK = teacher.logprobs_NK.double() / temperature - teacher.log_z_N[:, None].double()
+    log_kept_R1 = log_p_RK.logsumexp(-1, keepdim=True)
+    log_p_RK = log_p_RK - log_kept_R1.clamp_min(0)
+    return log_p_RK, (-torch.expm1(log_kept_R1.clamp_max(0))).log()
+
+
+def _bregman(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p (log p − log q) − p + q, with 0 · log 0 = 0."""
+    p, q = log_p.exp(), log_q.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0) - p + q
