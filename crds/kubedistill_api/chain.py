@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints
 
 from kubedistill_api.base import ApiModel, cel, rules
 from kubedistill_api.references import ModelSource
 from kubedistill_api.status import Conditions
+from kubedistill_api.sweep import Sweep, TrialStatus
+from kubedistill_api.teacher import MAX_TEMPERATURES
 
 StageName = Annotated[
     str,
@@ -31,6 +33,9 @@ class Stage(ApiModel):
 
     model_config = ConfigDict(extra="allow", json_schema_extra={STAGE_MARK: True})
     name: StageName = Field(description="Name of the stage; its job is <chain>-<name>.")
+    sweep: Sweep | None = Field(
+        None, description="One job a value of what is swept over; the best one's student goes on."
+    )
 
     def job_part(self) -> dict[str, Any]:
         """Merged over the template by JSON merge patch (RFC 7386)."""
@@ -61,11 +66,20 @@ class StageStatus(ApiModel):
     """One stage as observed."""
 
     name: str = Field(max_length=50, description="Name of the stage.")
-    job_name: str = Field("", max_length=63, description="Its DistillationJob.")
+    job_name: str = Field(
+        "", max_length=63, description="Its DistillationJob; of a sweep the chosen trial's."
+    )
     state: str = Field("", max_length=64, description="Reason of that job's Succeeded condition.")
     model: str = Field("", max_length=2048, description="URI of its model.")
     perplexity: float | None = Field(None, description="Held-out perplexity of its model.")
     parameters: int = Field(0, description="Parameters of its model.")
+    trials: list[TrialStatus] = Field(
+        [], max_length=MAX_TEMPERATURES, description="Trials of its sweep."
+    )
+    choice: str = Field("", max_length=1024, description="Which trial was chosen, and why.")
+    report: Literal["", "Writing", "Written", "Failed"] = Field(
+        "", description="Whether the trials' reports have the table of the sweep."
+    )
 
 
 class DistillationChainStatus(ApiModel):
@@ -75,5 +89,5 @@ class DistillationChainStatus(ApiModel):
     conditions: Conditions = Field([], description="Conditions by type; Succeeded is the summary.")
     current_stage: str = Field("", max_length=64, description='Such as "13b 2/5".')
     progress: int = Field(0, description="Percent of all stages' steps, each stage alike.")
-    estimated_remaining: str = Field("", max_length=32, description="Of the running stage.")
+    estimated_remaining: str = Field("", max_length=32, description="Of the running job.")
     stages: list[StageStatus] = Field([], max_length=32, description="Stages, in order.")

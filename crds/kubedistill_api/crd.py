@@ -68,7 +68,7 @@ _CHAIN_COLUMNS = [
     _column("Stage", "string", ".status.currentStage", "Running stage."),
     _column("State", "string", _STATE, "Reason of the condition Succeeded."),
     _column("Progress", "string", ".status.progress", "Percent of all stages."),
-    _column("ETA", "string", ".status.estimatedRemaining", "Time left of the running stage."),
+    _column("ETA", "string", ".status.estimatedRemaining", "Time left of the running job."),
     _AGE,
 ]
 

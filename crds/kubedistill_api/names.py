@@ -20,6 +20,7 @@ MANAGER = "kubedistill"
 ROLE_PREFLIGHT = "preflight"
 ROLE_TEACHER = "teacher"
 ROLE_STUDENT = "student"
+ROLE_REPORT = "report"
 
 CONTAINER = "trainer"
 RUN_SPEC_DIRECTORY = "/etc/kubedistill"
@@ -57,6 +58,16 @@ def teacher_name(job: str) -> str:
 def stage_job_name(chain: str, stage: str) -> str:
     """The DistillationJob of a chain's stage."""
     return f"{chain}-{stage}"
+
+
+def trial_job_name(chain: str, stage: str, temperature: float) -> str:
+    """The DistillationJob of one trial of a stage's sweep: `c-m-t2`, `c-m-t0-5`."""
+    return f"{stage_job_name(chain, stage)}-t{temperature:g}".replace(".", "-")
+
+
+def report_name(job: str) -> str:
+    """The Job that writes a finished sweep into its trials' reports."""
+    return f"{job}-report"
 
 
 def pod_host(batch_job: str, index: int, service: str) -> str:

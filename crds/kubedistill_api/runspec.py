@@ -7,7 +7,8 @@ permission but to read pods.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -17,9 +18,11 @@ from kubedistill_api.status import (
     CheckpointStatus,
     Metric,
     ModelStatus,
+    PayloadProbe,
     Resolved,
     TeacherStreamStatus,
 )
+from kubedistill_api.sweep import SweepTable
 
 TERMINATION_MESSAGE_PATH = "/dev/termination-log"
 TERMINATION_MESSAGE_BYTES = 4096
@@ -50,7 +53,7 @@ class RunSpec(ApiModel):
     uid: str
     chain: str = ""
     stage: str = ""
-    role: Literal["preflight", "teacher", "student"]
+    role: Literal["preflight", "teacher", "student", "report"]
     attempt: int = 0
     fence: int = 0
     spec: DistillationJobSpec
@@ -64,6 +67,7 @@ class RunSpec(ApiModel):
         None, description="Memory limit of a student's container, if it has one."
     )
     termination_grace_seconds: int = 30
+    sweep: SweepTable | None = Field(None, description="Of a report: what is added to it.")
 
 
 class ProgressReport(ApiModel):
@@ -110,7 +114,7 @@ class Outcome(ApiModel):
     metrics: list[Metric] = []
 
     def to_termination_message(self) -> str:
-        """JSON within the kubelet's limit: long texts are shortened, never the structure."""
+        """JSON within the kubelet's limit: long texts and tables are shortened, never the structure."""
         text_limit = 1500
         value = self
         while True:
@@ -125,4 +129,19 @@ class Outcome(ApiModel):
             Problem(field=p.field[:limit], found=p.found[:limit], expected=p.expected[:limit])
             for p in self.problems[:4]
         ]
-        return self.model_copy(update={"message": self.message[:limit], "problems": problems})
+        changes: dict[str, Any] = {"message": self.message[:limit], "problems": problems}
+        if self.progress is not None and self.progress.teacher_stream is not None:
+            stream = self.progress.teacher_stream
+            fewer = stream.model_copy(update={"probe": worst_rows(stream.probe)})
+            changes["progress"] = self.progress.model_copy(update={"teacher_stream": fewer})
+        return self.model_copy(update=changes)
+
+
+def worst_rows(rows: Sequence[PayloadProbe]) -> list[PayloadProbe]:
+    """Of each payload the temperature at which it keeps least: the row that decides."""
+    worst: dict[str, PayloadProbe] = {}
+    for row in rows:
+        known = worst.get(row.payload)
+        if known is None or row.gradient_error > known.gradient_error:
+            worst[row.payload] = row
+    return list(worst.values())

@@ -107,7 +107,7 @@ class TeacherStreamStatus(ApiModel):
     tokens: int = Field(0, description="Tokens committed.")
     complete: bool = Field(False, description="Whether all of it is there.")
     probe: list[PayloadProbe] = Field(
-        [], max_length=64, description="What `payload: Auto` measured before it chose."
+        [], max_length=128, description="What `payload: Auto` measured before it chose."
     )
 
 

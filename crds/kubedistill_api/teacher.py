@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from kubedistill_api.base import ApiModel, cel, rules
 from kubedistill_api.references import JobReference, ModelSource, Preserved, SecretReference
+
+MAX_TEMPERATURES = 16
+Temperature = Annotated[float, Field(gt=0, le=100)]
 
 
 class Price(ApiModel):
@@ -69,7 +72,15 @@ class Teacher(ApiModel):
                 "[has(self.model), has(self.fromJob), has(self.endpoint)].filter(x, x).size() == 1",
                 "give exactly one teacher: `model: {uri: s3://…}`, `fromJob: {name: …}` or "
                 "`endpoint: {url: …, model: …}`",
-            )
+            ),
+            cel(
+                # Of a default `{}` the rule is asked before the defaults within it.
+                "!has(self.payload) || self.payload != 'Sampled' || !has(self.temperatures) || "
+                "size(self.temperatures) < 2",
+                "draws are made at one temperature: write payload Hidden, Sparse or Auto to serve "
+                "several",
+                ".temperatures",
+            ),
         ]
     )
     model: ModelSource | None = Field(None, description="A model folder in S3.")
@@ -100,4 +111,11 @@ class Teacher(ApiModel):
     )
     top_k: int = Field(100, ge=1, le=1024, description="Log-probabilities a token, for Sparse.")
     draws: int = Field(50, ge=1, le=1024, description="Random draws a token, for Sampled.")
+    temperatures: list[Temperature] = Field(
+        [],
+        max_length=MAX_TEMPERATURES,
+        description="Temperatures that a stream serves beside the objective's. Jobs that differ in "
+        "their temperature alone share one stream when each lists all of them; a chain does so for "
+        "the trials of a sweep.",
+    )
     workers: TeacherWorkers = Field(TeacherWorkers(), description="The teacher's own pods.")

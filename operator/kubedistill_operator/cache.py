@@ -115,7 +115,7 @@ class Cache:
     """All kinds that the operator looks at, and who waits for whom."""
 
     def __init__(self) -> None:
-        self.jobs = Kind()
+        self.jobs = Kind(LABEL_CHAIN)
         self.chains = Kind()
         self.batch_jobs = Kind(LABEL_JOB)
         self.pods = Kind(LABEL_JOB)

@@ -28,6 +28,7 @@ from kubedistill_operator.plan.actions import (
     Action,
     CreateGang,
     CreatePreflight,
+    CreateReport,
     CreateStageJob,
     CreateTeacher,
     DeleteBatchJob,
@@ -95,6 +96,8 @@ class Effects:
             self._take_job(
                 await self._cluster.merge_patch(DISTILLATION_JOBS, namespace, action.name, patch)
             )
+        elif isinstance(action, CreateReport):
+            await self._report(namespace, action)
         else:
             assert_never(action)
 
@@ -181,7 +184,7 @@ class Effects:
             "apiVersion": API_VERSION,
             "kind": JOB_KIND,
             "metadata": {
-                "name": names.stage_job_name(chain, action.stage),
+                "name": action.name,
                 "namespace": metadata["namespace"],
                 "labels": {
                     names.LABEL_MANAGED_BY: names.MANAGER,
@@ -195,6 +198,17 @@ class Effects:
             "spec": action.spec,
         }
         self._take_job(await self._create(DISTILLATION_JOBS, body, metadata["uid"]))
+
+    async def _report(self, namespace: str, action: CreateReport) -> None:
+        raw = self._cache.jobs.get(namespace, action.job)
+        if raw is None:
+            return  # Deleted since; the next pass chooses anew.
+        owner, spec = owner_of(raw), _spec(raw)
+        run = run_specs.report_run_spec(owner, spec, action.sweep)
+        name = names.report_name(owner.name)
+        await self._create(CONFIG_MAPS, run_specs.config_map(owner, name, run), owner.uid)
+        body = batch_jobs.report(owner, spec, self._trainer)
+        self._remember(await self._create(BATCH_JOBS, body, owner.uid))
 
     async def tell(self, raw: Raw, event: Event, now: Any) -> None:
         """Post an event. Its name follows from what it says, so that it is there once."""

@@ -10,8 +10,10 @@ from kubedistill_api.chain import DistillationChainStatus
 from kubedistill_api.status import DistillationJobStatus
 
 from kubedistill_operator.cache import Cache, Raw
-from kubedistill_operator.plan.chain import ObservedChain, StageJob
+from kubedistill_operator.plan.chain import ObservedChain
 from kubedistill_operator.plan.draft import Contact, Observed, OtherJob
+from kubedistill_operator.plan.layout import job_names
+from kubedistill_operator.plan.stages import StageJob
 from kubedistill_operator.plan.views import (
     BatchJobView,
     PodView,
@@ -114,17 +116,10 @@ def observe_chain(cache: Cache, raw: Raw) -> ObservedChain:
     """Everything the plan of a chain may use."""
     metadata = raw["metadata"]
     namespace, name = metadata["namespace"], metadata["name"]
-    jobs: dict[str, StageJob] = {}
-    for stage in raw["spec"].get("stages") or []:
-        job_name = names.stage_job_name(name, str(stage.get("name", "")))
-        job = cache.jobs.get(namespace, job_name)
-        if job is not None:
-            owners = job["metadata"].get("ownerReferences") or []
-            ours = any(owner["uid"] == metadata["uid"] for owner in owners)
-            leaving = not ours and any(
-                (owner["kind"], owner["name"]) == (CHAIN_KIND, name) for owner in owners
-            )
-            jobs[job_name] = StageJob(job["spec"], job_status(job), ours, leaving)
+    wanted = job_names(name, raw["spec"])
+    known = [cache.jobs.get(namespace, job_name) for job_name in wanted]
+    found = [*cache.jobs.group(namespace, name), *(job for job in known if job is not None)]
+    jobs = {job["metadata"]["name"]: _stage_job(cache, job, metadata) for job in found}
     return ObservedChain(
         namespace=namespace,
         name=name,
@@ -132,5 +127,22 @@ def observe_chain(cache: Cache, raw: Raw) -> ObservedChain:
         spec=raw["spec"],
         status=DistillationChainStatus.model_validate(raw.get("status") or {}),
         now=datetime.now(UTC),
-        jobs=jobs,
+        jobs={n: job for n, job in jobs.items() if job.ours or n in wanted or job.leaving},
     )
+
+
+def _stage_job(cache: Cache, job: Raw, chain: Raw) -> StageJob:
+    """A job as the chain with this metadata sees it."""
+    namespace, name = job["metadata"]["namespace"], job["metadata"]["name"]
+    owners = job["metadata"].get("ownerReferences") or []
+    ours = any(owner["uid"] == chain["uid"] for owner in owners)
+    leaving = not ours and any(
+        (owner["kind"], owner["name"]) == (CHAIN_KIND, chain["name"]) for owner in owners
+    )
+    reports = [
+        batch_job_view(child)
+        for child in cache.batch_jobs.group(namespace, name)
+        if child["metadata"]["name"] == names.report_name(name)
+        and _is_of(child, job["metadata"]["uid"])
+    ]
+    return StageJob(job["spec"], job_status(job), ours, leaving, next(iter(reports), None))

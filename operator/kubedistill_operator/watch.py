@@ -16,7 +16,14 @@ from typing import Any
 
 import kopf
 from kubedistill_api.base import CHAIN_PLURAL, GROUP, JOB_PLURAL, VERSION
-from kubedistill_api.names import LABEL_JOB, LABEL_MANAGED_BY, MANAGER
+from kubedistill_api.names import (
+    LABEL_CHAIN,
+    LABEL_JOB,
+    LABEL_MANAGED_BY,
+    LABEL_ROLE,
+    MANAGER,
+    ROLE_REPORT,
+)
 
 from kubedistill_operator.cache import Cache, Kind, Raw, name_of, version_of
 from kubedistill_operator.cluster import (
@@ -66,11 +73,14 @@ class Watcher:
             self._queue.add(Key(CHAIN, *name_of(raw)))
 
     def child(self, kind: Kind, raw: Raw, *, deleted: bool = False) -> None:
-        """A Job or Pod: look at the DistillationJob that it belongs to."""
+        """A Job or Pod: look at the DistillationJob that it belongs to, of a report at the chain."""
         if kind.remove(raw) if deleted else kind.put(raw):
-            job = (raw["metadata"].get("labels") or {}).get(LABEL_JOB)
+            labels = raw["metadata"].get("labels") or {}
+            job, chain = labels.get(LABEL_JOB), labels.get(LABEL_CHAIN)
             if job:
                 self._queue.add(Key(JOB, name_of(raw)[0], job))
+            if chain and labels.get(LABEL_ROLE) == ROLE_REPORT:
+                self._queue.add(Key(CHAIN, name_of(raw)[0], chain))
 
     def batch_job(self, raw: Raw, *, deleted: bool = False) -> None:
         self.child(self._cache.batch_jobs, raw, deleted=deleted)

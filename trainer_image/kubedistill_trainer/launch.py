@@ -1,4 +1,4 @@
-"""Container entry: `kubedistill-trainer preflight | teacher | student`.
+"""Container entry: `kubedistill-trainer preflight | teacher | student | report`.
 
 As PID 1 of a student pod it waits until its peers have names, starts one process a rank, forwards
 SIGTERM once, and turns the ranks' ends into one exit code and one termination message.
@@ -36,8 +36,8 @@ _LEAST_TELLING = (ExitCode.PEER_LOST, ExitCode.UNKNOWN)
 def main() -> None:
     """Run the role that the container's argument names."""
     role = sys.argv[1] if len(sys.argv) == 2 else ""
-    if role not in ("preflight", "teacher", "student"):
-        sys.stderr.write("usage: kubedistill-trainer preflight | teacher | student\n")
+    if role not in _roles:
+        sys.stderr.write(f"usage: kubedistill-trainer {' | '.join(_roles)}\n")
         raise SystemExit(int(ExitCode.BAD_CONFIGURATION))
     try:
         run = read_run_spec()
@@ -72,6 +72,12 @@ def _teacher(run: RunSpec) -> tuple[ExitCode, Outcome]:
     partition = int(os.environ.get("JOB_COMPLETION_INDEX", "0"))
     context = Context(run, scratch_directory(), partition=partition)
     return ExitCode.SUCCESS, run_teacher(context, board)
+
+
+def _report(run: RunSpec) -> tuple[ExitCode, Outcome]:
+    from kubedistill_trainer.report.sweep import write_trials
+
+    return ExitCode.SUCCESS, write_trials(Context(run, scratch_directory()))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -186,7 +192,12 @@ def _outcome_of(local_rank: int, code: ExitCode) -> Outcome:
         return Outcome(reason=policy(code).reason, message=message)
 
 
-_roles = {"preflight": _preflight, "teacher": _teacher, "student": _student}
+_roles = {
+    "preflight": _preflight,
+    "teacher": _teacher,
+    "student": _student,
+    "report": _report,
+}
 
 if __name__ == "__main__":
     main()

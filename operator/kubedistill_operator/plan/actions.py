@@ -9,6 +9,7 @@ from typing import Any
 from kubedistill_api.chain import DistillationChainStatus
 from kubedistill_api.runspec import ResolvedModel
 from kubedistill_api.status import DistillationJobStatus
+from kubedistill_api.sweep import SweepTable
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class SuspendBatchJob:
 
 @dataclass(frozen=True)
 class CreateStageJob:
-    """A stage's DistillationJob."""
+    """A stage's DistillationJob, or that of one trial of its sweep."""
 
+    name: str
     stage: str
     spec: Mapping[str, Any]
 
@@ -71,6 +73,17 @@ class CreateStageJob:
 class SuspendStageJob:
     name: str
     suspend: bool
+
+
+@dataclass(frozen=True)
+class CreateReport:
+    """The ConfigMap and Job that write a finished sweep into its trials' reports.
+
+    They belong to `job`, a DistillationJob.
+    """
+
+    job: str
+    sweep: SweepTable
 
 
 Action = (
@@ -82,6 +95,7 @@ Action = (
     | SuspendBatchJob
     | CreateStageJob
     | SuspendStageJob
+    | CreateReport
 )
 
 

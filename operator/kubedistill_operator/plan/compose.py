@@ -7,6 +7,7 @@ from typing import Any
 
 from kubedistill_api.chain import DistillationChainSpec
 from kubedistill_api.names import stage_job_name
+from kubedistill_api.sweep import Sweep
 
 _METHODS = {"distill": ("fineTune",), "fineTune": ("distill", "teacher")}
 """A stage's method, and what of the template it puts aside."""
@@ -29,14 +30,42 @@ def merge_patch(target: Any, patch: Any) -> Any:
     return result
 
 
-def compose(chain: str, spec: DistillationChainSpec, index: int) -> dict[str, Any]:
-    """The spec of a stage's job, not yet validated; `suspend` is the chain's."""
+def compose(
+    chain: str,
+    spec: DistillationChainSpec,
+    index: int,
+    *,
+    students: Mapping[str, str] | None = None,
+    temperature: float | None = None,
+) -> dict[str, Any]:
+    """The spec of a stage's job, not yet validated; `suspend` is the chain's.
+
+    `students`: stage → the job that makes its student, where that is not <chain>-<stage>.
+    `temperature`: the spec of that trial of the stage's sweep.
+    """
     stage = spec.stages[index].job_part()
     base = _put_aside(dict(spec.template), stage)
     merged: dict[str, Any] = merge_patch(base, stage)
     merged.pop("suspend", None)
-    _pass_down(merged, chain, spec, index)
+    previous = None
+    if index:
+        before = spec.stages[index - 1].name
+        previous = (students or {}).get(before, stage_job_name(chain, before))
+    _pass_down(merged, spec, index, previous)
+    sweep = spec.stages[index].sweep
+    if temperature is not None and sweep is not None:
+        _make_trial(merged, sweep, temperature)
     return merged
+
+
+def _make_trial(merged: dict[str, Any], sweep: Sweep, temperature: float) -> None:
+    """One temperature to learn at, and all of them in what is asked of the stream.
+
+    What a stream holds may depend on its temperatures: so all trials ask for the same one.
+    """
+    merged["distill"] = merge_patch(merged["distill"], {"objective": {"temperature": temperature}})
+    if merged["teacher"].get("delivery") != "Online":
+        merged["teacher"]["temperatures"] = sorted(sweep.temperature)
 
 
 def _put_aside(template: dict[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,13 +84,14 @@ def _put_aside(template: dict[str, Any], stage: Mapping[str, Any]) -> dict[str, 
     return template
 
 
-def _pass_down(merged: dict[str, Any], chain: str, spec: DistillationChainSpec, index: int) -> None:
+def _pass_down(
+    merged: dict[str, Any], spec: DistillationChainSpec, index: int, previous: str | None
+) -> None:
     """The default teacher of a distilling stage, and the default student of a tuned one.
 
     A stage that tunes goes on from the stage before it: what the template says of students is meant
     for the stages that distil.
     """
-    previous = stage_job_name(chain, spec.stages[index - 1].name) if index else None
     if merged.get("distill") is not None:
         teacher = merged.get("teacher")
         teacher = dict(teacher) if isinstance(teacher, Mapping) else {}

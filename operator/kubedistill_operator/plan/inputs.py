@@ -136,6 +136,11 @@ def _objective_problems(spec: DistillationJobSpec, refuse: Any) -> None:
             f"{field}.loss", objective.loss,
             "draws (`teacher.payload: Sampled`) estimate ForwardKL only",
         )  # fmt: skip
+    if sampled and len({objective.temperature, *spec.teacher.temperatures}) > 1:
+        refuse(
+            "teacher.temperatures", "other temperatures than the objective's",
+            "draws (`teacher.payload: Sampled`) are made at one: write Hidden, Sparse or Auto",
+        )  # fmt: skip
     if objective.features and spec.teacher.delivery != "Online":
         refuse(
             f"{field}.features", f"`teacher.delivery: {spec.teacher.delivery}`",

@@ -73,4 +73,7 @@ def apply_stream(draft: Draft, stream: TeacherStreamStatus) -> None:
     """Take over a stream's figures, unless they are older than what is known."""
     old = draft.status.teacher_stream
     if old is None or (stream.tokens >= old.tokens and not (old.complete and not stream.complete)):
-        draft.update(teacher_stream=stream)
+        # A container's last word is short: it has some rows of the table, or none.
+        same = old is not None and old.digest == stream.digest
+        probe = old.probe if old and same and len(old.probe) > len(stream.probe) else stream.probe
+        draft.update(teacher_stream=stream.model_copy(update={"probe": probe}))

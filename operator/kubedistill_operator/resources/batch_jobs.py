@@ -1,4 +1,4 @@
-"""The Jobs of a DistillationJob: preflight, teacher writers, and one attempt of the gang."""
+"""The Jobs of a DistillationJob: preflight, teacher writers, one attempt of the gang, a report."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from kubedistill_operator.resources.pods import (
 )
 
 _TRIES_PER_PARTITION = 3
+_REPORT_TRIES = 4
 _WRITER_GRACE_SECONDS = 30
 _HOPELESS = sorted({int(ExitCode.BAD_CONFIGURATION), int(ExitCode.UNREADABLE_INPUT)})
 _OURS = sorted(int(code) for code in ExitCode if code not in (ExitCode.SUCCESS, ExitCode.UNKNOWN))
@@ -47,6 +48,26 @@ def preflight(
             "completions": 1,
             "parallelism": 1,
             "backoffLimit": 0,
+            "template": pod_template(shape, spec.storage, trainer),
+        },
+    )
+
+
+def report(owner: Owner, spec: DistillationJobSpec, trainer: TrainerImage) -> dict[str, Any]:
+    """One pod without GPUs that writes a finished sweep into its trials' reports."""
+    labels, name = owner.labels(names.ROLE_REPORT), names.report_name(owner.name)
+    shape = PodShape(
+        role=names.ROLE_REPORT,
+        labels=labels,
+        config_map=name,
+        template=preflight_part(spec.workers.template),
+    )
+    return _job(
+        owner.metadata(name, labels),
+        {
+            "completions": 1,
+            "parallelism": 1,
+            "backoffLimit": _REPORT_TRIES - 1,
             "template": pod_template(shape, spec.storage, trainer),
         },
     )

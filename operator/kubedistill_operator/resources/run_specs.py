@@ -7,13 +7,14 @@ from typing import Any, Literal
 from kubedistill_api import names
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import Rendezvous, RunSpec
+from kubedistill_api.sweep import SweepTable
 
 from kubedistill_operator.plan.actions import Inputs
 from kubedistill_operator.resources.owner import Owner
 from kubedistill_operator.resources.pods import memory_limit
 from kubedistill_operator.resources.quantity import to_bytes
 
-Role = Literal["preflight", "teacher", "student"]
+Role = Literal["preflight", "teacher", "student", "report"]
 
 
 def base_run_spec(owner: Owner, spec: DistillationJobSpec, inputs: Inputs, role: Role) -> RunSpec:
@@ -55,6 +56,12 @@ def student_run_spec(base: RunSpec, attempt: int, fence: int, grace_seconds: int
             "termination_grace_seconds": grace_seconds,
         }
     )
+
+
+def report_run_spec(owner: Owner, spec: DistillationJobSpec, sweep: SweepTable) -> RunSpec:
+    """The run spec of the container that writes a finished sweep into its trials' reports."""
+    base = base_run_spec(owner, spec, Inputs(digest=""), "report")
+    return base.model_copy(update={"sweep": sweep})
 
 
 def config_map(owner: Owner, name: str, run: RunSpec) -> dict[str, Any]:

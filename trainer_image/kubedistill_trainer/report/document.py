@@ -85,6 +85,8 @@ def document(finished: Finished) -> dict[str, Any]:
         },
         "history": [_point(point) for point in finished.history],
         "earlyStopping": _early_stopping(finished.watch),
+        # Of a trial it is filled in when all trials have ended.
+        "sweep": None,
         "inputs": {
             "inputsDigest": run.inputs_digest,
             "dataDigest": dataset.digest,

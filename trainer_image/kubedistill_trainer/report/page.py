@@ -13,6 +13,7 @@ Section = Callable[[Mapping[str, Any]], Markup | None]
 SECTIONS: tuple[Section, ...] = (
     sections.summary,
     sections.figures,
+    sections.trials,
     sections.slices,
     sections.losses,
     sections.held_out,

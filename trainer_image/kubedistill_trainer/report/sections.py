@@ -73,6 +73,30 @@ def figures(document: Document) -> Markup | None:
     )
 
 
+def trials(document: Document) -> Markup | None:
+    """The trials of the sweep that this job belongs to, the chosen one marked."""
+    sweep = document.get("sweep")
+    if not sweep:
+        return None
+    rows: Sequence[Document] = sweep["trials"]
+    names = list(dict.fromkeys(row["metric"]["name"] for row in rows if row.get("metric")))
+    columns = [name for name in names if name != "perplexity"]
+    body = []
+    for row in rows:
+        metric = row.get("metric") or {}
+        values = [metric.get("value") if name == metric.get("name") else None for name in columns]
+        cells = [shown(name, value) for name, value in zip(columns, values, strict=True)]
+        badge = tag("span", "chosen", class_="badge good") if row["chosen"] else None
+        temperature = tag("th", f"T = {number(row['temperature'])} ", badge, scope="row")
+        rest = [*cells, number(row.get("perplexity")), row["state"], row["jobName"]]
+        body.append(tag("tr", temperature, *(tag("td", cell) for cell in rest)))
+    heading = _heading("Temperature", *columns, "Perplexity", "State", "Job")
+    told = f"Stage {sweep['stage']}: {sweep['choice']}."
+    return _section(
+        "Sweep", tag("p", told, class_="lead"), _table("Trials of the sweep", heading, body)
+    )
+
+
 def slices(document: Document) -> Markup | None:
     """Figures by source, the weakest marked."""
     rows = document.get("slices")

@@ -34,13 +34,13 @@ def stream_request(
     teacher, objective = spec.teacher, spec.distill.objective if spec.distill else None
     if teacher is None or objective is None:
         raise refuse("spec.teacher", "nothing", "a stream needs a teacher and an objective")
-    temperature = objective.temperature
-    identity = _identity(teacher, temperature, dataset, teacher_digest, teacher_config)
+    payload = _payload(teacher, objective.temperature, dataset.tokenizer.vocab_size)
+    identity = _identity(payload, dataset, teacher_digest, teacher_config)
     if teacher.payload != "Auto":
         return identity
     return Question(
         identity=identity,
-        temperatures=(temperature,),
+        temperatures=_temperatures(teacher, objective.temperature),
         objective=objective.model_dump_json(include={"loss", "mix", "beta"}),
         top_k=teacher.top_k,
         max_gradient_error=teacher.max_gradient_error,
@@ -70,8 +70,7 @@ def measured(request: StreamIdentity | Question, store: Store) -> list[PayloadPr
 
 
 def _identity(
-    teacher: Teacher,
-    temperature: float,
+    payload: PayloadSpec,
     dataset: Dataset,
     teacher_digest: str,
     teacher_config: dict[str, Any],
@@ -93,8 +92,13 @@ def _identity(
         dataset_digest=dataset.digest,
         packing_digest=dataset.packing_digest,
         sequence_length=dataset.packed.sequence_length,
-        payloads=(_payload(teacher, temperature, visible),),
+        payloads=(payload,),
     )
+
+
+def _temperatures(teacher: Teacher, temperature: float) -> tuple[float, ...]:
+    """All that the stream has to serve, rising: the objective's, and those of jobs that share it."""
+    return tuple(sorted({temperature, *teacher.temperatures}))
 
 
 def _payload(teacher: Teacher, temperature: float, vocab_size: int) -> PayloadSpec:
@@ -102,5 +106,5 @@ def _payload(teacher: Teacher, temperature: float, vocab_size: int) -> PayloadSp
         return HiddenSpec()
     if teacher.payload == "Sampled":
         return SampledSpec(draws=teacher.draws, temperature=temperature)
-    grid = tuple(sorted({1.0, temperature}))
+    grid = tuple(sorted({1.0, *_temperatures(teacher, temperature)}))
     return SparseSpec(k=min(teacher.top_k, vocab_size), temperatures=grid)

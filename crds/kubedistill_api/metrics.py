@@ -1,0 +1,22 @@
+"""The figures that an evaluation can give, as `status.metrics` names them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Goal = Literal["Minimize", "Maximize"]
+
+METRICS: dict[str, Goal | None] = {
+    "perplexity": "Minimize",
+    "accuracy": "Maximize",
+    "ece": "Minimize",
+    "perplexityRatio": "Minimize",
+    "teacherAgreement": "Maximize",
+    "teacherKL": "Minimize",
+    "initialPerplexity": None,
+    "teacherPerplexity": None,
+    "teacherEce": None,
+}
+"""Every metric, and which way it is better; None for one that says nothing of the training."""
+SELECTABLE = tuple(name for name, goal in METRICS.items() if goal is not None)
+"""Those by which students can be told apart."""

@@ -1,0 +1,118 @@
+"""What a chain's spec asks for: the jobs of every stage, checked before the first one starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kubedistill_api.chain import DistillationChainSpec, Stage, StageStatus
+from kubedistill_api.names import MAX_JOB_NAME_LENGTH, stage_job_name, trial_job_name
+
+from kubedistill_operator.plan.compose import compose
+from kubedistill_operator.plan.inputs import parse_spec
+from kubedistill_operator.plan.stages import Jobs, Part, Standing, standing_of_one
+from kubedistill_operator.plan.sweep import problems_of, standing_of_sweep
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A stage, the jobs that it asks for, and where it stands."""
+
+    stage: Stage
+    parts: tuple[Part, ...]
+    standing: Standing
+    taught: bool
+    """Whether it is known by now which job's model the stage before it gives."""
+
+    @property
+    def job_names(self) -> set[str]:
+        """Jobs that are this stage's, those of a sweep that has changed since included."""
+        return {part.name for part in self.parts} | {t.job_name for t in self.standing.trials}
+
+
+def lay_out(
+    name: str, chain: DistillationChainSpec, jobs: Jobs, before: Mapping[str, StageStatus]
+) -> tuple[list[Laid], list[str]]:
+    """The stages of the chain `name`, and everything wrong with them.
+
+    `before`: what the status says of each stage. A stage that something is wrong with is left out.
+    """
+    problems: list[str] = []
+    laid: list[Laid] = []
+    students: dict[str, str] = {}
+    for index, stage in enumerate(chain.stages):
+        parts, found = _parts(name, chain, index, students)
+        problems += [f"stage {stage.name}: {problem}" for problem in found]
+        if found:
+            continue
+        if stage.sweep is None:
+            standing = standing_of_one(parts[0], jobs)
+        else:
+            standing = standing_of_sweep(stage.sweep, parts, jobs, before.get(stage.name))
+        taught = not laid or bool(laid[-1].standing.job_name)
+        laid.append(Laid(stage, parts, standing, taught))
+        if standing.job_name:
+            students[stage.name] = standing.job_name
+    return laid, problems + _name_problems(laid, jobs)
+
+
+def job_names(name: str, raw: Mapping[str, Any]) -> set[str]:
+    """Names of the jobs of a chain's spec, which may be invalid."""
+    found = set()
+    for stage in raw.get("stages") or []:
+        stage_name = str(stage.get("name", ""))
+        found.add(stage_job_name(name, stage_name))
+        for value in (stage.get("sweep") or {}).get("temperature") or []:
+            found.add(trial_job_name(name, stage_name, value))
+    return found
+
+
+def _parts(
+    name: str, chain: DistillationChainSpec, index: int, students: Mapping[str, str]
+) -> tuple[tuple[Part, ...], list[str]]:
+    """The jobs of a stage of the chain `name`, or what is wrong with it.
+
+    `students` as for `compose`.
+    """
+    stage = chain.stages[index]
+    spec, found = parse_spec(compose(name, chain, index, students=students))
+    if spec is None:
+        return (), [problem.sentence() for problem in found]
+    if stage.sweep is None:
+        return (Part(stage_job_name(name, stage.name), spec),), []
+    problems = [problem.sentence() for problem in problems_of(stage.sweep, spec)]
+    if problems:
+        return (), problems
+    parts = []
+    for temperature in stage.sweep.temperature:
+        raw = compose(name, chain, index, students=students, temperature=temperature)
+        trial, found = parse_spec(raw)
+        problems += [problem.sentence() for problem in found]
+        if trial is not None:
+            parts.append(Part(trial_job_name(name, stage.name, temperature), trial, temperature))
+    return tuple(parts), list(dict.fromkeys(problems))
+
+
+def _name_problems(laid: Sequence[Laid], jobs: Jobs) -> list[str]:
+    """Names of jobs that are too long, that two stages want, or that somebody else has."""
+    problems, taken = [], dict[str, str]()
+    for stage, name in [(one.stage.name, part.name) for one in laid for part in one.parts]:
+        if len(name) > MAX_JOB_NAME_LENGTH:
+            problems.append(
+                f"stage {stage}: its job {name} would have a name of {len(name)} characters; "
+                f"at most {MAX_JOB_NAME_LENGTH}: give the chain or the stage a shorter one"
+            )
+        if name in taken:
+            problems.append(
+                f"stage {stage}: its job {name} would have the name of one of stage "
+                f"{taken[name]}: rename one of these stages"
+            )
+        taken[name] = stage
+        job = jobs.get(name)
+        if job is not None and not job.ours and not job.leaving:
+            problems.append(
+                f"stage {stage}: there is a DistillationJob {name} that is not of this chain: "
+                "delete it, or rename the stage or the chain"
+            )
+    return problems

@@ -1,0 +1,100 @@
+"""A chain's stages: the jobs that each asks for, and where each stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kubedistill_api import reasons
+from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.status import Condition, DistillationJobStatus
+from kubedistill_api.sweep import TrialStatus
+
+from kubedistill_operator.plan.inputs import parse_spec
+from kubedistill_operator.plan.views import BatchJobView
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """A stage's DistillationJob as observed."""
+
+    spec: Mapping[str, Any]
+    status: DistillationJobStatus
+    ours: bool = True
+    leaving: bool = False
+    """Not ours, but of a chain of the same name that was deleted: on its way out, so waited for."""
+    report: BatchJobView | None = None
+    """The Job that writes a sweep into the reports; it belongs to the chosen trial."""
+
+    @property
+    def succeeded(self) -> Condition:
+        for condition in self.status.conditions:
+            if condition.type == reasons.SUCCEEDED:
+                return condition
+        return Condition(type=reasons.SUCCEEDED, status="Unknown", reason=reasons.PENDING)
+
+    @property
+    def ended(self) -> bool:
+        return self.succeeded.status != "Unknown"
+
+    @property
+    def percentage(self) -> float:
+        """How far it came, of 100; a failed one stays where it was."""
+        if self.succeeded.status == "True":
+            return 100.0
+        return float(self.status.progress.percentage) if self.status.progress else 0.0
+
+    def differs(self, wanted: DistillationJobSpec) -> bool:
+        """Whether it was made from another spec."""
+        spec, _ = parse_spec(self.spec)
+        return spec is None or spec.model_copy(update={"suspend": wanted.suspend}) != wanted
+
+
+Jobs = Mapping[str, StageJob]
+"""By name."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A job that a stage asks for: all of it, or one trial of its sweep."""
+
+    name: str
+    spec: DistillationJobSpec
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a stage stands, and what is to be done about it."""
+
+    job_name: str
+    """The job that makes its student; empty while that is not known."""
+    done: bool = False
+    failure: str = ""
+    """Why it cannot go on, beginning with "failed"."""
+    start: tuple[Part, ...] = ()
+    running: tuple[str, ...] = ()
+    """Names of its jobs that have not ended."""
+    progress: str = ""
+    """What its jobs are doing, in a few words."""
+    percentage: float = 0.0
+    trials: tuple[TrialStatus, ...] = ()
+    choice: str = ""
+
+
+def standing_of_one(part: Part, jobs: Jobs) -> Standing:
+    """A stage without a sweep stands where its job does."""
+    job = jobs.get(part.name)
+    if job is None:
+        return Standing(part.name, start=(part,), progress="its job is created")
+    condition = job.succeeded
+    failed = condition.status == "False"
+    return Standing(
+        part.name,
+        done=condition.status == "True",
+        failure=f"failed ({condition.reason}): {condition.message}" if failed else "",
+        running=() if job.ended else (part.name,),
+        progress=condition.reason,
+        percentage=job.percentage,
+    )
