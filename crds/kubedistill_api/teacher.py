@@ -10,7 +10,7 @@ from kubedistill_api.base import ApiModel, cel, rules
 from kubedistill_api.references import JobReference, ModelSource, Preserved, SecretReference
 
 MAX_TEMPERATURES = 16
-Temperature = Annotated[float, Field(gt=0, le=100)]
+Temperature = Annotated[float, Field(gt=0, le=100, description="A temperature T.")]
 
 
 class Price(ApiModel):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from operator_kit import wait_for
 
 from e2e.kit import SLOW_SECONDS, Team
 
@@ -92,3 +93,41 @@ def test_responses_are_learnt_by_weight_and_the_template_is_exported(
     data = json.loads(model["report.json"])["data"]
     assert [file["weight"] for file in data["files"]] == [2, 0.5]
     assert data["conversations"]["whole"] > 0
+
+
+def test_a_sweep_has_one_teacher_and_its_best_student_goes_on(
+    team: Team, applied: dict[str, list[dict[str, Any]]]
+) -> None:
+    stages = team.ends("temperature-sweep", "Completed", resource="dchain")["stages"]
+    swept, small = stages
+    trials = {trial["jobName"]: trial for trial in swept["trials"]}
+    assert list(trials) == ["temperature-sweep-swept-t1-5", "temperature-sweep-swept-t4"]
+    best = min(trials.values(), key=lambda trial: trial["perplexity"])
+    assert [name for name, trial in trials.items() if trial["chosen"]] == [best["jobName"]]
+    assert (swept["jobName"], swept["model"]) == (best["jobName"], best["model"])
+    assert swept["choice"] in team.condition("temperature-sweep", resource="dchain")["message"]
+
+    found = {name: team.status(name) for name in trials}
+    assert len({status["teacherStream"]["digest"] for status in found.values()}) == 1
+    assert [status["resolved"]["streamComplete"] for status in found.values()] == [False, True]
+    writers = team.get("jobs", "-l", "kubedistill.dev/role=teacher")["items"]
+    names = {job["metadata"]["name"] for job in writers}
+    assert names & {f"{trial}-teacher" for trial in trials} == {f"{next(iter(trials))}-teacher"}
+
+    taught = team.get("dj", small["jobName"])["spec"]["teacher"]
+    assert taught["fromJob"] == {"name": best["jobName"]}
+
+
+def test_the_reports_of_a_sweep_have_its_table(
+    team: Team, applied: dict[str, list[dict[str, Any]]]
+) -> None:
+    def written() -> Any:
+        stage = team.status("temperature-sweep", "dchain")["stages"][0]
+        return stage if stage["report"] == "Written" else None
+
+    team.ends("temperature-sweep", "Completed", resource="dchain")
+    stage = wait_for(written, "the reports are not written", SLOW_SECONDS)
+    for trial in stage["trials"]:
+        files = team.objects(trial["model"])
+        assert json.loads(files["report.json"])["sweep"]["trials"] == stage["trials"]
+        assert stage["choice"] in files["report.html"].decode()

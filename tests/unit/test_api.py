@@ -9,8 +9,14 @@ from kubedistill_api import crd, names, reasons, reference
 from kubedistill_api.chain import DistillationChainSpec
 from kubedistill_api.exit_codes import POLICIES, ExitCode, policy
 from kubedistill_api.job import DistillationJobSpec
-from kubedistill_api.runspec import TERMINATION_MESSAGE_BYTES, Outcome, Problem
+from kubedistill_api.runspec import (
+    TERMINATION_MESSAGE_BYTES,
+    Outcome,
+    Problem,
+    ProgressReport,
+)
 from kubedistill_api.schema import partial_job_spec, structural
+from kubedistill_api.status import PayloadProbe, TeacherStreamStatus
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,12 +112,36 @@ def test_a_long_outcome_fits_the_termination_message() -> None:
     assert back.problems and back.problems[0].field.startswith("spec.data")
 
 
+def test_a_long_table_of_payloads_keeps_the_rows_that_decide() -> None:
+    rows = [
+        PayloadProbe(payload=f"Sparse, K={k}", temperature=t, bytes_per_token=123.456789,
+                     kept_mass=0.987654321, gradient_error=t / 123, angle_degrees=1.23456789)
+        for k in (32, 64, 100, 256) for t in range(1, 17)
+    ]  # fmt: skip
+    stream = TeacherStreamStatus(uri="s3://runs/x" * 20, digest="d" * 64, probe=rows)
+    progress = ProgressReport(teacher_stream=stream)
+    text = Outcome(reason="Completed", progress=progress).to_termination_message()
+    assert len(text.encode()) <= TERMINATION_MESSAGE_BYTES
+    back = Outcome.model_validate_json(text)
+    assert back.progress is not None and back.progress.teacher_stream is not None
+    assert [row.temperature for row in back.progress.teacher_stream.probe] == [16] * 4
+
+
 def test_derived_names_stay_host_names() -> None:
     longest = "a" * names.MAX_JOB_NAME_LENGTH
     attempt = names.attempt_name(longest, 9999)
     assert len(f"{attempt}-1023") <= 63
     assert len(names.preflight_name(longest, "f" * 64)) <= 63
     assert len(names.teacher_name(longest) + "-255") <= 63
+    assert len(names.report_name(longest)) <= 63
+
+
+@pytest.mark.parametrize(
+    ("temperature", "name"),
+    [(2, "c-m-t2"), (2.0, "c-m-t2"), (0.5, "c-m-t0-5"), (1e-5, "c-m-t1e-05"), (100, "c-m-t100")],
+)
+def test_trials_are_named_after_their_temperature(temperature: float, name: str) -> None:
+    assert names.trial_job_name("c", "m", temperature) == name
 
 
 def test_attempts_meet_at_different_ports() -> None:

@@ -21,6 +21,7 @@ from charts_kit import (
 from devcluster import tools
 from kubedistill_api import names
 from kubedistill_api.job import DistillationJobSpec
+from kubedistill_operator.plan.compose import compose
 
 
 def test_chain_chart_lints(chain: Chart) -> None:
@@ -102,6 +103,48 @@ def test_stages_of_both_methods(chain: Chart) -> None:
     assert small.distill.objective.temperature == 2
     assert small.distill.objective.soft_weight == 0, "a zero of a stage wins"
     assert small.teacher.from_job is not None and small.teacher.delivery == "Stream"
+
+
+SWEPT: Object = MINIMAL | {
+    "stages": [MINIMAL["stages"][0] | {"sweep": {"temperature": [0.5, 2], "parallelism": 2}}]
+}
+
+
+def test_a_sweep_of_a_stage_reaches_the_chain(chain: Chart) -> None:
+    spec = chain_spec(chain.objects(SWEPT))
+    [stage] = spec.stages
+    assert stage.sweep is not None
+    assert (stage.sweep.temperature, stage.sweep.parallelism) == ([0.5, 2], 2)
+    trial = job_spec(compose("demo", spec, 0, temperature=0.5))
+    assert trial.teacher is not None and trial.teacher.temperatures == [0.5, 2]
+    notes = chain.notes(SWEPT)
+    for temperature in stage.sweep.temperature:
+        job = names.trial_job_name("demo", stage.name, temperature)
+        assert f"{names.models_uri('s3://runs/support', 'lab', job)}/" in notes
+    assert "medium  (DistillationJobs demo-medium-t0-5, demo-medium-t2)" in notes
+    assert "describe dj demo-medium-t0-5" in notes
+
+
+def test_a_control_is_not_swept(chain: Chart) -> None:
+    student = {"config": {"model_type": "llama"}}
+    stage = SWEPT["stages"][0] | {"student": student}
+    values = SWEPT | {"stages": [stage], "data": FULL["data"], "control": {"enabled": True}}
+    job_spec(only(chain.objects(values), "DistillationJob")["spec"])
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ({}, "missing property 'temperature'"),
+        ({"temperature": [0]}, "exclusiveMinimum: got 0, want 0"),
+        ({"temperature": []}, "minItems: got 0, want 1"),
+        ({"temperature": [2], "select": {"goal": "Best"}}, "must be one of 'Minimize', 'Maximize'"),
+        ({"learningRate": [1]}, "additional properties 'learningRate' not allowed"),
+    ],
+)
+def test_bad_sweeps_are_refused(chain: Chart, sweep: Object, message: str) -> None:
+    stage = MINIMAL["stages"][0] | {"sweep": sweep}
+    assert message in chain.refusal(MINIMAL | {"stages": [stage]})
 
 
 def test_control_trains_the_last_student_without_a_teacher(chain: Chart) -> None:

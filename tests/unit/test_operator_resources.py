@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kubedistill_api import names
 from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.sweep import SweepTable, TrialStatus
 from kubedistill_operator.plan.actions import Inputs
 from kubedistill_operator.resources import batch_jobs, run_specs
 from kubedistill_operator.resources.merge import strategic_merge
@@ -187,6 +188,20 @@ def test_the_preflight_asks_for_no_gpus() -> None:
     container = job["spec"]["template"]["spec"]["containers"][0]
     assert "resources" not in container
     assert container["args"] == ["preflight"]
+
+
+def test_a_report_asks_for_no_gpus_and_brings_its_table() -> None:
+    whole = parsed(workers={"gpusPerNode": 8})
+    job = batch_jobs.report(OWNER, whole, IMAGE)
+    assert job["metadata"]["labels"][names.LABEL_CHAIN] == "c"
+    assert job["spec"]["backoffLimit"] == 3
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    assert "resources" not in container
+    assert container["args"] == ["report"]
+    table = SweepTable(stage="s", choice="why", trials=[TrialStatus(temperature=2, job_name="t")])
+    run = run_specs.report_run_spec(OWNER, whole, table)
+    raw = run_specs.config_map(OWNER, job["metadata"]["name"], run)
+    assert run_specs.read_config_map(raw).sweep == table
 
 
 def test_teacher_partitions_are_retried_one_by_one() -> None:

@@ -208,6 +208,24 @@ def test_a_complete_stream_is_recorded() -> None:
     assert plan.status.teacher_stream.tokens == 9
 
 
+def test_a_short_last_word_does_not_shorten_the_table_of_payloads() -> None:
+    rows = [
+        {"payload": "Hidden, int8", "temperature": t, "bytesPerToken": 9, "keptMass": 1,
+         "gradientError": 0, "angleDegrees": 0}
+        for t in (2, 4)
+    ]  # fmt: skip
+    whole = {"digest": "d", "tokens": 9, "probe": rows}
+    last = {"progress": {"teacherStream": whole | {"probe": rows[1:]}}}
+    pod = ended("t", 0, role=names.ROLE_TEACHER, attempt=0, outcome=last)
+    before = teacher_seen({"complete": True}, (pod,))
+    known = before.status.model_copy(
+        update={"teacher_stream": TeacherStreamStatus.model_validate(whole)}
+    )
+    plan = settled(replace(before, status=known))
+    assert plan.status.teacher_stream is not None
+    assert [row.temperature for row in plan.status.teacher_stream.probe] == [2, 4]
+
+
 def test_a_failed_teacher_is_final() -> None:
     pod = ended("t", 13, role=names.ROLE_TEACHER, attempt=0, outcome={"message": "no config"})
     plan = settled(teacher_seen({"failed": True}, (pod,)))

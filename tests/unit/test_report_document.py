@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from kubedistill_api.data import DataSource
+from kubedistill_api.metrics import METRICS
 from kubedistill_trainer.data.packing import Fit
 from kubedistill_trainer.report.document import document, files
 from kubedistill_trainer.report.table import table
@@ -99,7 +100,8 @@ def test_what_is_in_a_document_is_documented() -> None:
         for name in part:
             assert f"`{name}`" in text, name
     figures = (docs / "concepts.md").read_text()
-    for name in found["metrics"]:
+    assert set(found["metrics"]) == set(METRICS), "the API lists what an evaluation can give"
+    for name in METRICS:
         assert f"`{name}`" in figures, name
 
 

@@ -223,3 +223,24 @@ def test_text_has_the_contrast_of_wcag_aa(whole: str, scheme: int) -> None:
     for ground in ("page", "card", "weak-fill"):
         for ink in ("text", "muted", "student", "teacher", "soft", "hard", "weak"):
             assert _contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
+
+
+def test_the_trials_of_a_sweep_are_shown_and_the_chosen_one_is_marked() -> None:
+    trials = [
+        {"temperature": 2.0, "jobName": "c-m-t2", "state": "Completed", "perplexity": 9.51234,
+         "metric": {"name": "teacherAgreement", "value": 0.5}, "chosen": False},
+        {"temperature": 4.0, "jobName": "c-m-t4", "state": "Completed", "perplexity": 10.0,
+         "metric": {"name": "teacherAgreement", "value": 0.75}, "chosen": True},
+        {"temperature": 8.0, "jobName": "c-m-t8", "state": "Stalled", "chosen": False},
+    ]  # fmt: skip
+    sweep = {"stage": "m", "choice": "T = 4 was chosen", "trials": trials}
+    text = page(document(finished()) | {"sweep": sweep})
+    assert "Sweep" in Outline(text).headings
+    assert "Stage m: T = 4 was chosen." in text
+    rows = [re.sub(r"<[^>]+>", "|", r) for r in re.findall(r"<tr.*?</tr>", text) if "c-m-t" in r]
+    cells = [[cell.strip() for cell in row.split("|") if cell.strip()] for row in rows]
+    assert cells == [
+        ["T = 2", "50.0%", "9.512", "Completed", "c-m-t2"],
+        ["T = 4", "chosen", "75.0%", "10", "Completed", "c-m-t4"],
+        ["T = 8", "–", "–", "Stalled", "c-m-t8"],
+    ]

@@ -20,6 +20,16 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- end -}}
 
+{{/* Names of the jobs of a stage of this chain, with blanks between: (list chain stage). */}}
+{{- define "distillation-chain.jobs" -}}
+{{- $job := printf "%s-%s" (index . 0) (index . 1).name -}}
+{{- $names := list -}}
+{{- range dig "sweep" "temperature" list (index . 1) -}}
+{{- $names = append $names (printf "%s-t%s" $job (toString . | replace "." "-")) -}}
+{{- end -}}
+{{- default (list $job) $names | join " " -}}
+{{- end -}}
+
 {{/* JSON: the second object merged over the first; lists are replaced, false and 0 count. */}}
 {{- define "distillation-chain.merge" -}}
 {{- $result := deepCopy (index . 0) -}}
@@ -71,7 +81,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{/* JSON: the last stage's job, without a teacher. */}}
 {{- define "distillation-chain.controlSpec" -}}
 {{- $template := omit (include "distillation-chain.template" . | fromJson) "distill" "teacher" -}}
-{{- $stage := omit (last .Values.stages) "name" "distill" "teacher" "fineTune" -}}
+{{- $stage := omit (last .Values.stages) "name" "sweep" "distill" "teacher" "fineTune" -}}
 {{- $spec := include "distillation-chain.merge" (list $template $stage) | fromJson -}}
 {{- $_ := set $spec "fineTune" dict -}}
 {{- if hasKey .Values "suspend" -}}
