@@ -132,12 +132,12 @@ class Outcome(ApiModel):
         changes: dict[str, Any] = {"message": self.message[:limit], "problems": problems}
         if self.progress is not None and self.progress.teacher_stream is not None:
             stream = self.progress.teacher_stream
-            fewer = stream.model_copy(update={"probe": worst_rows(stream.probe)})
+            fewer = stream.model_copy(update={"probe": _worst_rows(stream.probe)})
             changes["progress"] = self.progress.model_copy(update={"teacher_stream": fewer})
         return self.model_copy(update=changes)
 
 
-def worst_rows(rows: Sequence[PayloadProbe]) -> list[PayloadProbe]:
+def _worst_rows(rows: Sequence[PayloadProbe]) -> list[PayloadProbe]:
     """Of each payload the temperature at which it keeps least: the row that decides."""
     worst: dict[str, PayloadProbe] = {}
     for row in rows:

@@ -244,6 +244,44 @@ def test_a_chain_runs_its_stages_in_order(bench: Bench, operator: Operator, book
     assert tuned["student"] == {"fromJob": {"name": "steps-s"}}
 
 
+def test_a_sweep_outlives_its_operator_and_a_deleted_trial(
+    bench: Bench, operator: Operator, book: Path
+) -> None:
+    swept = {"name": "m", "sweep": {"temperature": [4, 2], "parallelism": 2}}
+    bench.apply(chain("sweeps", template(book), swept, {"name": "s"}))
+
+    def state() -> Any:
+        stages = bench.status("sweeps", "dchain").get("stages")
+        return stages and stages[0]["trials"][0]["state"]
+
+    wait_for(lambda: state() == "Training", "the first trial does not train")
+    uid = bench.get("dj", "sweeps-m-t4")["metadata"]["uid"]
+    operator.kill()
+    bench.kubectl("delete", "dj", "sweeps-m-t4")
+    operator.restart()
+    status = bench.wait_state("sweeps", "Completed", seconds=300, resource="dchain")
+    assert bench.get("dj", "sweeps-m-t4")["metadata"]["uid"] != uid
+    stage = status["stages"][0]
+    table = [(t["temperature"], t["state"], t["perplexity"], t["chosen"]) for t in stage["trials"]]
+    assert table == [(4, "Completed", 12.5, False), (2, "Completed", 12.5, True)]
+    assert "of equals the lower temperature is taken" in stage["choice"]
+    assert bench.get("dj", "sweeps-s")["spec"]["teacher"]["fromJob"] == {"name": "sweeps-m-t2"}
+    wait_for(
+        lambda: bench.status("sweeps", "dchain")["stages"][0]["report"] == "Written",
+        "the chain does not see that the reports are written",
+    )
+
+
+def test_a_sweep_that_cannot_be_tried_is_refused(bench: Bench, operator: Operator) -> None:
+    twice = {"name": "m", "sweep": {"temperature": [2, 4, 2]}}
+    assert "a temperature is listed twice" in bench.apply(chain("twice", {}, twice), check=False)
+    unknown = {"name": "m", "sweep": {"temperature": [2], "select": {"metric": "perplexty"}}}
+    bench.apply(chain("unknown", {}, unknown))
+    bench.wait_state("unknown", "InvalidSpec", resource="dchain")
+    message = bench.condition("unknown", "Validated", "dchain")["message"]
+    assert "sweep.select.metric: found perplexty (no such metric)" in message
+
+
 def test_a_chain_made_again_waits_for_the_jobs_of_the_one_before(
     bench: Bench, operator: Operator, book: Path
 ) -> None:
