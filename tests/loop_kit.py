@@ -28,6 +28,7 @@ class Commits:
         self.cursors: list[str] = []
         self.kept: list[int | None] = []
         self.loaded: list[int | None] = []
+        self.damaged: int | None = None
 
     def save(self, engine: Any, step: int, cursor: Any, keep_step: int | None) -> Any:
         self.cursors.append(json.dumps(cursor, allow_nan=False))
@@ -38,7 +39,8 @@ class Commits:
         self.loaded.append(step)
         if not self.cursors:
             return None
-        cursor = json.loads(self.cursors[-1])
+        cursors = [json.loads(cursor) for cursor in self.cursors]
+        cursor = next((c for c in cursors if c["step"] == step != self.damaged), cursors[-1])
         return SimpleNamespace(step=cursor["step"], cursor=cursor, uri="", rejected=[])
 
 

@@ -32,7 +32,9 @@ def finished(*, teacher: bool = True, steps: int = STEPS) -> Finished:
     points = history(steps, 0.5 if teacher else 0.0)
     metrics = [*found.metrics, Metric(name="initialPerplexity", value=88.412345)]
     watch = Watch(None, tuple(Look(step=n, loss=3 + abs(n - 20) / 50) for n in (10, 20, 30)))
-    return Finished(_run(teacher), _dataset(steps), 134_515_008, metrics, found, points, watch)
+    return Finished(
+        _run(teacher), _dataset(steps), 134_515_008, metrics, found, points, watch, watch.best_step
+    )
 
 
 def evaluation(*, teacher: bool = True) -> Evaluation:

@@ -26,6 +26,16 @@ class Distill(ApiModel):
     model_config = rules(
         [
             cel(
+                # Of a default `{}` the rule is asked before the defaults within it.
+                "!has(self.objective) || !has(self.objective.softWeight) || "
+                "(has(self.signal) && self.signal != 'Logits') || "
+                "self.objective.softWeight > 0.0 || !has(self.objective.features) || "
+                "size(self.objective.features) > 0",
+                "with softWeight 0 and no features nothing of the teacher is learnt: raise "
+                "`softWeight`, add `features`, or write `fineTune: {}` without a teacher",
+                ".objective.softWeight",
+            ),
+            cel(
                 "!has(self.generation) || (has(self.signal) && self.signal != 'Logits')",
                 "`generation` is for `signal: Responses` and `ChainOfThought`",
             ),

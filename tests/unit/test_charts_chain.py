@@ -83,7 +83,8 @@ def test_stages_of_both_methods(chain: Chart) -> None:
         },
         {
             "name": "small",
-            "distill": {"objective": {"softWeight": 0}},
+            "distill": {"objective": {"softWeight": 0.1}},
+            "training": {"warmupRatio": 0},
             "student": {"fromTeacher": {"layers": 2}},
             "teacher": {"fromJob": {"name": "demo-polished"}},
         },
@@ -101,7 +102,8 @@ def test_stages_of_both_methods(chain: Chart) -> None:
     assert polished.student.from_job.name == "demo-medium"
     assert small.distill is not None and small.teacher is not None
     assert small.distill.objective.temperature == 2
-    assert small.distill.objective.soft_weight == 0, "a zero of a stage wins"
+    assert small.distill.objective.soft_weight == 0.1
+    assert small.training.warmup_ratio == 0, "a zero of a stage wins"
     assert small.teacher.from_job is not None and small.teacher.delivery == "Stream"
 
 

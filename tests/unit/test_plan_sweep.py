@@ -104,7 +104,11 @@ def test_a_teacher_within_the_students_pods_serves_no_stream() -> None:
             "3 temperatures with `teacher.payload: Sampled`; its draws are made at one temperature",
         ),
         (
-            swept() | {"distill": {"objective": {"softWeight": 0}}},
+            swept()
+            | {
+                "distill": {"objective": {"softWeight": 0, "features": [{}]}},
+                "teacher": {"delivery": "Online"},
+            },
             "found `distill.objective.softWeight: 0`; the temperature is that of the soft term",
         ),
         (

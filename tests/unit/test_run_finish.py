@@ -35,7 +35,10 @@ def test_the_report_lies_beside_the_model_and_its_table_in_the_log(
         run=done.run, rank=0, world_size=1, scratch=tmp_path, models_store=None
     )
     loop = SimpleNamespace(
-        initial_perplexity=88.4, history=SimpleNamespace(points=done.history), watch=done.watch
+        initial_perplexity=88.4,
+        history=SimpleNamespace(points=done.history),
+        watch=done.watch,
+        exported_step=20,
     )
     engine = SimpleNamespace(module=SimpleNamespace(model=None))
     caplog.set_level(logging.INFO)

@@ -66,7 +66,7 @@ def test_training_ends_and_goes_back_to_the_best_step() -> None:
     stopping = {"earlyStopping": {"intervalSteps": 2, "patience": 2}}
     run = loop(commits, heldout=lambda: next(heldout), **stopping)
     assert run.run() == 8
-    assert run.watch.best_step == 4
+    assert run.watch.best_step == run.exported_step == 4
     assert commits.loaded == [None, 4]
     steps = [json.loads(cursor)["step"] for cursor in commits.cursors]
     assert steps == [2, 4, 8]
@@ -75,6 +75,16 @@ def test_training_ends_and_goes_back_to_the_best_step() -> None:
     again = loop(commits, **stopping)
     assert again.run() == 8
     assert commits.loaded == [None, 4, None, 4]
+
+
+@pytest.mark.usefixtures("gang")
+def test_a_damaged_best_commit_is_told_from_what_is_exported() -> None:
+    commits, heldout = Commits(), _falling_then_rising()
+    commits.damaged = 4
+    stopping = {"earlyStopping": {"intervalSteps": 2, "patience": 2}}
+    run = loop(commits, heldout=lambda: next(heldout), **stopping)
+    run.run()
+    assert (run.watch.best_step, run.exported_step) == (4, 8)
 
 
 @pytest.mark.usefixtures("gang")

@@ -173,7 +173,14 @@ def _finish(
         return Outcome(reason="Completed", message="rank 0 exports")
     parameters = sum(tensor.numel() for tensor in weights.values())
     finished = Finished(
-        context.run, dataset, parameters, metrics, found, loop.history.points, loop.watch
+        context.run,
+        dataset,
+        parameters,
+        metrics,
+        found,
+        loop.history.points,
+        loop.watch,
+        loop.exported_step,
     )
     content = document(finished)
     for line in table(content):

@@ -121,6 +121,13 @@ def _objective_problems(spec: DistillationJobSpec, refuse: Any) -> None:
             f"{field}.mix", "a mix" if objective.mix else "nothing",
             "give `mix` with `loss: Mix`, and only with it",
         )  # fmt: skip
+    logits = spec.distill.signal == "Logits"
+    if logits and objective.soft_weight == 0 and not objective.features:
+        refuse(
+            f"{field}.softWeight", "0 and no features",
+            "nothing of the teacher would be learnt: raise it, add features, or write "
+            "`fineTune: {}` without a teacher",
+        )  # fmt: skip
     mix = objective.mix
     if mix is not None and not mix.forward_kl + mix.reverse_kl + mix.jsd > 0:
         refuse(f"{field}.mix", "no weight above 0", "weigh forwardKL, reverseKL or jsd")

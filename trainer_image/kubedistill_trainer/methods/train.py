@@ -80,6 +80,8 @@ class Loop:
         self._control_group = control_group
         self._heldout_perplexity = heldout_perplexity
         self.initial_perplexity: float | None = None
+        self.exported_step: int | None = None
+        """The step whose weights the engine has at the end."""
         self.history = History()
         self.watch = Watch(context.run.spec.training.early_stopping)
         self._timings = Timings()
@@ -148,10 +150,18 @@ class Loop:
         best = self.watch.best_step
         if self.watch.stopped:
             self._board.update(step=step, total_steps=step)
+        self.exported_step = step
         if best is None or best == step:
             return
         _log.info("going back to the best step", extra={"step": best, "from": step})
-        self._checkpointer.restore(self._engine, step=best)
+        restored = self._checkpointer.restore(self._engine, step=best)
+        if restored is not None:
+            self.exported_step = restored.step
+        if self.exported_step != best:
+            _log.warning(
+                "the best step's commit is damaged: the newest good one is exported",
+                extra={"best": best, "exported": self.exported_step},
+            )
 
     def _restore(self) -> int:
         with exporter.CHECKPOINT_DURATION.labels("restore").time():

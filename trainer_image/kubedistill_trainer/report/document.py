@@ -37,6 +37,7 @@ class Finished:
     evaluation: Evaluation
     history: Sequence[Point]
     watch: Watch
+    exported_step: int | None
 
 
 def files(finished: Finished, content: dict[str, Any]) -> dict[str, str]:
@@ -84,7 +85,7 @@ def document(finished: Finished) -> dict[str, Any]:
             for name, part in found.weakest().items()
         },
         "history": [_point(point) for point in finished.history],
-        "earlyStopping": _early_stopping(finished.watch),
+        "earlyStopping": _early_stopping(finished.watch, finished.exported_step),
         # Of a trial it is filled in when all trials have ended.
         "sweep": None,
         "inputs": {
@@ -168,7 +169,7 @@ def _point(point: Point) -> dict[str, Any]:
     }
 
 
-def _early_stopping(watch: Watch) -> dict[str, Any] | None:
+def _early_stopping(watch: Watch, exported: int | None) -> dict[str, Any] | None:
     """The looks at the held-out loss; None where nobody looked."""
     if not watch.looks:
         return None
@@ -176,4 +177,9 @@ def _early_stopping(watch: Watch) -> dict[str, Any] | None:
         {"step": look.step, "loss": look.loss, "perplexity": math.exp(look.loss)}
         for look in watch.looks
     ]
-    return {"looks": looks, "bestStep": watch.best_step, "stopped": watch.stopped}
+    return {
+        "looks": looks,
+        "bestStep": watch.best_step,
+        "exportedStep": exported,
+        "stopped": watch.stopped,
+    }

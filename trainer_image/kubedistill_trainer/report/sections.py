@@ -162,9 +162,12 @@ def held_out(document: Document) -> Markup | None:
         return None
     looks: Sequence[Document] = found["looks"]
     last = looks[-1]["step"]
-    told = (
-        f"Best after step {found['bestStep']:,}, which is what was exported; training ended after "
-        f"step {last:,}" + (", for it no longer fell." if found["stopped"] else ".")
+    best, exported = found["bestStep"], found["exportedStep"]
+    taken = "which is what was exported"
+    if exported != best:
+        taken = f"whose commit was damaged, so that step {exported:,} was exported"
+    told = f"Best after step {best:,}, {taken}; training ended after step {last:,}" + (
+        ", for it no longer fell." if found["stopped"] else "."
     )
     course = [(float(look["step"]), float(look["perplexity"])) for look in looks]
     labels = Labels("Held-out perplexity", told, "optimizer step", "perplexity")
