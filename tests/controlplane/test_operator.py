@@ -89,6 +89,57 @@ BAD = [
         "a student by `config` needs `data.tokenizer",
     ),
     ("no-data", {"data": {"sources": []}}, "sources"),
+    (
+        "nothing-learnt",
+        {"distill": {"objective": {"softWeight": 0}}},
+        "nothing of the teacher is learnt",
+    ),
+    ("nobody-asks", {"distill": {"signal": "Responses"}}, "need a source with `origin: Teacher`"),
+    ("asked-idly", {"data": {"sources": [ASKED]}}, "need a source with `origin: Teacher`"),
+    (
+        "text-online",
+        {
+            "distill": {"signal": "Responses"},
+            "teacher": {"delivery": "Online"},
+            "data": {"sources": [ASKED]},
+        },
+        "write `teacher.delivery: Stream`",
+    ),
+    (
+        "no-prompts",
+        {"data": {"sources": [{"uri": "s3://data/x.jsonl", "origin": "Teacher"}]}},
+        "give `promptField` or `messagesField`",
+    ),
+    (
+        "endpoint-logits",
+        {
+            "teacher": {
+                "model": None,
+                "fromJob": None,
+                "endpoint": {"url": "http://x/v1", "model": "m"},
+            }
+        },
+        "an endpoint gives text",
+    ),
+    (
+        "two-teachers",
+        {
+            "teacher": {
+                "model": {"uri": "s3://models/t"},
+                "endpoint": {"url": "http://x/v1", "model": "m"},
+            }
+        },
+        "give exactly one teacher",
+    ),
+    ("idle-generation", {"distill": {"generation": {}}}, "is for `signal: Responses`"),
+    (
+        "lonely-sample",
+        {
+            "distill": {"signal": "ChainOfThought", "chainOfThought": {"minAgreement": 0.5}},
+            "data": {"sources": [ASKED]},
+        },
+        "samples can agree only where there are several",
+    ),
 ]
 
 
