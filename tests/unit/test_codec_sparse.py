@@ -182,5 +182,14 @@ def test_a_damaged_count_of_rows_allocates_nothing() -> None:
     spec = SparseSpec(k=5, temperatures=(1.0,))
     record = bytearray(encode_sparse(sparse_of_logits(torch.randn(9, 40), 5, (1.0,)), spec, 40))
     symbols = 12 + 4 * 9
-    with pytest.raises(ValueError, match="entropy-coded ids take"):
+    with pytest.raises(ValueError, match="symbols instead of"):
         decode_symbols(bytes(record[symbols:]), 1 << 40, 5, 40, spec.levels)
+
+
+def test_more_positions_than_a_byte_and_than_two_bytes_hold() -> None:
+    generator = torch.Generator().manual_seed(0)
+    positions = (1 << 16) + 3
+    ids = torch.randint(0, 30, (positions, 1), generator=generator)
+    payload = Sparse(ids, -torch.rand(positions, 1), torch.zeros(positions, 1), (1.0,))
+    found = _round_trip(payload, SparseSpec(k=1, temperatures=(1.0,)), 30)
+    assert torch.equal(found.token_ids, ids)

@@ -31,7 +31,7 @@ CHANGES: list[tuple[str, dict[str, Any], str]] = [
     ("sequence_length", {"sequence_length": 9}, "sequence_length"),
     ("seed", {"seed": 8}, "seed"),
     ("license_spdx", {"license_spdx": None}, "license_spdx"),
-    ("format_version", {"format_version": 2}, "format_version"),
+    ("format_version", {"format_version": 99}, "format_version"),
     ("payloads", {"payloads": (HiddenSpec(),)}, "payloads"),
     (
         "k",

@@ -43,7 +43,11 @@ def _top(tops: NDArray[np.generic], vocab_size: int) -> F64:
 
 
 def restored(
-    tops: NDArray[np.uint16], ranges: NDArray[np.float16], codes: I64, levels: int, vocab_size: int
+    tops: NDArray[np.uint16],
+    ranges: NDArray[np.float16],
+    codes: NDArray[np.integer],
+    levels: int,
+    vocab_size: int,
 ) -> F32:
     """log p float32 [N, K] at T = 1."""
     curve = (np.arange(levels) / (levels - 2)).astype(np.float32) ** 2

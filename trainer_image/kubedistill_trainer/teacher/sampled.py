@@ -1,7 +1,7 @@
 """The record of a Sampled payload: header (N, K, V), then ids and counts (`sparse_symbols.py`).
 
 A padded entry is coded like any other, with the ids behind the vocabulary: one a column, so that
-the entropy coder pays next to nothing for it.
+it costs next to nothing.
 """
 
 from __future__ import annotations
@@ -49,4 +49,4 @@ def decode_sampled(data: bytes, spec: SampledSpec) -> Sampled:
     ids, counts = decode_symbols(data[_HEADER.size :], positions, k, vocab_size + k, spec.draws + 1)
     if (counts.sum(1) != spec.draws).any():
         raise ValueError(f"counts of a sampled record do not sum to {spec.draws} draws")
-    return Sampled(torch.from_numpy(np.ascontiguousarray(ids)), torch.from_numpy(counts))
+    return Sampled(torch.from_numpy(ids), torch.from_numpy(counts.astype(np.int64)))

@@ -27,7 +27,7 @@ import zstandard
 
 from kubedistill_trainer.teacher.errors import ShardCorrupt, StreamMismatch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MAGIC = b"KDSHARD1"
 _END_MAGIC = b"KDSHARDE"
 _U32 = struct.Struct("<I")

@@ -1,7 +1,7 @@
 """The record of a Sparse payload.
 
 Layout: header (N, K, V); tops u16 [N]; ranges fp16 [N]; log Z u16 [N, G without T = 1]; then ids
-and levels, entropy-coded (`sparse_symbols.py`). The numbers are those of `quantise.py`.
+and levels (`sparse_symbols.py`). The numbers are those of `quantise.py`.
 """
 
 from __future__ import annotations

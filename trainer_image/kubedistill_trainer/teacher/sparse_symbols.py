@@ -1,279 +1,184 @@
-"""Sets of token ids and their levels in few bytes, coded and decoded a column of rows at a time.
+"""Sets of token ids and their levels in few bytes, decoded by whole arrays without a loop.
 
-Ids that occur often in a sample occur in most of its positions, so a sample's ids are renumbered
-by how often they occur (a dictionary of the sample, sent first) where that pays. The places so
-found are sorted within a position and stored as gaps: the class of a gap (its power of two and one
-more bit) is entropy-coded in the context of the place where the gap starts, low bits are raw.
-A level is entropy-coded in the context of its place.
+A sample's N sets of K ids are written the other way round: for each id that occurs, at which
+positions. The distinct ids and how often each occurs come first. From then on it is known which
+symbol belongs to which id, so nothing that follows depends on what was decoded before it. Numbers
+(distances between ids, counts, distances between an id's positions) are split into a class (power
+of two and one more bit) and low bits that are kept raw. Classes and levels are grouped by how often
+their id occurs; a group is a zstd block, with Huffman codes of its own.
 
-Layout: header; the four tables; the lanes' final states; the words.
+Layout: header; one zstd frame of symbols; raw bits.
 """
 
 from __future__ import annotations
 
-import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
+import zstandard
+from numpy.typing import NDArray
 
-from kubedistill_trainer.teacher.rans import (
-    I64,
-    MAX_RAW_BITS,
-    PROB_BITS,
-    Decoder,
-    Encoder,
-    Model,
-)
+MAX_VOCABULARY = 1 << 18
+_HEADER = struct.Struct("<II")  # distinct ids, bytes of the frame
+_MAX_RAW_BITS = 24  # with the 7 bits before a value's first they stay within a window of 32
+_ZSTD_LEVEL = 3
 
-MAX_VOCABULARY = 1 << MAX_RAW_BITS
-_HEADER = struct.Struct("<IIIIIII")  # dictionary size or 0, four table sizes, lanes, words
-_MOST_ROWS_A_LANE = 4
-_LEAST_LANES = 128
-"""A lane's final state costs 8 bytes, a step of few lanes costs as much time as one of many."""
-_COUNT_CLASSES = 32  # powers of two of how often an id occurs
-
-
-@dataclass(frozen=True)
-class _Coded:
-    """Symbols of one kind, ready for the encoder: table indices, raw values and their bits."""
-
-    model: Model
-    index: I64
-    raw: I64
-    bits: I64
-
-    @property
-    def cost_bits(self) -> float:
-        """Size once coded, without the table."""
-        slots = self.model.frequency[self.index]
-        return float(PROB_BITS * slots.size - np.log2(slots).sum() + self.bits.sum())
-
-    def step(self, encoder: Encoder, at: tuple[slice, int] | slice) -> None:
-        index = self.index[at]
-        encoder.step(
-            self.model.frequency[index], self.model.start[index], self.raw[at], self.bits[at]
-        )
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """One way to write a sample: with a dictionary (its gaps and counts), or without (size 0)."""
-
-    dictionary_size: int
-    entries: tuple[_Coded, _Coded]
-    gaps: _Coded
-    levels: _Coded
-
-    @property
-    def cost_bits(self) -> float:
-        coded = (self.gaps, self.levels, *(self.entries if self.dictionary_size else ()))
-        return math.fsum(part.cost_bits for part in coded)
+I64 = NDArray[np.int64]
+U8 = NDArray[np.uint8]
+Levels = NDArray[np.unsignedinteger]
 
 
 def encode_symbols(ids: I64, levels: I64, vocab_size: int, level_count: int) -> bytes:
-    """Bytes of ids [N, K], strictly rising along K within 0 … V − 1, and levels [N, K]."""
-    plan = min(
-        _plan(ids, levels, vocab_size, level_count, dictionary=True),
-        _plan(ids, levels, vocab_size, level_count, dictionary=False),
-        key=lambda candidate: candidate.cost_bits,
-    )
-    positions, k = ids.shape
-    lanes = max(-(-positions // _MOST_ROWS_A_LANE), min(positions, _LEAST_LANES))
-    encoder = Encoder(lanes)
-    for first in range(0, plan.dictionary_size, max(lanes, 1)):
-        for part in plan.entries:
-            part.step(encoder, slice(first, first + lanes))
-    for first in range(0, positions, max(lanes, 1)):
-        rows = slice(first, first + lanes)
-        for column in range(k):
-            plan.gaps.step(encoder, (rows, column))
-            plan.levels.step(encoder, (rows, column))
-    states, words = encoder.finish()
-    tables = [part.model.to_bytes() for part in (*plan.entries, plan.gaps, plan.levels)]
-    header = _HEADER.pack(plan.dictionary_size, *map(len, tables), lanes, len(words))
-    return b"".join(
-        (header, *tables, states.astype("<u8").tobytes(), words.astype("<u4").tobytes())
-    )
+    """Bytes of ids [N, K], strictly rising along K within 0 … V − 1, and levels [N, K].
+
+    Levels lie within 0 … level_count − 1; with more than 256 they take two bytes.
+    """
+    flat = ids.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    positions = order // max(ids.shape[1], 1)
+    counts = np.bincount(flat, minlength=vocab_size)
+    distinct = np.flatnonzero(counts)
+    counts = counts[distinct]
+    firsts = np.cumsum(counts) - counts
+    distances = np.diff(positions, prepend=-1)
+    distances[firsts] = positions[firsts] + 1
+    group = _group(counts)
+    by_group = np.argsort(np.repeat(group, counts), kind="stable")
+    bounds = _bounds(group, counts)
+    numbers = (np.diff(distinct, prepend=-1), counts, distances[by_group])
+    classes, low, bits = zip(*map(_split, numbers), strict=True)
+    blocks = [
+        *classes[:2],
+        *np.split(classes[2], bounds),
+    ]
+    grouped = levels.reshape(-1)[order][by_group]
+    for plane in range(_planes(level_count)):
+        blocks += np.split((grouped >> (8 * plane)).astype(np.uint8), bounds)
+    frame = _compressed(blocks)
+    raw = _packed(np.concatenate(low), np.concatenate(bits))
+    return _HEADER.pack(len(distinct), len(frame)) + frame + raw
 
 
 def decode_symbols(
     data: bytes, positions: int, k: int, vocab_size: int, level_count: int
-) -> tuple[I64, I64]:
-    """Ids int64 [N, K] and levels int64 [N, K]. ValueError when `data` is not what was encoded."""
+) -> tuple[I64, Levels]:
+    """Ids int64 [N, K] and levels [N, K]. ValueError when `data` is not what was encoded."""
     try:
         return _decoded(data, positions, k, vocab_size, level_count)
-    except (IndexError, struct.error) as error:
-        raise ValueError(f"entropy-coded ids cannot be read: {error}") from error
+    except (IndexError, struct.error, zstandard.ZstdError) as error:
+        raise ValueError(f"coded ids cannot be read: {error}") from error
 
 
 def _decoded(
     data: bytes, positions: int, k: int, vocab_size: int, level_count: int
-) -> tuple[I64, I64]:
-    dictionary_size, *sizes, lanes, words = _HEADER.unpack_from(data)
-    if not dictionary_size <= vocab_size <= MAX_VOCABULARY:
-        raise ValueError(f"{dictionary_size} different ids in a vocabulary of {vocab_size}")
-    offsets = [_HEADER.size]
-    for size in (*sizes, 8 * lanes, 4 * words):
-        offsets.append(offsets[-1] + size)
-    # Rows are bounded by the lanes, and these by the data: a damaged count allocates nothing.
-    if len(data) != offsets[-1] or not lanes <= positions <= lanes * _MOST_ROWS_A_LANE:
-        raise ValueError(
-            f"entropy-coded ids take {len(data)} bytes in {lanes} lanes, not {offsets[-1]}"
-        )
-    places = dictionary_size or vocab_size
-    shapes = (
-        (1, _gap_classes(vocab_size)),
-        (1, _COUNT_CLASSES),
-        (_gap_classes(places), _gap_classes(places)),
-        (_level_contexts(places), level_count),
-    )
-    models = [
-        Model.from_bytes(data[offsets[part] : offsets[part + 1]], *shape)
-        for part, shape in enumerate(shapes)
-    ]
-    decoder = Decoder(
-        np.frombuffer(data, "<u8", lanes, offsets[4]), np.frombuffer(data, "<u4", words, offsets[5])
-    )
-    id_of = _read_dictionary(decoder, models[0], models[1], dictionary_size, lanes)
-    found, levels = _read_rows(decoder, models[2], models[3], places, (positions, k), lanes)
-    if not dictionary_size:
-        return found, levels
-    return _sorted_pairs(id_of[found], levels, level_count)
+) -> tuple[I64, Levels]:
+    size, frame_bytes = _HEADER.unpack_from(data)
+    entries, planes = positions * k, _planes(level_count)
+    if not size <= vocab_size <= MAX_VOCABULARY or size > entries:
+        raise ValueError(f"{size} different ids in {entries} of a vocabulary of {vocab_size}")
+    body = _HEADER.size + frame_bytes
+    frame = data[_HEADER.size : body]
+    wanted, there = 2 * size + (1 + planes) * entries, zstandard.frame_content_size(frame)
+    if there != wanted:  # before anything is allocated for a damaged count
+        raise ValueError(f"{there} symbols instead of {wanted}")
+    found = np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), np.uint8)
+    numbers = _joined(found[: 2 * size + entries], data[body:])
+    distinct, counts = np.cumsum(numbers[:size]) - 1, numbers[size : 2 * size]
+    if counts.sum() != entries or (size and distinct[-1] >= vocab_size):
+        raise ValueError(f"ids do not add up to {entries} of a vocabulary of {vocab_size}")
+    # Keys of 8 and 16 bits are sorted by radix, far faster than wider ones.
+    by_group = np.argsort(np.repeat(_group(counts), counts), kind="stable")
+    distances = np.empty(entries, np.int64)
+    distances[by_group] = numbers[2 * size :]
+    levels: Levels = np.empty(entries, np.uint8 if planes == 1 else np.uint16)
+    low, *high = found[2 * size + entries :].reshape(planes, entries)
+    levels[by_group] = low if not high else low | (high[0].astype(np.uint16) << 8)
+    if levels.max(initial=0) >= level_count:
+        raise ValueError(f"level {levels.max()} of {level_count}")
+    order = _by_position(distances, counts, positions, k)
+    shape = positions, k
+    return np.repeat(distinct, counts)[order].reshape(shape), levels[order].reshape(shape)
 
 
-def _read_dictionary(
-    decoder: Decoder, gap_model: Model, count_model: Model, size: int, lanes: int
-) -> I64:
-    """Id of each place, int64 [size]."""
-    gaps = np.empty(size, np.int64)
-    counts = np.empty(size, np.int64)
-    bases, bits = _gap_bases(gap_model.symbols), _gap_bits(gap_model.symbols)
-    for first in range(0, size, max(lanes, 1)):
-        rows = slice(first, min(first + lanes, size))
-        context = np.zeros(rows.stop - first, np.int64)
-        index, raw = decoder.step_with_bits(gap_model, bits, context)
-        gaps[rows] = bases[index] + raw
-        counts[rows] = decoder.step(count_model, context)
-    return _by_count(np.cumsum(gaps) - 1, counts)
+def _by_position(distances: I64, counts: I64, positions: int, k: int) -> I64:
+    """Order that brings entries sorted by id to their positions, K each, sorted by id there."""
+    ends = np.cumsum(distances)
+    firsts = np.cumsum(counts) - counts
+    before = ends[firsts] - distances[firsts]
+    where = ends - np.repeat(before, counts) - 1
+    if (
+        where.max(initial=-1) >= positions
+        or not (np.bincount(where, minlength=positions) == k).all()
+    ):
+        raise ValueError(f"ids do not fall into {positions} positions of {k}")
+    narrow = np.uint16 if positions <= 1 << 16 else np.uint32
+    return np.argsort(where.astype(narrow), kind="stable")
 
 
-def _read_rows(
-    decoder: Decoder,
-    gap_model: Model,
-    level_model: Model,
-    places: int,
-    shape: tuple[int, int],
-    lanes: int,
-) -> tuple[I64, I64]:
-    """Places int64 [N, K] and levels int64 [N, K]."""
-    positions, k = shape
-    found = np.empty((k, positions), np.int64)
-    levels = np.empty((k, positions), np.int64)
-    gap_context, level_context = _gap_context(places), _level_context(places)
-    bases = np.tile(_gap_bases(gap_model.symbols), gap_model.contexts)
-    bits = np.tile(_gap_bits(gap_model.symbols), gap_model.contexts)
-    for first in range(0, positions, max(lanes, 1)):
-        rows = slice(first, min(first + lanes, positions))
-        place = np.zeros(rows.stop - first, np.int64)
-        for column in range(k):
-            index, raw = decoder.step_with_bits(gap_model, bits, gap_context[place])
-            raw += bases[index]
-            place += raw
-            found[column, rows] = place
-            levels[column, rows] = decoder.step(level_model, level_context[place])
-    found -= 1
-    levels %= level_model.symbols
-    return np.ascontiguousarray(found.T), np.ascontiguousarray(levels.T)
+def _planes(level_count: int) -> int:
+    """Bytes of a level."""
+    return 1 if level_count <= 1 << 8 else 2
 
 
-def _plan(ids: I64, levels: I64, vocab_size: int, level_count: int, *, dictionary: bool) -> _Plan:
-    counts = np.bincount(ids.reshape(-1), minlength=vocab_size)
-    distinct = np.flatnonzero(counts)
-    classes = np.frexp(counts[distinct].astype(np.float64))[1].astype(np.int64)
-    entry_gaps = _coded_gaps(np.diff(distinct, prepend=-1), np.zeros_like(distinct), 1, vocab_size)
-    entry_counts = _coded(np.zeros_like(classes), classes, 1, _COUNT_CLASSES)
-    places, size = ids, vocab_size
-    if dictionary and len(distinct):
-        size = len(distinct)
-        place_of = np.empty(vocab_size, np.int64)
-        place_of[_by_count(distinct, classes)] = np.arange(size)
-        places, levels = _sorted_pairs(place_of[ids], levels, level_count)
-    gaps = np.diff(places, axis=1, prepend=-1)
-    starts = places + 1 - gaps
-    return _Plan(
-        size if dictionary else 0,
-        (entry_gaps, entry_counts),
-        _coded_gaps(gaps, _gap_context(size)[starts], _gap_classes(size), size),
-        _coded(_level_context(size)[places + 1], levels, _level_contexts(size), level_count),
-    )
+def _group(counts: I64) -> U8:
+    """Group of each id by how often it occurs: powers of two."""
+    return np.frexp(counts.astype(np.float64))[1].astype(np.uint8)
 
 
-def _sorted_pairs(keys: I64, levels: I64, level_count: int) -> tuple[I64, I64]:
-    """Rows of `keys` [N, K] sorted, their levels along; one sort of whole numbers beats argsort."""
-    pairs = keys * level_count + levels
-    pairs.sort(axis=1)
-    keys = pairs // level_count
-    return keys, pairs - keys * level_count
+def _bounds(group: U8, counts: I64) -> I64:
+    """Where each group ends among the entries sorted by group, but for the last."""
+    return np.cumsum(np.bincount(group, counts).astype(np.int64))[:-1]
 
 
-def _by_count(ids: I64, classes: I64) -> I64:
-    """`ids` with the frequent ones first; equal classes by id, so that a reader can repeat it."""
-    order: I64 = np.lexsort((ids, -classes))
-    return ids[order]
+def _split(numbers: I64) -> tuple[U8, I64, I64]:
+    """Class, low bits and their number of whole numbers ≥ 1.
 
-
-def _coded(context: I64, symbols: I64, contexts: int, symbol_count: int) -> _Coded:
-    index = context * symbol_count + symbols
-    counts = np.bincount(index.reshape(-1), minlength=contexts * symbol_count).astype(np.int64)
-    model = Model.of_counts(counts.reshape(contexts, symbol_count))
-    nothing = np.zeros_like(index)
-    return _Coded(model, index, nothing, nothing)
-
-
-def _coded_gaps(gaps: I64, context: I64, contexts: int, size: int) -> _Coded:
-    classes, bits = _gap_class(gaps)
-    coded = _coded(context, classes, contexts, _gap_classes(size))
-    return _Coded(coded.model, coded.index, gaps - _gap_bases(_gap_classes(size))[classes], bits)
-
-
-def _gap_class(gaps: I64) -> tuple[I64, I64]:
-    """Class and number of raw bits of gaps ≥ 1.
-
-    With e the gap's top bit, the class is 2e − 1 plus the bit below it, and e − 1 bits follow.
+    With e the number's top bit, the class is 2e − 1 plus the bit below it, and e − 1 bits follow.
     """
-    exponent = np.frexp(gaps.astype(np.float64))[1].astype(np.int64) - 1
-    below = np.maximum(exponent - 1, 0)
-    classes = np.where(exponent == 0, 0, 2 * exponent - 1 + ((gaps >> below) & 1))
-    return classes, below
+    exponent = np.frexp(numbers.astype(np.float64))[1].astype(np.int64) - 1
+    bits = np.maximum(exponent - 1, 0)
+    classes = np.where(exponent == 0, 0, 2 * exponent - 1 + ((numbers >> bits) & 1))
+    return classes.astype(np.uint8), numbers & ((1 << bits) - 1), bits
 
 
-def _gap_classes(places: int) -> int:
-    """Classes that gaps among `places` places can have; also the number of gap contexts."""
-    return 2 * (places + 1).bit_length() + 1
+def _joined(classes: U8, raw: bytes) -> I64:
+    """Inverse of `_split` and `_packed`."""
+    number = np.arange(2 * _MAX_RAW_BITS + 2)
+    exponent = (number + 1) // 2
+    bits_of = np.maximum(exponent - 1, 0)
+    base_of = np.where(number == 0, 1, (1 << exponent) + (((number + 1) % 2) << bits_of))
+    bits = bits_of[classes]
+    ends = np.cumsum(bits)
+    total = int(ends[-1]) if len(ends) else 0
+    if len(raw) != -(-total // 8):
+        raise ValueError(f"{len(raw)} bytes of raw bits instead of {-(-total // 8)}")
+    padded = np.frombuffer(raw + bytes(4), np.uint8).astype(np.int64)
+    windows = padded[:-3] << 24
+    for place in (1, 2, 3):
+        windows |= padded[place : place + len(windows)] << (24 - 8 * place)
+    starts = ends - bits
+    low: I64 = windows[starts >> 3] >> (32 - bits - (starts & 7))
+    low &= (1 << bits) - 1
+    low += base_of[classes]
+    return low
 
 
-def _gap_bases(classes: int) -> I64:
-    """Smallest gap of each class."""
-    number = np.arange(classes)
-    exponent, below = (number + 1) // 2, np.maximum((number + 1) // 2 - 1, 0)
-    return np.where(number == 0, 1, (1 << exponent) + (((number + 1) % 2) << below))
+def _packed(values: I64, bits: I64) -> bytes:
+    """Each value's `bits` low bits, one after the other, high bits first."""
+    ends = np.cumsum(bits)
+    owner = np.repeat(np.arange(len(values)), bits)
+    shift = ends[owner] - 1 - np.arange(len(owner))
+    return np.packbits(((values[owner] >> shift) & 1).astype(np.uint8)).tobytes()
 
 
-def _gap_bits(classes: int) -> I64:
-    """Raw bits after each class."""
-    return np.maximum((np.arange(classes) + 1) // 2 - 1, 0)
-
-
-def _gap_context(places: int) -> I64:
-    """Context of a gap by the place it starts at: 0 … places."""
-    return _gap_class(np.arange(1, places + 2))[0]
-
-
-def _level_contexts(places: int) -> int:
-    return (places + 1).bit_length() + 1
-
-
-def _level_context(places: int) -> I64:
-    """Context of a level by 1 + its place: 0 … places."""
-    return np.frexp(np.arange(places + 1).astype(np.float64))[1].astype(np.int64)
+def _compressed(blocks: Sequence[U8]) -> bytes:
+    """One frame with a block or more for each part, so that each has its own codes."""
+    size = sum(block.size for block in blocks)
+    frame = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compressobj(size=size)
+    parts = []
+    for block in blocks:
+        if block.size:
+            parts.append(frame.compress(block.tobytes()))
+            parts.append(frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    return b"".join((*parts, frame.flush()))
