@@ -70,6 +70,9 @@ def assert_is_sample(found: TeacherOutputs, sample: int) -> None:
     assert torch.allclose(found.hidden.states, wanted.hidden.states, atol=0.05)
 
 
+Keys = list[str]  # `list` is a method of the store
+
+
 @dataclass
 class MemoryStore:
     """The part of `Store` that streams use. `before(operation, key)` may raise or change objects;
@@ -126,7 +129,16 @@ class MemoryStore:
             with self._call("delete", key):
                 self.objects.pop(self.prefix + key, None)
 
-    def keys(self, part: str) -> list[str]:
+    def list(self, prefix: str) -> Any:
+        with self._call("list", prefix):
+            whole = self.prefix + prefix
+            return [
+                SimpleNamespace(key=key.removeprefix(self.prefix), size_bytes=len(data))
+                for key, data in sorted(self.objects.items())
+                if key.startswith(whole)
+            ]
+
+    def keys(self, part: str) -> Keys:
         return sorted(key for key in self.objects if part in key)
 
     def _object(self, operation: str, key: str) -> bytes:

@@ -26,6 +26,7 @@ class ExitCode(IntEnum):
     STALLED = 16
     PEER_LOST = 17
     INTERRUPTED = 18
+    STREAM_DAMAGED = 19
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ POLICIES: dict[ExitCode, ExitPolicy] = {
     ),
     ExitCode.INTERRUPTED: ExitPolicy(
         reasons.INTERRUPTED, True, False, "asked to stop with too little grace to commit"
+    ),
+    ExitCode.STREAM_DAMAGED: ExitPolicy(
+        reasons.STREAM_DAMAGED, True, True, "a shard is damaged; the teacher writes it again first"
     ),
 }
 

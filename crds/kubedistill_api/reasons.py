@@ -38,6 +38,7 @@ NOT_NEEDED = "NotNeeded"
 GENERATING = "Generating"
 SHARDS_COMMITTED = "ShardsCommitted"
 STREAM_COMPLETE = "StreamComplete"
+STREAM_DAMAGED = "StreamDamaged"
 TEACHER_FAILED = "TeacherFailed"
 STARTING = "Starting"
 UNSCHEDULABLE = "Unschedulable"
@@ -93,6 +94,10 @@ WHAT_TO_DO: dict[str, str] = {
     GENERATING: "Nothing: the teacher writes its stream.",
     SHARDS_COMMITTED: "Nothing: the student can start on what is there.",
     STREAM_COMPLETE: "Nothing.",
+    STREAM_DAMAGED: (
+        "Nothing: the teacher writes the damaged shard again, and the next attempt follows. "
+        "Check the store when this repeats."
+    ),
     TEACHER_FAILED: "Read the message and the logs of the teacher's pods.",
     STARTING: "Nothing: the pods start.",
     UNSCHEDULABLE: (

@@ -76,7 +76,7 @@ class Effects:
         if isinstance(action, CreatePreflight):
             await self._preflight(raw, action)
         elif isinstance(action, CreateTeacher):
-            await self._teacher(raw)
+            await self._teacher(raw, action)
         elif isinstance(action, CreateGang):
             await self._gang(raw, action, grace_seconds)
         elif isinstance(action, DeleteBatchJob):
@@ -134,13 +134,13 @@ class Effects:
         )
         self._remember(await self._create(BATCH_JOBS, body, owner.uid))
 
-    async def _teacher(self, raw: Raw) -> None:
+    async def _teacher(self, raw: Raw, action: CreateTeacher) -> None:
         owner, spec = owner_of(raw), _spec(raw)
         inputs = await self._pinned_inputs(raw, owner)
         run = run_specs.base_run_spec(owner, spec, inputs, "teacher")
         name = names.teacher_name(owner.name)
         await self._create(CONFIG_MAPS, run_specs.config_map(owner, name, run), owner.uid)
-        body = batch_jobs.teacher(owner, spec, self._trainer)
+        body = batch_jobs.teacher(owner, spec, self._trainer, tries=action.tries)
         self._remember(await self._create(BATCH_JOBS, body, owner.uid))
 
     async def _gang(self, raw: Raw, action: CreateGang, grace_seconds: int) -> None:

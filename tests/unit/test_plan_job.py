@@ -15,7 +15,7 @@ from kubedistill_operator.plan.actions import (
     CreateTeacher,
     DeleteBatchJob,
 )
-from kubedistill_operator.plan.draft import Contact, OtherJob
+from kubedistill_operator.plan.draft import Contact, Observed, OtherJob
 from kubedistill_operator.plan.job import plan_job
 from kubedistill_operator.plan.views import BatchJobView, PodView
 from test_plan_kit import (
@@ -24,6 +24,7 @@ from test_plan_kit import (
     accepted,
     after,
     ended,
+    gang_job,
     message,
     observed,
     preflight_name,
@@ -231,6 +232,47 @@ def test_a_failed_teacher_is_final() -> None:
     plan = settled(teacher_seen({"failed": True}, (pod,)))
     assert state(plan) == ("False", reasons.TEACHER_FAILED)
     assert "no config" in message(plan)
+
+
+def _damaged(tries: int, *, written_here: bool) -> Observed:
+    """A job whose first attempt just found its stream damaged, with a teacher's Job or none."""
+    first = accepted()
+    if written_here:
+        writer = ended("t", 0, role=names.ROLE_TEACHER, attempt=0)
+        first = teacher_seen({"complete": True, "tries": tries}, (writer,))
+        jobs = dict(first.batch_jobs)
+    else:
+        status = plan_job(first, TIMING).status
+        assert status.resolved is not None
+        there = status.resolved.model_copy(update={"stream_complete": True})
+        first, jobs = after(first, status=status.model_copy(update={"resolved": there})), {}
+    running = after(first, batch_jobs={**jobs, **gang_job()}, pods=())
+    pod = ended("small-1-0-x", 19, outcome={"message": "s3://x: the shard is missing"})
+    failed = gang_job(failed=True, failing=True)
+    return after(running, batch_jobs={**jobs, **failed}, pods=(pod,))
+
+
+@pytest.mark.parametrize("written_here", [True, False])
+def test_a_damaged_stream_is_written_again_before_the_next_attempt(written_here: bool) -> None:
+    name = names.teacher_name("small")
+    seen = _damaged(0, written_here=written_here)
+    plan = settled(seen)
+    [attempt] = plan.status.attempts
+    assert (attempt.reason, attempt.charged) == (reasons.STREAM_DAMAGED, True)
+    assert "the shard is missing" in attempt.message
+    if written_here:
+        assert plan.actions == (DeleteBatchJob(name),)
+        seen = after(seen, 100, batch_jobs=gang_job(failed=True), pods=())
+        plan = settled(seen)
+    assert plan.actions == (CreateTeacher(1),)
+    assert state(plan, reasons.TEACHER_READY) == ("False", reasons.GENERATING)
+    again = BatchJobView(name, names.ROLE_TEACHER, tries=1)
+    waiting = after(seen, 100, batch_jobs={name: again}, pods=())
+    assert settled(waiting).actions == ()
+    done = after(waiting, 100, batch_jobs={name: replace(again, complete=True)})
+    plan = settled(done)
+    assert plan.actions == (CreateGang(2, 2),)
+    assert state(plan, reasons.TEACHER_READY) == ("True", reasons.STREAM_COMPLETE)
 
 
 def test_the_fence_is_in_the_status_with_the_decision() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from kubedistill_trainer.teacher.errors import StreamCorrupt, StreamMismatch
-from kubedistill_trainer.teacher.head import load_head, publish_head
+from kubedistill_trainer.teacher.errors import StreamCorrupt, StreamDamaged, StreamMismatch
+from kubedistill_trainer.teacher.head import head_is_sound, load_head, publish_head
 from kubedistill_trainer.teacher.manifest import (
     MANIFEST_KEY,
     StreamIdentity,
@@ -133,10 +133,16 @@ def test_the_head_is_stored_once_and_verified(tmp_path: Path) -> None:
     (key,) = store.keys("head/")
     store.objects[key] = store.objects[key][:-1] + b"x"
     assert torch.equal(load_head(store, known, tmp_path / "a"), weight)
-    with pytest.raises(StreamCorrupt, match="wanted sha256"):
+    stream = store.child(identity().address)
+    assert head_is_sound(stream, digest)  # as far as anybody has noticed
+    with pytest.raises(StreamDamaged, match=r"head/.*wanted sha256.*write it again"):
         load_head(store, known, tmp_path / "b")
+    assert not head_is_sound(stream, digest)
+    publish_head(store, identity(), weight, tmp_path)
+    assert head_is_sound(stream, digest)
+    assert torch.equal(load_head(store, known, tmp_path / "b"), weight)
     del store.objects[key]
-    with pytest.raises(StreamCorrupt, match="found nothing"):
+    with pytest.raises(StreamDamaged, match="found nothing"):
         load_head(store, known, tmp_path / "c")
     with pytest.raises(StreamMismatch, match="shape of the teacher's LM head"):
         publish_head(store, identity(), weight[1:], tmp_path)

@@ -13,7 +13,7 @@ from kubedistill_trainer.store.errors import StoreUnavailable
 from kubedistill_trainer.teacher.errors import (
     SampleMissing,
     StreamClosed,
-    StreamCorrupt,
+    StreamDamaged,
     StreamMismatch,
     StreamStalled,
 )
@@ -203,7 +203,7 @@ def test_a_damaged_shard_is_detected_and_named(
             del store.objects[key]
     words = "the shard is missing" if damage == "delete" else "bytes with SHA-256"
     with reader(store, tmp_path) as source:
-        with pytest.raises(StreamCorrupt, match=rf"partitions/0/shards/.*{words}"):
+        with pytest.raises(StreamDamaged, match=rf"partitions/0/shards/.*{words}"):
             source.get(0, hash_of(0))
         assert_is_sample(source.get(1, hash_of(1)), 1)
 

@@ -21,6 +21,7 @@ from kubedistill_trainer.store import (
 from kubedistill_trainer.teacher.errors import (
     SampleMissing,
     StreamCorrupt,
+    StreamDamaged,
     StreamMismatch,
     StreamStalled,
 )
@@ -48,6 +49,8 @@ def _code_of(error: BaseException) -> ExitCode:
         return ExitCode.FENCED
     if isinstance(error, (StreamMismatch, SampleMissing, StreamCorrupt)):
         return ExitCode.UNREADABLE_INPUT
+    if isinstance(error, StreamDamaged):
+        return ExitCode.STREAM_DAMAGED
     if isinstance(error, StreamStalled):
         return ExitCode.STALLED
     # By name where the type is torch's: the preflight ends without having imported it.

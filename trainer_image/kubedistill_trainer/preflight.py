@@ -206,6 +206,7 @@ def _stream(
 ) -> tuple[str, bool]:
     """(URI of the stream, whether all of it is there); StreamMismatch for a foreign one.
 
+    What is missing of a stream is asked for, so that the teacher writes it before anybody needs it.
     With `payload: Auto` the URI is known once a teacher has measured: until then it is empty.
     """
     spec, model = context.run.spec, context.run.teacher_model
@@ -213,8 +214,10 @@ def _stream(
         return "", False
     if spec.teacher.delivery != "Stream":
         return "", False
+    from kubedistill_trainer.teacher.head import head_is_sound
     from kubedistill_trainer.teacher.manifest import read_manifest
     from kubedistill_trainer.teacher.partition_log import PartitionLog
+    from kubedistill_trainer.teacher.repairs import Repairs
 
     request = stream_request(
         spec, dataset, teacher_digest(model, context.open_store(model.uri)), teacher_config
@@ -226,7 +229,11 @@ def _stream(
     manifest = read_manifest(context.storage, identity)
     if manifest is None:
         return stream.uri, False
-    logs = [PartitionLog(stream, partition) for partition in range(manifest.partitions)]
-    for log in logs:
+    complete = manifest.head_sha256 is None or head_is_sound(stream, manifest.head_sha256)
+    for partition in range(manifest.partitions):
+        log, repairs = PartitionLog(stream, partition), Repairs(stream, partition)
         log.refresh()
-    return stream.uri, all(log.ended for log in logs)
+        repairs.refresh()
+        repairs.ask_for_missing(log)
+        complete = complete and log.ended and not repairs.open()
+    return stream.uri, complete

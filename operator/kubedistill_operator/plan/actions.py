@@ -31,7 +31,12 @@ class CreatePreflight:
 
 @dataclass(frozen=True)
 class CreateTeacher:
-    """The teacher writers' ConfigMap and Job."""
+    """The teacher writers' ConfigMap and Job.
+
+    `tries` is the last attempt that found the stream damaged: a Job with a lower one ran before.
+    """
+
+    tries: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from kubedistill_api.names import ROLE_STUDENT, ROLE_TEACHER
 from kubedistill_api.runspec import Outcome
 from kubedistill_api.status import Attempt
 
-from kubedistill_operator.plan import restart
+from kubedistill_operator.plan import restart, teacher
 from kubedistill_operator.plan.actions import CreateGang, DeleteBatchJob
 from kubedistill_operator.plan.draft import Draft, Pass
 from kubedistill_operator.plan.exits import Verdict, judge, judge_stopped, pod_trouble
@@ -207,6 +207,8 @@ def _finish(step: Pass, verdict: Verdict) -> None:
     if not verdict.retry:
         draft.fail(verdict.reason, verdict.message)
         return
+    if verdict.reason == reasons.STREAM_DAMAGED:
+        teacher.take_damage(draft)
     _ended(step)
 
 
@@ -222,7 +224,8 @@ def _ended(step: Pass) -> None:
         draft.update(failures=draft.status.failures + 1)
     text = f"attempt {attempt.number} ended ({attempt.reason}): {attempt.message}"
     draft.tell(attempt.reason, text, warning=attempt.charged)
-    _between(step, attempt, teacher_ready=True)
+    ready = attempt.reason != reasons.STREAM_DAMAGED or teacher.run_teacher(step)
+    _between(step, attempt, teacher_ready=ready)
 
 
 def _between(step: Pass, last: Attempt | None, *, teacher_ready: bool) -> None:
@@ -241,9 +244,9 @@ def _between(step: Pass, last: Attempt | None, *, teacher_ready: bool) -> None:
             _suspended(draft)
         return
     draft.set(reasons.SUSPENDED, "False", reasons.NOT_SUSPENDED)
-    if not teacher_ready:
-        return
     if last is not None and _must_wait(step, last):
+        return
+    if not teacher_ready:
         return
     attempt = draft.add_attempt()
     draft.act(CreateGang(attempt.number, attempt.fence))

@@ -7,8 +7,8 @@ from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.names import ROLE_TEACHER, teacher_name
 from kubedistill_api.status import DistillationJobStatus, TeacherStreamStatus
 
-from kubedistill_operator.plan.actions import CreateTeacher, SuspendBatchJob
-from kubedistill_operator.plan.draft import Pass
+from kubedistill_operator.plan.actions import CreateTeacher, DeleteBatchJob, SuspendBatchJob
+from kubedistill_operator.plan.draft import Draft, Pass
 from kubedistill_operator.plan.exits import judge, pod_trouble
 from kubedistill_operator.plan.reporting import apply_stream
 from kubedistill_operator.plan.views import BatchJobView, PodView
@@ -32,11 +32,17 @@ def run_teacher(step: Pass) -> bool:
     batch_job = seen.batch_jobs.get(name)
     if _complete(step):
         return True
+    damaged = _damaged_attempt(draft)
     if batch_job is None:
         if spec.suspend:
             return False
-        draft.act(CreateTeacher())
+        draft.act(CreateTeacher(damaged))
         _generating(step, "the teacher's pods are asked for")
+        return False
+    if batch_job.tries < damaged:
+        if not batch_job.deleting_since:
+            draft.act(DeleteBatchJob(name))
+        _generating(step, f"attempt {damaged} found the stream damaged: the teacher runs again")
         return False
     pods = seen.pods_of(ROLE_TEACHER)
     if batch_job.complete:
@@ -48,6 +54,23 @@ def run_teacher(step: Pass) -> bool:
     if batch_job.suspended != spec.suspend and not batch_job.deleting_since:
         draft.act(SuspendBatchJob(name, spec.suspend))
     return _running(step, pods)
+
+
+def take_damage(draft: Draft) -> None:
+    """The newest attempt found the stream damaged: nobody starts on it before it is repaired."""
+    stream, resolved = draft.status.teacher_stream, draft.status.resolved
+    if stream is not None:
+        draft.update(
+            teacher_stream=stream.model_copy(update={"bytes": 0, "tokens": 0, "complete": False})
+        )
+    if resolved is not None:
+        draft.update(resolved=resolved.model_copy(update={"stream_complete": False}))
+
+
+def _damaged_attempt(draft: Draft) -> int:
+    """The last attempt that found the stream damaged, or 0."""
+    found = [a.number for a in draft.status.attempts if a.reason == reasons.STREAM_DAMAGED]
+    return max(found, default=0)
 
 
 def _complete(step: Pass) -> bool:

@@ -73,7 +73,9 @@ def report(owner: Owner, spec: DistillationJobSpec, trainer: TrainerImage) -> di
     )
 
 
-def teacher(owner: Owner, spec: DistillationJobSpec, trainer: TrainerImage) -> dict[str, Any]:
+def teacher(
+    owner: Owner, spec: DistillationJobSpec, trainer: TrainerImage, *, tries: int = 0
+) -> dict[str, Any]:
     """Independent writers: an index is a part of the data, retried by itself."""
     if spec.teacher is None:
         raise ValueError(f"{owner.namespace}/{owner.name} has no teacher")
@@ -89,7 +91,7 @@ def teacher(owner: Owner, spec: DistillationJobSpec, trainer: TrainerImage) -> d
         template=workers.template,
     )
     return _job(
-        owner.metadata(name, labels),
+        owner.metadata(name, labels, **{TRY_ANNOTATION: str(tries)}),
         {
             "completionMode": "Indexed",
             "completions": workers.replicas,

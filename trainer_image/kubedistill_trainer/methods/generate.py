@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from kubedistill_trainer.teacher.payload import (
     sparse_of_logits,
 )
 from kubedistill_trainer.teacher.payload_spec import HiddenSpec, SampledSpec
+from kubedistill_trainer.teacher.repairs import mend
 from kubedistill_trainer.teacher.request import resolved, stream_request
 from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
 
@@ -170,16 +172,25 @@ def _write_partition(
         time.sleep(seconds)
         report.tick()
 
+    def made(sample: int) -> tuple[Any, TeacherOutputs]:
+        sequence = dataset.packed.take([sample])
+        outputs = teacher_outputs(model, manifest.identity, sequence, sample)
+        exporter.TOKENS.labels("teacher").inc(manifest.identity.sequence_length)
+        return dataset.packed.tokens[sample], outputs
+
+    repair = partial(mend, context.storage, manifest, partition, scratch=scratch, produce=made)
+    # First: with the stream's figures the student is started, and what it misses is to be there.
+    repair()
     with StreamWriter(
         context.storage, manifest, partition, scratch=scratch, settings=settings, pause=pause
     ) as writer:
         report.follow(writer)
+        committed = writer.committed()
         for sample in writer.samples():
-            outputs = teacher_outputs(
-                model, manifest.identity, dataset.packed.take([sample]), sample
-            )
-            writer.write(sample, dataset.packed.tokens[sample], outputs)
-            exporter.TOKENS.labels("teacher").inc(manifest.identity.sequence_length)
+            writer.write(sample, *made(sample))
+            if writer.committed() > committed:
+                committed = writer.committed()
+                repair()
             report.tick()
         writer.end()
         _log.info(

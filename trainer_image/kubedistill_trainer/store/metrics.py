@@ -9,7 +9,7 @@ BYTES = Counter(
     "Payload bytes moved to or from the object store.",
     ["operation"],
 )
-"""Exposed as `distill_s3_bytes_total`; operation is put, get, upload or download."""
+"""Exposed as `distill_s3_bytes_total`; operation is put, get or upload."""
 
 ERRORS = Counter(
     "distill_s3_errors",

@@ -26,7 +26,7 @@ class ShardCorrupt(StreamError):
 
 
 class StreamCorrupt(StreamError):
-    """Data of the stream stays wrong after bounded re-reads from the store."""
+    """A manifest or a log stays wrong after re-reads: what they say cannot be made again."""
 
     def __init__(self, uri: str, found: str) -> None:
         super().__init__(uri, found)
@@ -38,6 +38,21 @@ class StreamCorrupt(StreamError):
             f"{self.uri}: {self.found}. Delete the stream's prefix to have it written again; "
             "nothing of it was used"
         )
+
+
+class StreamDamaged(StreamError):
+    """A shard or the head is missing or not what was committed, and a teacher is asked to write it.
+
+    Nothing of it was used. A run that meets it after the teacher has written again goes on.
+    """
+
+    def __init__(self, uri: str, found: str) -> None:
+        super().__init__(uri, found)
+        self.uri = uri
+        self.found = found
+
+    def __str__(self) -> str:
+        return f"{self.uri}: {self.found}; the teacher is asked to write it again"
 
 
 class StreamMismatch(StreamError):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kubedistill_trainer.store.client import Store
 from kubedistill_trainer.store.errors import NotFound
-from kubedistill_trainer.teacher.errors import StreamCorrupt, StreamMismatch
+from kubedistill_trainer.teacher.errors import StreamDamaged, StreamMismatch
 from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity
 
 _TENSOR = "weight"
@@ -22,7 +22,7 @@ def publish_head(store: Store, identity: StreamIdentity, weight: Tensor, scratch
     """Store the head [teacher_vocab_size, hidden_size] in its own dtype; its SHA-256 (hex).
 
     `store` is rooted at the storage URI; `scratch` is a local folder. StreamMismatch for a wrong
-    shape. Does nothing when the head is there already.
+    shape. Does nothing when the head is there already, and nobody found it damaged.
     """
     wanted = (identity.teacher_vocab_size, identity.hidden_size)
     if tuple(weight.shape) != wanted:
@@ -33,9 +33,10 @@ def publish_head(store: Store, identity: StreamIdentity, weight: Tensor, scratch
         safetensors.torch.save_file({_TENSOR: weight.detach().cpu().contiguous()}, path)
         digest = _sha256(path)
         stream = store.child(identity.address)
-        info = stream.head(_key(digest))
-        if info is None or info.size_bytes != path.stat().st_size:
+        info, asked = stream.head(_key(digest)), _asked(digest)
+        if info is None or info.size_bytes != path.stat().st_size or stream.head(asked):
             stream.upload_file(_key(digest), path)
+            stream.delete([asked])
     finally:
         path.unlink(missing_ok=True)
     return digest
@@ -44,7 +45,8 @@ def publish_head(store: Store, identity: StreamIdentity, weight: Tensor, scratch
 def load_head(store: Store, manifest: Manifest, cache: Path) -> Tensor:
     """The head [teacher_vocab_size, hidden_size], from `cache` or the store, verified.
 
-    StreamMismatch when the stream has no head, StreamCorrupt when it stays wrong.
+    StreamMismatch when the stream has no head, StreamDamaged when it stays wrong: then the next
+    `publish_head` writes it again.
     """
     if manifest.head_sha256 is None:
         raise StreamMismatch("head_sha256", None, "a teacher LM head (payload Hidden)")
@@ -61,7 +63,13 @@ def load_head(store: Store, manifest: Manifest, cache: Path) -> Tensor:
             if found == f"sha256 {manifest.head_sha256}":
                 return safetensors.torch.load_file(path)[_TENSOR]
             path.unlink()
-    raise StreamCorrupt(stream.uri_of(key), f"found {found}, wanted sha256 {manifest.head_sha256}")
+    stream.put(_asked(manifest.head_sha256), found.encode())
+    raise StreamDamaged(stream.uri_of(key), f"found {found}, wanted sha256 {manifest.head_sha256}")
+
+
+def head_is_sound(stream: Store, digest: str) -> bool:
+    """Whether the head is there and nobody found it damaged. `stream` is rooted at the stream."""
+    return stream.head(_key(digest)) is not None and stream.head(_asked(digest)) is None
 
 
 def _download(stream: Store, key: str, path: Path) -> None:
@@ -78,6 +86,10 @@ def _download(stream: Store, key: str, path: Path) -> None:
 
 def _key(digest: str) -> str:
     return f"head/{digest}.safetensors"
+
+
+def _asked(digest: str) -> str:
+    return f"{_key(digest)}.asked"
 
 
 def _sha256(path: Path) -> str:

@@ -6,6 +6,7 @@
   head/<sha256>.safetensors            the teacher's LM head, for Hidden
   partitions/<p>/log/<slot>.json       one record a slot, written once
   partitions/<p>/shards/<uuid>.shard   named by a log record, or an orphan
+  partitions/<p>/repairs/<slot>/…      shards that were damaged and written again (`repairs.py`)
 ```
 Sample i belongs to partition i mod P, so that the first shards of all partitions together are the
 first samples of the data and students can start on them; contiguous ranges would make them wait

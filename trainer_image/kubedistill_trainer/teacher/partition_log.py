@@ -38,6 +38,8 @@ class LogRecord(BaseModel):
     first_sample: int = -1
     last_sample: int = -1
     tokens: int = 0
+    version: int = Field(0, ge=0)
+    """0 in the log; above it, a shard that replaces the one of this slot (`repairs.py`)."""
     self_hash: str = ""
 
     def sealed(self) -> LogRecord:
@@ -60,6 +62,44 @@ class SlotTaken(Exception):
     def __init__(self, record: LogRecord) -> None:
         super().__init__(record)
         self.record = record
+
+
+def read_record(store: Store, key: str, place: tuple[int, int, int]) -> LogRecord | None:
+    """The record at `key`, None where there is none; re-read a few times while it is damaged.
+
+    `place` is the partition, slot and version that it must speak of. StreamCorrupt otherwise.
+    """
+    found = ""
+    for _ in range(_READS):
+        try:
+            record = LogRecord.model_validate_json(store.get(key))
+        except NotFound:
+            return None
+        except ValidationError as error:
+            found = f"not a log record: {error.error_count()} faults"
+            continue
+        if record.intact and (record.partition, record.slot, record.version) == place:
+            return record
+        found = f"{record.kind} record of slot {record.slot} fails its own hash"
+    raise StreamCorrupt(store.uri_of(key), found)
+
+
+def write_record(store: Store, key: str, record: LogRecord) -> LogRecord:
+    """Write `record` at `key`, sealed, unless there is one; its own earlier write counts.
+
+    SlotTaken for another's. StoreUnavailable leaves it open whether it landed.
+    """
+    sealed = record.sealed()
+    try:
+        store.put(key, sealed.model_dump_json().encode(), only_if_absent=True)
+    except PreconditionFailed:
+        found = read_record(store, key, (record.partition, record.slot, record.version))
+        if found is None:
+            raise
+        if found.nonce != record.nonce:
+            raise SlotTaken(found) from None
+        return found
+    return sealed
 
 
 class PartitionLog:
@@ -108,17 +148,8 @@ class PartitionLog:
         record landed, and calling again with the same nonce is safe.
         """
         slot = len(self._shards)
-        sealed = record.model_copy(update={"slot": slot, "partition": self._partition}).sealed()
-        try:
-            self._store.put(self._key(slot), sealed.model_dump_json().encode(), only_if_absent=True)
-        except PreconditionFailed:
-            found = self._read(slot)
-            if found is None:
-                raise
-            if found.nonce != record.nonce:
-                raise SlotTaken(found) from None
-            sealed = found
-        self._append(sealed)
+        placed = record.model_copy(update={"slot": slot, "partition": self._partition})
+        self._append(write_record(self._store, self._key(slot), placed))
 
     def _append(self, record: LogRecord) -> None:
         if record.kind == "END":
@@ -133,20 +164,7 @@ class PartitionLog:
         self._shards.append(record)
 
     def _read(self, slot: int) -> LogRecord | None:
-        """The record in `slot`, re-read a few times while it is damaged."""
-        found = ""
-        for _ in range(_READS):
-            try:
-                record = LogRecord.model_validate_json(self._store.get(self._key(slot)))
-            except NotFound:
-                return None
-            except ValidationError as error:
-                found = f"not a log record: {error.error_count()} faults"
-                continue
-            if record.intact and (record.slot, record.partition) == (slot, self._partition):
-                return record
-            found = f"{record.kind} record of slot {record.slot} fails its own hash"
-        raise StreamCorrupt(self._store.uri_of(self._key(slot)), found)
+        return read_record(self._store, self._key(slot), (self._partition, slot, 0))
 
     def _key(self, slot: int) -> str:
         return f"partitions/{self._partition}/log/{slot:020d}.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kubedistill_trainer.store.client import Store
 from kubedistill_trainer.store.errors import NotFound
-from kubedistill_trainer.teacher.errors import ShardCorrupt, StreamCorrupt
+from kubedistill_trainer.teacher.errors import ShardCorrupt, StreamDamaged
 from kubedistill_trainer.teacher.partition_log import LogRecord
 from kubedistill_trainer.teacher.shard import ShardReader
 
@@ -56,7 +56,7 @@ class ShardCache:
     def record(self, entry: LogRecord, sample: int, token_hash: int) -> bytes:
         """The record of `sample` in the shard of `entry`.
 
-        A fault sends the shard back to the store a few times before StreamCorrupt is raised;
+        A fault sends the shard back to the store a few times before StreamDamaged is raised;
         StreamMismatch for other tokens is final. StoreUnavailable passes through.
         """
         found = ""
@@ -73,7 +73,7 @@ class ShardCache:
             except KeyError:
                 found = f"shard {entry.key} has no sample {sample}, its log record says it does"
             self._drop(entry)
-        raise StreamCorrupt(self._store.uri_of(entry.key), found)
+        raise StreamDamaged(self._store.uri_of(entry.key), found)
 
     def close(self) -> None:
         """Close the files; they stay for the next process, which verifies them again."""

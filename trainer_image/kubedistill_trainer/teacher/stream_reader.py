@@ -2,17 +2,20 @@
 
 The reader may start before the writer. It knows the samples that training will ask for and fetches
 and decodes them ahead; when a sample's shard is not committed yet it waits, counts the time, and
-gives up only when the sample's partition shows no commit for a whole deadline.
+gives up only when the sample's partition shows no commit for a whole deadline. A shard that is
+damaged is asked for again (`repairs.py`).
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,14 +28,17 @@ from kubedistill_trainer.teacher.errors import (
     SampleMissing,
     StreamClosed,
     StreamCorrupt,
+    StreamDamaged,
     StreamStalled,
 )
 from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity, read_manifest
 from kubedistill_trainer.teacher.metrics import DATA_WAIT, STREAM_LAG
 from kubedistill_trainer.teacher.partition_log import LogRecord, PartitionLog
 from kubedistill_trainer.teacher.payload import TeacherOutputs
+from kubedistill_trainer.teacher.repairs import Repairs
 from kubedistill_trainer.teacher.shard_cache import ShardCache
 
+_log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
 
 
@@ -98,6 +104,7 @@ class StreamReader:
         self._waited(started)
         count = self.manifest.partitions
         self._logs = [PartitionLog(self._store, partition) for partition in range(count)]
+        self._repairs: dict[int, Repairs] = {}
         self._log_locks = [threading.Lock() for _ in range(count)]
         self._moved = [clock()] * count
         self._cache = ShardCache(
@@ -131,8 +138,9 @@ class StreamReader:
         """The teacher's outputs for `sample`; waits until they are committed.
 
         Raises StreamStalled when its partition stops committing, SampleMissing when the stream
-        ended without it, StreamMismatch when it was made from other tokens, StreamCorrupt when its
-        bytes stay wrong, StreamClosed when `close` is called meanwhile.
+        ended without it, StreamMismatch when it was made from other tokens, StreamDamaged when its
+        bytes stay wrong and no teacher is there to write them again, StreamClosed when `close` is
+        called meanwhile.
         """
         started = self._clock()
         try:
@@ -208,16 +216,67 @@ class StreamReader:
             lambda: self._last_commit(partition),
             lambda: self._moved[partition],
         )
-        record = self._await(
-            lambda: self._cache.record(entry, sample, token_hash),
-            lambda: f"shard {entry.key} cannot be fetched",
-        )
+        entry, record = self._record(partition, entry, sample, token_hash)
         try:
             return decode_outputs(record, self._identity.payloads, self._settings.dtype)
         except ValueError as error:
             raise StreamCorrupt(
                 self._store.uri_of(entry.key), f"record of sample {sample}: {error}"
             ) from error
+
+    def _record(
+        self, partition: int, shard: LogRecord, sample: int, token_hash: int
+    ) -> tuple[LogRecord, bytes]:
+        """The sample's record, and the version of the shard that it was found in."""
+        entry = self._await(
+            lambda: self._newest(partition, shard), lambda: "repairs cannot be listed"
+        )
+        while True:
+            try:
+                return entry, self._await(
+                    partial(self._cache.record, entry, sample, token_hash),
+                    partial("shard {} cannot be fetched".format, entry.key),
+                )
+            except StreamDamaged as error:
+                entry = self._repaired(partition, entry, error)
+
+    def _newest(self, partition: int, shard: LogRecord, *, look: bool = False) -> LogRecord:
+        with self._log_locks[partition]:
+            repairs = self._repairs.get(partition)
+            if repairs is None or look:
+                repairs = repairs or Repairs(self._store, partition)
+                repairs.refresh()
+                self._repairs[partition] = repairs
+            return repairs.newest(shard)
+
+    def _repaired(self, partition: int, entry: LogRecord, error: StreamDamaged) -> LogRecord:
+        """What replaces a damaged shard. `error` when nobody is there to write it.
+
+        Somebody may be there when the partition is still being written, or when the request is
+        older than this reader: then a teacher was started for it.
+        """
+
+        def look() -> LogRecord | None:
+            newest = self._newest(partition, entry, look=True)
+            return newest if newest.version > entry.version else None
+
+        def ask() -> tuple[LogRecord | None, bool]:
+            found = look()
+            with self._log_locks[partition]:
+                return found, found is None and self._repairs[partition].ask(entry, error.found)
+
+        found, first = self._await(ask, lambda: "a repair cannot be asked for")
+        if found is not None:
+            return found
+        _log.warning("damaged shard", extra={"shard": error.uri, "found": error.found})
+        if first and self._logs[partition].ended:
+            raise error
+        # Before the operator takes the run for stalled: it has to learn what is wrong.
+        patience = self._settings.stall_seconds / 2
+        try:
+            return self._await(look, lambda: str(error), seconds=patience)
+        except StreamStalled:
+            raise error from None
 
     def _find(self, partition: int, position: int) -> LogRecord | None:
         log = self._logs[partition]
@@ -251,11 +310,13 @@ class StreamReader:
         look: Callable[[], _Found | None],
         describe: Callable[[], str],
         moved: Callable[[], float] | None = None,
+        seconds: float | None = None,
     ) -> _Found:
         """What `look` finds. A store that does not answer counts as no news.
 
-        Raises StreamStalled `stall_seconds` after the later of now and `moved()`.
+        Raises StreamStalled `seconds` (or `stall_seconds`) after the later of now and `moved()`.
         """
+        patience = self._settings.stall_seconds if seconds is None else seconds
         started, delay, trouble = self._clock(), self._settings.poll_seconds, ""
         cause: StoreUnavailable | None = None
         while True:
@@ -266,10 +327,9 @@ class StreamReader:
             except StoreUnavailable as error:
                 trouble, cause = f" ({error})", error
             since = max(started, moved()) if moved else started
-            if self._clock() - since >= self._settings.stall_seconds:
+            if self._clock() - since >= patience:
                 raise StreamStalled(
-                    f"{self._store.uri}: nothing new for "
-                    f"{self._settings.stall_seconds:g} s: {describe()}{trouble}"
+                    f"{self._store.uri}: nothing new for {patience:g} s: {describe()}{trouble}"
                 ) from cause
             if self._closed.wait(delay):
                 raise StreamClosed("the reader was closed while it waited for the teacher")

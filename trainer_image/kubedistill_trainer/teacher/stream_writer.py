@@ -23,7 +23,7 @@ from kubedistill_trainer.teacher.codec import encode_outputs, token_hash
 from kubedistill_trainer.teacher.manifest import Manifest
 from kubedistill_trainer.teacher.partition_log import LogRecord, PartitionLog, SlotTaken
 from kubedistill_trainer.teacher.payload import TeacherOutputs
-from kubedistill_trainer.teacher.shard import ShardWriter
+from kubedistill_trainer.teacher.shard import ShardSummary, ShardWriter
 
 _POLL_SECONDS = 1.0
 
@@ -49,6 +49,38 @@ class _Sealed:
     path: Path
     record: LogRecord
     uploaded: bool = False
+
+
+def shard_record(
+    summary: ShardSummary, manifest: Manifest, partition: int, path: Path
+) -> LogRecord:
+    """The record that commits the finished shard at `path`; its slot is filled in later."""
+    return LogRecord(
+        kind="SHARD",
+        partition=partition,
+        slot=0,
+        nonce=uuid.uuid4().hex,
+        count=summary.count,
+        key=f"partitions/{partition}/shards/{path.name}",
+        size_bytes=summary.size_bytes,
+        sha256=summary.sha256,
+        first_sample=summary.first_sample,
+        last_sample=summary.last_sample,
+        tokens=summary.count * manifest.identity.sequence_length,
+    )
+
+
+def upload_shard(stream: Store, record: LogRecord, path: Path) -> None:
+    """Upload the shard that `record` is about to commit. StoreUnavailable if it is not there."""
+    stream.upload_file(record.key, path)
+    info = stream.head(record.key)
+    if info is None or info.size_bytes != record.size_bytes:
+        found = "nothing" if info is None else f"{info.size_bytes} bytes"
+        raise StoreUnavailable(
+            "upload",
+            stream.uri_of(record.key),
+            f"{found} there after an upload of {record.size_bytes} bytes",
+        )
 
 
 class StreamWriter:
@@ -218,20 +250,7 @@ class StreamWriter:
         return self._shard
 
     def _seal(self, shard: ShardWriter) -> _Sealed:
-        summary = shard.finish()
-        record = LogRecord(
-            kind="SHARD",
-            partition=self._partition,
-            slot=0,
-            nonce=uuid.uuid4().hex,
-            count=summary.count,
-            key=f"partitions/{self._partition}/shards/{self._shard_path.name}",
-            size_bytes=summary.size_bytes,
-            sha256=summary.sha256,
-            first_sample=summary.first_sample,
-            last_sample=summary.last_sample,
-            tokens=summary.count * self._manifest.identity.sequence_length,
-        )
+        record = shard_record(shard.finish(), self._manifest, self._partition, self._shard_path)
         return _Sealed(self._shard_path, record)
 
     def _publish(self, sealed: _Sealed) -> None:
@@ -239,15 +258,7 @@ class StreamWriter:
         if not sealed.uploaded:
             if self._before_upload is not None:
                 self._before_upload(record.size_bytes)
-            self._store.upload_file(record.key, sealed.path)
-            info = self._store.head(record.key)
-            if info is None or info.size_bytes != record.size_bytes:
-                found = "nothing" if info is None else f"{info.size_bytes} bytes"
-                raise StoreUnavailable(
-                    "upload",
-                    self._store.uri_of(record.key),
-                    f"{found} there after an upload of {record.size_bytes} bytes",
-                )
+            upload_shard(self._store, record, sealed.path)
             self._sealed = _Sealed(sealed.path, record, uploaded=True)
         try:
             self._log.append(record)
