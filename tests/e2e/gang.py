@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,9 @@ class Trainer:
         teacher: ResolvedModel | None = None,
         student: ResolvedModel | None = None,
         timeout_seconds: float = 600,
+        strike: Callable[[int], None] | None = None,
     ) -> Result:
-        """Start all containers of a role and wait for them."""
+        """Start all containers of a role and wait for them. `strike` gets the first one's pid."""
         nodes = spec.workers.nodes if role == "student" else 1
         rendezvous = Rendezvous(host="127.0.0.1", port=free_port(), nodes=nodes)
         run = RunSpec(
@@ -95,6 +97,8 @@ class Trainer:
         folders = [self._folder / f"{name}-{role}-{attempt}-{i}" for i in range(nodes)]
         processes = [self._start(role, run, folder, i) for i, folder in enumerate(folders)]
         try:
+            if strike is not None:
+                strike(processes[0].pid)
             codes = [process.wait(timeout_seconds) for process in processes]
         finally:
             for process in processes:

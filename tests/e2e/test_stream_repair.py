@@ -54,11 +54,7 @@ def test_a_rotten_shard_ends_the_attempt_and_the_next_has_it_whole(team: Team, s
     team.apply(team.distilled("fourth", "giver", **SHORT))
     status = team.ends("fourth", "Completed")
     first, second = status["attempts"]
-    assert (first["reason"], first["lastStep"], second["reason"]) == (
-        "StreamDamaged",
-        0,
-        "Completed",
-    )
+    assert (first["reason"], second["reason"]) == ("StreamDamaged", "Completed")
     assert key in first["message"]
     assert "SHA-256" in first["message"]
     assert team.condition("fourth", "TeacherReady")["reason"] == "StreamComplete"

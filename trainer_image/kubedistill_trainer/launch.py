@@ -24,7 +24,8 @@ from kubedistill_trainer import logs, outcome
 from kubedistill_trainer.context import Context, read_run_spec, scratch_directory
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.imports import quiet_collector
-from kubedistill_trainer.rank import outcome_file
+from kubedistill_trainer.interrupt import interrupt
+from kubedistill_trainer.rank import meeting_file, outcome_file
 
 _log = logging.getLogger(__name__)
 _PEER_TIMEOUT_SECONDS = 300.0
@@ -61,9 +62,12 @@ def _preflight(run: RunSpec) -> tuple[ExitCode, Outcome]:
 
 
 def _teacher(run: RunSpec) -> tuple[ExitCode, Outcome]:
+    shards = run.spec.teacher.workers.gpus_per_replica if run.spec.teacher else 1
+    if shards > 1:
+        return _split_teacher(shards)
     from kubedistill_trainer import exporter
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     board = exporter.ProgressBoard(run.attempt)
     exporter.serve(board)
     with quiet_collector():
@@ -80,9 +84,13 @@ def _report(run: RunSpec) -> tuple[ExitCode, Outcome]:
     return ExitCode.SUCCESS, write_trials(Context(run, scratch_directory()))
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """A writer needs no grace: what is committed stays, and the next one resumes behind it."""
-    raise RunFailure(ExitCode.INTERRUPTED, "asked to stop; committed shards stay")
+def _split_teacher(shards: int) -> tuple[ExitCode, Outcome]:
+    """A process for each part of the teacher."""
+    meeting_file(scratch_directory()).unlink(missing_ok=True)
+    gang = _Ranks(shards, "kubedistill_trainer.teacher_rank")
+    signal.signal(signal.SIGTERM, gang.forward)
+    gang.start()
+    return gang.wait()
 
 
 def _student(run: RunSpec) -> tuple[ExitCode, Outcome]:
@@ -118,8 +126,9 @@ def wait_for_name(host: str, timeout_seconds: float, stop: Callable[[], bool]) -
 class _Ranks:
     """The rank processes of this pod."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, module: str = "kubedistill_trainer.rank") -> None:
         self._count = count
+        self._module = module
         self._processes: list[subprocess.Popen[bytes]] = []
         self.asked_to_stop = False
 
@@ -127,7 +136,7 @@ class _Ranks:
         """One process a rank."""
         for local_rank in range(self._count):
             outcome_file(scratch_directory(), local_rank).unlink(missing_ok=True)
-            command = [sys.executable, "-m", "kubedistill_trainer.rank", str(local_rank)]
+            command = [sys.executable, "-m", self._module, str(local_rank)]
             self._processes.append(subprocess.Popen(command))
         if self.asked_to_stop:
             self._signal(signal.SIGTERM)

@@ -36,6 +36,7 @@ def run_preflight(context: Context) -> Outcome:
     teacher_config = _teacher_config(context)
     _check_tokenizers(context, dataset)
     _check_features(context, dataset, teacher_config)
+    _check_split(context, teacher_config)
     parameters = _student_parameters(context, dataset, teacher_config)
     _check_memory(run, parameters)
     stream_uri, complete = _stream(context, dataset, teacher_config)
@@ -127,6 +128,22 @@ def _check_features(
     student = load.config_of(keys, dataset.tokenizer.vocab_size, field, 1)
     layers = int(student.num_hidden_layers)
     feature_pairs(distill.objective, layers, int(teacher_config["num_hidden_layers"]))
+
+
+def _check_split(context: Context, teacher_config: dict[str, Any] | None) -> None:
+    """A teacher that cannot be split over its GPUs is refused before they are asked for."""
+    teacher = context.run.spec.teacher
+    if teacher is None or teacher_config is None or teacher.delivery != "Stream":
+        return
+    size = teacher.workers.gpus_per_replica
+    if size < 2:
+        return
+    with quiet_collector():
+        from kubedistill_trainer.methods.sharding import check_plan
+        from kubedistill_trainer.models import load
+
+    vocab_size = int(teacher_config["vocab_size"])
+    check_plan(load.config_of(teacher_config, vocab_size, "spec.teacher", 1), size)
 
 
 def _student_parameters(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from kubedistill_api.exit_codes import ExitCode
+from kubedistill_api.runspec import Outcome
 
 from kubedistill_trainer import exporter, logs, outcome
 from kubedistill_trainer.context import Context, read_run_spec, scratch_directory
@@ -23,6 +26,11 @@ def outcome_file(scratch: Path, local_rank: int) -> Path:
     return scratch / f"outcome-{local_rank}.json"
 
 
+def meeting_file(scratch: Path) -> Path:
+    """Where the processes of a split teacher meet."""
+    return scratch / "meeting"
+
+
 def main() -> None:
     """Run this rank; exit with its code at once, since gloo threads may hang on a dead peer."""
     local_rank = int(sys.argv[1])
@@ -36,7 +44,8 @@ def main() -> None:
     interruption = Interruption(float(run.termination_grace_seconds))
     interruption.install()
     board = exporter.ProgressBoard(run.attempt)
-    try:
+
+    def work() -> tuple[ExitCode, Outcome]:
         exporter.serve(board, local_rank)
         with quiet_collector():
             # The engine imports it late, and then with the collector at work: here for its time.
@@ -45,11 +54,25 @@ def main() -> None:
             from kubedistill_trainer.run import run_student
 
         _check_device(context)
-        code, result = ExitCode.SUCCESS, run_student(context, board, interruption, local_rank)
+        return ExitCode.SUCCESS, run_student(context, board, interruption, local_rank)
+
+    leave(context, local_rank, work, board)
+
+
+def leave(
+    context: Context,
+    local_rank: int,
+    work: Callable[[], tuple[ExitCode, Outcome]],
+    board: exporter.ProgressBoard | None = None,
+) -> NoReturn:
+    """Do the work, leave its outcome for the launcher, and exit with its code."""
+    try:
+        code, result = work()
     except BaseException as error:
         code, result = outcome.of_exception(error)
-        report = board.report.model_copy(update={"teacher_stream": None})
-        result = result.model_copy(update={"progress": report})
+        if board is not None:
+            report = board.report.model_copy(update={"teacher_stream": None})
+            result = result.model_copy(update={"progress": report})
         _log.error("run ended", exc_info=error, extra={"code": int(code)})
     outcome_file(context.scratch, local_rank).write_text(result.model_dump_json(by_alias=True))
     sys.stdout.flush()

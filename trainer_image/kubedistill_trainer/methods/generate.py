@@ -17,6 +17,7 @@ from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset, load_dataset
 from kubedistill_trainer.failures import refuse
 from kubedistill_trainer.losses.types import FORWARD_KL
+from kubedistill_trainer.methods import sharding
 from kubedistill_trainer.methods.objective import divergence_of
 from kubedistill_trainer.methods.probe import probe
 from kubedistill_trainer.methods.signal import final_hidden, softcap_of, softcapped
@@ -45,13 +46,17 @@ from kubedistill_trainer.teacher.request import resolved, stream_request
 from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
 
 _log = logging.getLogger(__name__)
+_FOLDER = "teacher"
 _FIRST_SHARD_BYTES = 1 << 20
 _REPORT_SECONDS = 2.0
 _SEED_STRIDE = 1 << 32  # more than a stream has samples
 
 
-def run_teacher(context: Context, board: exporter.ProgressBoard) -> Outcome:
-    """Write this pod's partition of the stream."""
+def run_teacher(context: Context, board: exporter.ProgressBoard, group: Any = None) -> Outcome:
+    """Write this pod's partition of the stream.
+
+    With a `group`, the teacher is split over its processes (`sharding.py`).
+    """
     spec, model_source = context.run.spec, context.run.teacher_model
     if spec.teacher is None or spec.distill is None or model_source is None:
         raise refuse("spec.teacher", "nothing", "a teacher pod needs a teacher")
@@ -65,11 +70,9 @@ def run_teacher(context: Context, board: exporter.ProgressBoard) -> Outcome:
         read_config(store, "spec.teacher"),
     )
     identity = resolved(request, context.storage)
-    folder = context.scratch / "teacher"
+    folder = context.scratch / _FOLDER
     download(store, folder, "spec.teacher", model_source.digest)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype_of(spec.training.precision)
-    model = load_model(folder, "spec.teacher", dtype).to(device).eval()
+    model = _model(context, group)
     rows: tuple[PayloadProbe, ...] = ()
     if isinstance(request, Question):
         identity, rows = _measured(context, model, dataset, request)
@@ -96,6 +99,24 @@ def run_teacher(context: Context, board: exporter.ProgressBoard) -> Outcome:
         _write_partition(context, manifest, partition, dataset, model, report)
     report.now(complete=True)
     return Outcome(reason="Completed", message="stream written", progress=board.report)
+
+
+def follow_teacher(context: Context, group: Any) -> Outcome:
+    """Compute a part of the teacher, as the first process asks, until that is done."""
+    sharding.follow(_model(context, group), group)
+    return Outcome(reason="Completed", message="the first process writes the stream")
+
+
+def _model(context: Context, group: Any) -> Any:
+    """The teacher, or this process's part of it."""
+    folder, dtype = context.scratch / _FOLDER, dtype_of(context.run.spec.training.precision)
+    if group is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return load_model(folder, "spec.teacher", dtype).to(device).eval()
+    model = sharding.load_shard(folder, dtype, group).eval()
+    if context.rank == 0:
+        sharding.lead(model, group)
+    return model
 
 
 def _measured(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from kubedistill_trainer.failures import refuse, unreadable
 from kubedistill_trainer.models.sizes import check_vocabulary
@@ -49,8 +50,14 @@ def random_model(config: Any, seed: int, dtype: torch.dtype) -> Model:
     return AutoModelForCausalLM.from_config(config).to(dtype)
 
 
-def load_model(folder: Path, field: str, dtype: torch.dtype) -> Model:
-    """A model from a local folder; safetensors only, no code of the folder is run."""
+def load_model(
+    folder: Path, field: str, dtype: torch.dtype, plan: dict[str, str] | None = None
+) -> Model:
+    """A model from a local folder; safetensors only, no code of the folder is run.
+
+    With a tensor-parallel `plan` this process's part of it.
+    """
+    split = {"distributed_config": DistributedConfig(tp_plan=plan)} if plan else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
             folder,
@@ -58,7 +65,18 @@ def load_model(folder: Path, field: str, dtype: torch.dtype) -> Model:
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            **split,
         )
+    except Exception as error:
+        raise unreadable(
+            field, f"{type(error).__name__}: {error}", "give a model that transformers loads"
+        ) from error
+
+
+def config_of_folder(folder: Path, field: str) -> Any:
+    """The Hugging Face config object of a local folder."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise unreadable(
             field, f"{type(error).__name__}: {error}", "give a model that transformers loads"

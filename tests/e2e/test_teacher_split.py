@@ -1,0 +1,162 @@
+"""A teacher over two processes writes what it writes in one: the real launcher, gloo, a real store."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from devcluster.s3 import S3Server
+from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.runspec import ResolvedModel
+from kubedistill_trainer.store import Store
+from kubedistill_trainer.teacher.manifest import Manifest
+from kubedistill_trainer.teacher.payload import TeacherOutputs
+from kubedistill_trainer.teacher.stream_reader import StreamReader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from e2e.gang import Trainer, put_inputs
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+TEACHER = "teachers/split"
+
+
+@dataclass(frozen=True)
+class Bench:
+    trainer: Trainer
+    server: S3Server
+    folder: Path
+
+    @property
+    def model(self) -> ResolvedModel:
+        return ResolvedModel(uri=f"s3://{self.server.access.bucket}/{TEACHER}", digest="", job="")
+
+    def spec(self, name: str, gpus: int, payload: str) -> DistillationJobSpec:
+        """A job with a storage prefix of its own: the stream's address says nothing of GPUs."""
+        return self.trainer.spec(
+            distill={"objective": {"temperature": 1.0}},
+            teacher={
+                "model": {"uri": self.model.uri},
+                "payload": payload,
+                "topK": 20,
+                "maxGradientError": 1.0,
+                "workers": {"gpusPerReplica": gpus},
+            },
+            student={"fromTeacher": {"layers": 1}},
+            storage={"uri": f"s3://{self.server.access.bucket}/{name}"},
+        )
+
+    def written(self, name: str, gpus: int, payload: str) -> list[TeacherOutputs]:
+        """What a teacher's pod wrote, sample by sample."""
+        spec = self.spec(name, gpus, payload)
+        result = self.trainer.run("teacher", spec, name=name, teacher=self.model)
+        assert result.codes == [0], result.log
+        assert result.outcomes[0].progress is not None
+        store = Store(spec.storage.uri, endpoint=spec.storage.endpoint)
+        [manifest] = [k.key for k in store.list("streams/") if k.key.endswith("manifest.json")]
+        layout = Manifest.model_validate_json(store.get(manifest))
+        with StreamReader(store, layout.identity, cache=self.folder / name) as reader:
+            hashes = _hashes(reader, layout)
+            return [reader.get(sample, hashes[sample]) for sample in range(layout.samples)]
+
+
+def _hashes(reader: StreamReader, layout: Manifest) -> dict[int, int]:
+    """The token hash of each sample, from the shards themselves."""
+    reader.refresh()
+    found: dict[int, int] = {}
+    for log in reader._logs:
+        for shard in log.shards:
+            opened = reader._cache._reader(shard)
+            found |= {sample: entry[0] for sample, entry in opened._samples.items()}
+    assert sorted(found) == list(range(layout.samples))
+    return found
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("split")
+    server = S3Server(folder / "s3")
+    server.start()
+    access = server.access
+    keys = {"AWS_ACCESS_KEY_ID": access.access_key, "AWS_SECRET_ACCESS_KEY": access.secret_key}
+    try:
+        with pytest.MonkeyPatch.context() as environment:
+            for name, value in keys.items():
+                environment.setenv(name, value)
+            put_inputs(access)
+            _put_teacher(access, folder / "model")
+            yield Bench(Trainer(folder, access), server, folder)
+    finally:
+        server.stop()
+
+
+def _put_teacher(access: Any, folder: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    client = access.client()
+    for path in folder.iterdir():
+        client.put_object(
+            Bucket=access.bucket, Key=f"{TEACHER}/{path.name}", Body=path.read_bytes()
+        )
+
+
+def test_hidden_states_of_a_split_teacher(bench: Bench) -> None:
+    whole, split = (bench.written(f"hidden-{gpus}", gpus, "Hidden") for gpus in (1, 2))
+    assert len(whole) == len(split) > 5
+    for one, other in zip(whole, split, strict=True):
+        assert one.hidden is not None
+        assert other.hidden is not None
+        # A rounding apart: one step of the 8 bits, where a value lay between two.
+        step = one.hidden.states.abs().amax() / 100
+        difference = (one.hidden.states - other.hidden.states).abs()
+        assert float(difference.max()) <= step
+        assert float((difference > step / 1000).float().mean()) < 0.01
+
+
+def test_a_split_teacher_measures_its_payloads(bench: Bench) -> None:
+    """The measurement runs the decoder with fewer layers: the other process has to follow."""
+    whole, split = (bench.written(f"auto-{gpus}", gpus, "Auto") for gpus in (1, 2))
+    for one, other in zip(whole, split, strict=True):
+        assert one.sparse is not None
+        assert other.sparse is not None
+        same = (one.sparse.token_ids == other.sparse.token_ids).all(-1)
+        assert float(same.float().mean()) > 0.98
+        assert torch.allclose(one.sparse.log_z, other.sparse.log_z, atol=1e-3)
+
+
+def test_the_death_of_one_process_ends_the_other(bench: Bench) -> None:
+    spec = bench.spec("dies", 2, "Hidden")
+    killed: list[int] = []
+
+    def strike(pid: int) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not killed:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            ours = [int(c) for c in children if b"teacher_rank\0001" in _command(int(c))]
+            if ours:
+                time.sleep(3)
+                os.kill(ours[0], signal.SIGKILL)
+                killed.append(ours[0])
+            time.sleep(0.05)
+
+    result = bench.trainer.run("teacher", spec, name="killed", teacher=bench.model, strike=strike)
+    assert killed
+    assert result.codes != [0], result.log
+    assert bench.written("dies", 1, "Hidden"), "the next writer takes it up"
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
