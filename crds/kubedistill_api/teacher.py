@@ -56,7 +56,10 @@ class TeacherWorkers(ApiModel):
 
     replicas: int = Field(1, ge=1, le=256, description="Writers; each takes a part of the data.")
     gpus_per_replica: int = Field(
-        1, ge=0, le=16, description="GPUs of a writer; 0 runs on the CPU."
+        1,
+        ge=0,
+        le=16,
+        description="GPUs of a writer, over which the teacher's layers are split; 0 runs on the CPU.",
     )
     template: Preserved = Field(
         {}, description="Pod template merged over the operator's, as for `workers.template`."

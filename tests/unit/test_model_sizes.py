@@ -68,7 +68,7 @@ def test_sizes_that_make_no_model_are_named(keys: dict[str, Any], words: str) ->
 
 
 def test_a_preflight_starts_without_torch() -> None:
-    modules = "preflight, teacher.manifest, teacher.partition_log, launch, outcome"
+    modules = "preflight, teacher.manifest, teacher.partition_log, teacher.repairs, launch, outcome"
     imports = "; ".join(f"import kubedistill_trainer.{m}" for m in modules.split(", "))
     program = f"import sys; {imports}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kubedistill_trainer.teacher.errors import StreamCorrupt, StreamDamaged, StreamMismatch
-from kubedistill_trainer.teacher.head import head_is_sound, load_head, publish_head
+from kubedistill_trainer.teacher.head import load_head, publish_head
 from kubedistill_trainer.teacher.manifest import (
     MANIFEST_KEY,
     StreamIdentity,
@@ -17,6 +17,7 @@ from kubedistill_trainer.teacher.manifest import (
     read_manifest,
 )
 from kubedistill_trainer.teacher.payload_spec import HiddenSpec, SparseSpec
+from kubedistill_trainer.teacher.repairs import head_is_sound
 from teacher_builders import GRID, HIDDEN, VOCABULARY, MemoryStore, identity, manifest
 
 CHANGES: list[tuple[str, dict[str, Any], str]] = [

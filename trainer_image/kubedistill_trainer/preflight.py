@@ -231,10 +231,9 @@ def _stream(
         return "", False
     if spec.teacher.delivery != "Stream":
         return "", False
-    from kubedistill_trainer.teacher.head import head_is_sound
     from kubedistill_trainer.teacher.manifest import read_manifest
     from kubedistill_trainer.teacher.partition_log import PartitionLog
-    from kubedistill_trainer.teacher.repairs import Repairs
+    from kubedistill_trainer.teacher.repairs import Repairs, head_is_sound
 
     request = stream_request(
         spec, dataset, teacher_digest(model, context.open_store(model.uri)), teacher_config

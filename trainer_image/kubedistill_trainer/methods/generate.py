@@ -34,6 +34,7 @@ from kubedistill_trainer.teacher.auto import (
 from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.head import publish_head
 from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity, publish_manifest
+from kubedistill_trainer.teacher.mend import mend
 from kubedistill_trainer.teacher.payload import (
     Hidden,
     TeacherOutputs,
@@ -41,7 +42,6 @@ from kubedistill_trainer.teacher.payload import (
     sparse_of_logits,
 )
 from kubedistill_trainer.teacher.payload_spec import HiddenSpec, SampledSpec
-from kubedistill_trainer.teacher.repairs import mend
 from kubedistill_trainer.teacher.request import resolved, stream_request
 from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
 

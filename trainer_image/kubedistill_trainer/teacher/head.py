@@ -13,6 +13,7 @@ from kubedistill_trainer.store.client import Store
 from kubedistill_trainer.store.errors import NotFound
 from kubedistill_trainer.teacher.errors import StreamDamaged, StreamMismatch
 from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity
+from kubedistill_trainer.teacher.repairs import head_key
 
 _TENSOR = "weight"
 _ATTEMPTS = 3
@@ -33,9 +34,9 @@ def publish_head(store: Store, identity: StreamIdentity, weight: Tensor, scratch
         safetensors.torch.save_file({_TENSOR: weight.detach().cpu().contiguous()}, path)
         digest = _sha256(path)
         stream = store.child(identity.address)
-        info, asked = stream.head(_key(digest)), _asked(digest)
+        info, asked = stream.head(head_key(digest)), head_asked_key(digest)
         if info is None or info.size_bytes != path.stat().st_size or stream.head(asked):
-            stream.upload_file(_key(digest), path)
+            stream.upload_file(head_key(digest), path)
             stream.delete([asked])
     finally:
         path.unlink(missing_ok=True)
@@ -51,7 +52,7 @@ def load_head(store: Store, manifest: Manifest, cache: Path) -> Tensor:
     if manifest.head_sha256 is None:
         raise StreamMismatch("head_sha256", None, "a teacher LM head (payload Hidden)")
     stream = store.child(manifest.identity.address)
-    key = _key(manifest.head_sha256)
+    key = head_key(manifest.head_sha256)
     path = cache / f"{manifest.head_sha256}.safetensors"
     cache.mkdir(parents=True, exist_ok=True)
     found = "nothing"
@@ -63,13 +64,8 @@ def load_head(store: Store, manifest: Manifest, cache: Path) -> Tensor:
             if found == f"sha256 {manifest.head_sha256}":
                 return safetensors.torch.load_file(path)[_TENSOR]
             path.unlink()
-    stream.put(_asked(manifest.head_sha256), found.encode())
+    stream.put(head_asked_key(manifest.head_sha256), found.encode())
     raise StreamDamaged(stream.uri_of(key), f"found {found}, wanted sha256 {manifest.head_sha256}")
-
-
-def head_is_sound(stream: Store, digest: str) -> bool:
-    """Whether the head is there and nobody found it damaged. `stream` is rooted at the stream."""
-    return stream.head(_key(digest)) is not None and stream.head(_asked(digest)) is None
 
 
 def _download(stream: Store, key: str, path: Path) -> None:
@@ -82,14 +78,6 @@ def _download(stream: Store, key: str, path: Path) -> None:
         return
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _key(digest: str) -> str:
-    return f"head/{digest}.safetensors"
-
-
-def _asked(digest: str) -> str:
-    return f"{_key(digest)}.asked"
 
 
 def _sha256(path: Path) -> str:

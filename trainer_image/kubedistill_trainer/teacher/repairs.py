@@ -8,41 +8,24 @@ partitions/<p>/repairs/<slot>/<version>.asked   what was found; asking twice is 
 partitions/<p>/repairs/<slot>/<version>.json    the record that replaces all versions below it
 ```
 Records are written once, like the log's: of two teachers that repair at once one wins, and one that
-dies on the way leaves the request open for the next.
+dies on the way leaves the request open for the next. The LM head has a request of its own beside it,
+and is written again under its own name, which is its content's hash.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import logging
 import re
-import uuid
-from collections.abc import Callable, Sequence
-from pathlib import Path
-
-from torch import Tensor
 
 from kubedistill_trainer.store.client import Store
-from kubedistill_trainer.store.errors import NotFound, PreconditionFailed
-from kubedistill_trainer.teacher.codec import encode_outputs, token_hash
-from kubedistill_trainer.teacher.manifest import Manifest
+from kubedistill_trainer.store.errors import PreconditionFailed
 from kubedistill_trainer.teacher.partition_log import (
     LogRecord,
     PartitionLog,
-    SlotTaken,
     read_record,
     write_record,
 )
-from kubedistill_trainer.teacher.payload import TeacherOutputs
-from kubedistill_trainer.teacher.shard import ShardWriter
-from kubedistill_trainer.teacher.stream_writer import shard_record, upload_shard
 
-_log = logging.getLogger(__name__)
 _NAME = re.compile(r"/repairs/(\d+)/(\d+)\.(asked|json)$")
-
-Produce = Callable[[int], tuple[Tensor | Sequence[int], TeacherOutputs]]
-"""From a sample id to its tokens [L] and the teacher's outputs."""
 
 
 class Repairs:
@@ -109,67 +92,16 @@ class Repairs:
         return f"partitions/{self._partition}/repairs/{slot:020d}/{version:06d}.{kind}"
 
 
-def mend(
-    store: Store, manifest: Manifest, partition: int, *, scratch: Path, produce: Produce
-) -> int:
-    """Write again every shard of a partition that somebody found damaged; how many there were.
-
-    `store` is rooted at the storage URI. A shard that proves whole is confirmed as it is: then the
-    damage was on the reader's way.
-    """
-    stream = store.child(manifest.identity.address)
-    repairs = Repairs(stream, partition)
-    repairs.refresh()
-    slots = repairs.open()
-    if not slots:
-        return 0
-    log = PartitionLog(stream, partition)
-    log.refresh()
-    scratch.mkdir(parents=True, exist_ok=True)
-    for slot in slots:
-        old = repairs.newest(log.shards[slot])
-        record, path = old.model_copy(update={"nonce": uuid.uuid4().hex}), None
-        if not _whole(stream, old, scratch):
-            path = scratch / f"{uuid.uuid4().hex}.shard"
-            record = _written_again(stream, manifest, old, path, produce)
-        try:
-            repairs.commit(slot, record)
-        except SlotTaken:
-            if path is not None:
-                stream.delete([record.key])
-        _log.warning(
-            "shard repaired" if path else "shard found whole",
-            extra={"shard": stream.uri_of(old.key), "by": stream.uri_of(record.key)},
-        )
-    return len(slots)
+def head_key(digest: str) -> str:
+    """Where a stream keeps the teacher's LM head."""
+    return f"head/{digest}.safetensors"
 
 
-def _whole(stream: Store, record: LogRecord, scratch: Path) -> bool:
-    """Whether a shard in the store is what was committed."""
-    path = scratch / f"{uuid.uuid4().hex}.shard"
-    try:
-        with contextlib.suppress(NotFound):
-            stream.download_file(record.key, path)
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
-    finally:
-        path.unlink(missing_ok=True)
-    return False
+def head_asked_key(digest: str) -> str:
+    """What says that somebody found the head damaged."""
+    return f"{head_key(digest)}.asked"
 
 
-def _written_again(
-    stream: Store, manifest: Manifest, old: LogRecord, path: Path, produce: Produce
-) -> LogRecord:
-    """Upload the samples of `old` as a new shard; the record that commits it."""
-    identity = manifest.identity
-    try:
-        shard = ShardWriter(identity.digest(), path)
-        for sample in range(old.first_sample, old.last_sample + 1, manifest.partitions):
-            tokens, outputs = produce(sample)
-            encoded = encode_outputs(outputs, identity.payloads, identity.teacher_vocab_size)
-            shard.add(sample, token_hash(tokens), encoded)
-        record = shard_record(shard.finish(), manifest, old.partition, path)
-        upload_shard(stream, record, path)
-    finally:
-        path.unlink(missing_ok=True)
-    return record
+def head_is_sound(stream: Store, digest: str) -> bool:
+    """Whether the head is there and nobody found it damaged. `stream` is rooted at the stream."""
+    return stream.head(head_key(digest)) is not None and stream.head(head_asked_key(digest)) is None
