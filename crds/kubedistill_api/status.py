@@ -106,6 +106,9 @@ class TeacherStreamStatus(ApiModel):
     bytes: int = Field(0, description="Bytes committed.")
     tokens: int = Field(0, description="Tokens committed.")
     complete: bool = Field(False, description="Whether all of it is there.")
+    lag_tokens: int = Field(0, description="Tokens committed that the student has not read yet.")
+    held: bool = Field(False, description="Whether a writer waits because of its byteBudget.")
+    wait_seconds: float = Field(0.0, description="Seconds that rank 0 waited for the stream.")
     probe: list[PayloadProbe] = Field(
         [], max_length=128, description="What `payload: Auto` measured before it chose."
     )

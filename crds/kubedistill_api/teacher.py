@@ -61,6 +61,13 @@ class TeacherWorkers(ApiModel):
         le=16,
         description="GPUs of a writer, over which the teacher's layers are split; 0 runs on the CPU.",
     )
+    byte_budget: str | None = Field(
+        None,
+        max_length=32,
+        pattern=r"^[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$",
+        description="How far the writers may be ahead of the student, such as 50Gi: they wait when "
+        "more is committed and not read. By default they write on: a stream is kept and read again.",
+    )
     template: Preserved = Field(
         {}, description="Pod template merged over the operator's, as for `workers.template`."
     )

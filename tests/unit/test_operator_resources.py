@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kubedistill_api import names
 from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.quantity import to_bytes
 from kubedistill_api.sweep import SweepTable, TrialStatus
 from kubedistill_operator.plan.actions import Inputs
 from kubedistill_operator.resources import batch_jobs, run_specs
 from kubedistill_operator.resources.merge import strategic_merge
 from kubedistill_operator.resources.owner import Owner
 from kubedistill_operator.resources.pods import TrainerImage, memory_limit, preflight_part
-from kubedistill_operator.resources.quantity import to_bytes
 from test_plan_kit import UID, spec
 
 OWNER = Owner("ml", "small", UID, chain="c", stage="s")

@@ -273,12 +273,16 @@ def test_a_damaged_log_record_is_no_commit(tmp_path: Path) -> None:
 
 def test_the_byte_budget_is_asked_before_each_upload(tmp_path: Path) -> None:
     store, asked = MemoryStore(), []
-    target = StreamWriter(
-        store, LAYOUT, 0, scratch=tmp_path, settings=LARGE, before_upload=asked.append
-    )
-    write(target, 0)
-    target.commit()
-    assert asked == [len(store.objects[store.keys(".shard")[0]])]
+
+    def hold(*facts: int) -> None:
+        asked.append(facts)
+
+    target = StreamWriter(store, LAYOUT, 0, scratch=tmp_path, settings=LARGE, before_upload=hold)
+    for sample in (0, 2):
+        write(target, sample)
+        target.commit()
+    sizes = [shard.size_bytes for shard in target._log.shards]
+    assert asked == [(sizes[0], 0, 0), (sizes[1], sizes[0], 1)]
 
 
 def _fail_at(

@@ -238,9 +238,10 @@ def _stream(
     request = stream_request(
         spec, dataset, teacher_digest(model, context.open_store(model.uri)), teacher_config
     )
-    identity = resolved(request, context.storage)
-    if identity is None:
+    found = resolved(request, context.storage)
+    if found is None:
         return "", False
+    identity = found.identity
     stream = context.storage.child(identity.address)
     manifest = read_manifest(context.storage, identity)
     if manifest is None:

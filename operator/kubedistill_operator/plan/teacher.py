@@ -111,7 +111,8 @@ def _running(step: Pass, pods: list[PodView]) -> bool:
     if known is not None and known.tokens > 0:
         if draft.set(
             reasons.TEACHER_READY, "True", reasons.SHARDS_COMMITTED,
-            "the student can start on what is there",
+            "the student can start on what is there"
+            + ("; the writers wait: byteBudget is used up" if stream and stream.held else ""),
         ):  # fmt: skip
             draft.tell(reasons.SHARDS_COMMITTED, "the teacher committed its first shards")
         return True

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from kubedistill_api import names
 from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.quantity import to_bytes
 from kubedistill_api.runspec import Rendezvous, RunSpec
 from kubedistill_api.sweep import SweepTable
 
 from kubedistill_operator.plan.actions import Inputs
 from kubedistill_operator.resources.owner import Owner
 from kubedistill_operator.resources.pods import memory_limit
-from kubedistill_operator.resources.quantity import to_bytes
 
 Role = Literal["preflight", "teacher", "student", "report"]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from kubedistill_api.quantity import to_bytes
 from kubedistill_api.runspec import Outcome
 from kubedistill_api.status import PayloadProbe, TeacherStreamStatus
 
@@ -27,14 +28,14 @@ from kubedistill_trainer.teacher.auto import (
     Question,
     label,
     publish_answer,
-    read_answer,
-    refusal,
     table,
 )
+from kubedistill_trainer.teacher.budget import Budget
 from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.head import publish_head
 from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity, publish_manifest
 from kubedistill_trainer.teacher.mend import mend
+from kubedistill_trainer.teacher.metrics import STREAM_HELD
 from kubedistill_trainer.teacher.payload import (
     Hidden,
     TeacherOutputs,
@@ -69,14 +70,18 @@ def run_teacher(context: Context, board: exporter.ProgressBoard, group: Any = No
         teacher_digest(model_source, store),
         read_config(store, "spec.teacher"),
     )
-    identity = resolved(request, context.storage)
+    found = resolved(request, context.storage)
     folder = context.scratch / _FOLDER
     download(store, folder, "spec.teacher", model_source.digest)
     model = _model(context, group)
-    rows: tuple[PayloadProbe, ...] = ()
-    if isinstance(request, Question):
-        identity, rows = _measured(context, model, dataset, request)
-    assert identity is not None
+    if found is None and isinstance(request, Question):
+        _measure(context, model, dataset, request)
+        found = resolved(request, context.storage)
+    assert found is not None
+    identity, rows = found
+    if rows:
+        chosen = label(identity.payloads[0])
+        _log.info("payload chosen: %s; measured on a part of the data:\n%s", chosen, table(rows))
     head = None
     if identity.payloads[0].kind == "Hidden":
         head = publish_head(
@@ -119,22 +124,12 @@ def _model(context: Context, group: Any) -> Any:
     return model
 
 
-def _measured(
-    context: Context, model: Any, dataset: Dataset, question: Question
-) -> tuple[StreamIdentity, tuple[PayloadProbe, ...]]:
-    """The stream that the measurement leads to, and the table; InputsRefused when none fits."""
-    answer = read_answer(context.storage, question)
-    if answer is None:
-        objective = context.run.spec.distill.objective if context.run.spec.distill else None
-        divergence = divergence_of(objective) if objective else FORWARD_KL
-        _log.info("measuring payloads")
-        answer = probe(model, dataset.packed, question, divergence)
-        answer = publish_answer(context.storage, question, answer)
-    _log.info("payloads, measured on a part of the data:\n%s", table(answer.rows))
-    if answer.chosen is None:
-        raise refusal(question, answer)
-    _log.info("payload chosen", extra={"payload": label(answer.chosen)})
-    return question.with_payload(answer.chosen), answer.rows
+def _measure(context: Context, model: Any, dataset: Dataset, question: Question) -> None:
+    """Measure the payloads and publish what was found."""
+    objective = context.run.spec.distill.objective if context.run.spec.distill else None
+    divergence = divergence_of(objective) if objective else FORWARD_KL
+    _log.info("measuring payloads")
+    publish_answer(context.storage, question, probe(model, dataset.packed, question, divergence))
 
 
 class _Reporter:
@@ -153,6 +148,13 @@ class _Reporter:
         self._uri = uri
         self._last = 0.0
         self._writers: list[StreamWriter] = []
+        self._held = False
+
+    def hold(self, held: bool) -> None:
+        """Say at once whether the byte budget holds this process back."""
+        self._held = held
+        STREAM_HELD.set(held)
+        self.now()
 
     def follow(self, writer: StreamWriter) -> None:
         """Count what this writer has committed, too."""
@@ -172,6 +174,7 @@ class _Reporter:
             tokens=sum(writer.committed() for writer in self._writers)
             * self._identity.sequence_length,
             complete=complete,
+            held=self._held,
             probe=self._probe,
         )
         self._board.update(teacher_stream=status, last_step_time=time.time())
@@ -200,10 +203,21 @@ def _write_partition(
         return dataset.packed.tokens[sample], outputs
 
     repair = partial(mend, context.storage, manifest, partition, scratch=scratch, produce=made)
+
+    def idle(seconds: float) -> None:
+        pause(seconds)
+        repair()
+
     # First: with the stream's figures the student is started, and what it misses is to be there.
     repair()
     with StreamWriter(
-        context.storage, manifest, partition, scratch=scratch, settings=settings, pause=pause
+        context.storage,
+        manifest,
+        partition,
+        scratch=scratch,
+        settings=settings,
+        before_upload=_budget(context, manifest, partition, report, idle),
+        pause=pause,
     ) as writer:
         report.follow(writer)
         committed = writer.committed()
@@ -217,6 +231,29 @@ def _write_partition(
         _log.info(
             "partition written", extra={"partition": partition, "samples": writer.committed()}
         )
+
+
+def _budget(
+    context: Context,
+    manifest: Manifest,
+    partition: int,
+    report: _Reporter,
+    pause: Callable[[float], object],
+) -> Callable[[int, int, int], None] | None:
+    """What holds the writer back, if the spec has a budget."""
+    workers = context.run.spec.teacher.workers if context.run.spec.teacher else None
+    budget_bytes = to_bytes(workers.byte_budget) if workers else None
+    if workers is None or budget_bytes is None:
+        return None
+    budget = Budget(
+        context.storage.child(manifest.identity.address),
+        partition,
+        mine=range(context.partition, manifest.partitions, workers.replicas),
+        share_bytes=budget_bytes / manifest.partitions,
+        pause=pause,
+        tell=report.hold,
+    )
+    return budget.hold
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from kubedistill_trainer.teacher.errors import StreamStalled
 from kubedistill_trainer.teacher.head import load_head
 from kubedistill_trainer.teacher.manifest import StreamIdentity
 from kubedistill_trainer.teacher.payload import TeacherOutputs
-from kubedistill_trainer.teacher.request import measured, resolved
+from kubedistill_trainer.teacher.request import Resolution, resolved
 from kubedistill_trainer.teacher.stream_reader import ReaderSettings, StreamReader
 
 Ids = npt.NDArray[np.int64]
@@ -137,6 +137,8 @@ class StreamTeacher:
             bytes=progress.size_bytes,
             tokens=progress.tokens,
             complete=progress.ended,
+            lag_tokens=self._reader.lag_tokens,
+            wait_seconds=round(self._reader.wait_seconds, 1),
             probe=self._probe,
         )
 
@@ -224,16 +226,14 @@ def online_teacher(
     return OnlineTeacher(load_model(folder, "spec.teacher", dtype).to(device), layers)
 
 
-def _awaited(
-    request: StreamIdentity | Question, store: Store, stall_seconds: float
-) -> StreamIdentity:
-    """The stream's identity, once a teacher has chosen its payload. StreamStalled after the wait."""
+def _awaited(request: StreamIdentity | Question, store: Store, stall_seconds: float) -> Resolution:
+    """The stream, once a teacher has chosen its payload. StreamStalled after the wait."""
     deadline = time.monotonic() + stall_seconds
-    while (identity := resolved(request, store)) is None:
+    while (found := resolved(request, store)) is None:
         if time.monotonic() > deadline:
             raise StreamStalled(f"no teacher has measured payloads within {stall_seconds:.0f} s")
         time.sleep(_POLL_SECONDS)
-    return identity
+    return found
 
 
 def stream_teacher(
@@ -247,12 +247,19 @@ def stream_teacher(
     """Wait for the stream's manifest and open it."""
     stall_seconds = float(context.run.spec.stall_timeout_seconds)
     settings = ReaderSettings(stall_seconds=stall_seconds)
-    identity = _awaited(request, context.storage, stall_seconds)
+    identity, rows = _awaited(request, context.storage, stall_seconds)
     cache = context.scratch / f"stream-{context.rank}"
-    reader = StreamReader(context.storage, identity, cache=cache, settings=settings)
+    consumer = f"{context.run.uid}/{context.rank}"
+    reader = StreamReader(
+        context.storage,
+        identity,
+        cache=cache,
+        consumer=consumer,
+        ranks=context.world_size,
+        settings=settings,
+    )
     hidden = identity.payloads[0].kind == "Hidden"
     head = load_head(context.storage, reader.manifest, cache).to(device) if hidden else None
     softcap = config.get("final_logit_softcapping")
     uri = context.storage.child(identity.address).uri
-    probe = measured(request, context.storage)
-    return StreamTeacher(reader, head, dataset, temperature, softcap, uri, probe)
+    return StreamTeacher(reader, head, dataset, temperature, softcap, uri, list(rows))

@@ -13,7 +13,7 @@ from kubedistill_trainer.store.client import Store
 from kubedistill_trainer.store.errors import NotFound
 from kubedistill_trainer.teacher.errors import StreamDamaged, StreamMismatch
 from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity
-from kubedistill_trainer.teacher.repairs import head_key
+from kubedistill_trainer.teacher.repairs import head_asked_key, head_key
 
 _TENSOR = "weight"
 _ATTEMPTS = 3

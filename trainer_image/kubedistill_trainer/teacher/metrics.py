@@ -1,4 +1,4 @@
-"""What a student says about its teacher stream, for /metrics."""
+"""What students and teachers say about a teacher stream, for /metrics."""
 
 from __future__ import annotations
 
@@ -13,4 +13,8 @@ DATA_WAIT = Counter(
 STREAM_LAG = Gauge(
     "distill_stream_lag_tokens",
     "Tokens that the teacher has committed and this student has not read yet in its first pass.",
+)
+
+STREAM_HELD = Gauge(
+    "distill_stream_held", "1 while this teacher waits because its byte budget is used up."
 )

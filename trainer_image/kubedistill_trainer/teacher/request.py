@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.status import PayloadProbe
@@ -19,6 +19,14 @@ from kubedistill_trainer.teacher.payload_spec import (
     SampledSpec,
     SparseSpec,
 )
+
+
+class Resolution(NamedTuple):
+    """A stream, and the table behind the choice of its payload: the question's, not the stream's,
+    which may have been there before. Empty where the payload was named."""
+
+    identity: StreamIdentity
+    rows: tuple[PayloadProbe, ...]
 
 
 def stream_request(
@@ -47,26 +55,19 @@ def stream_request(
     )
 
 
-def resolved(request: StreamIdentity | Question, store: Store) -> StreamIdentity | None:
-    """The identity, None while nobody has measured. `store` is rooted at the storage URI.
+def resolved(request: StreamIdentity | Question, store: Store) -> Resolution | None:
+    """The stream to use, None while nobody has measured. `store` is rooted at the storage URI.
 
     InputsRefused, with the table, when no payload fits.
     """
     if isinstance(request, StreamIdentity):
-        return request
+        return Resolution(request, ())
     answer = read_answer(store, request)
     if answer is None:
         return None
     if answer.chosen is None:
         raise refusal(request, answer)
-    return request.with_payload(answer.chosen)
-
-
-def measured(request: StreamIdentity | Question, store: Store) -> list[PayloadProbe]:
-    """The table behind the choice of a payload; of the question, not of the stream: that may have
-    been there before."""
-    answer = read_answer(store, request) if isinstance(request, Question) else None
-    return list(answer.rows) if answer else []
+    return Resolution(request.with_payload(answer.chosen), answer.rows)
 
 
 def _identity(

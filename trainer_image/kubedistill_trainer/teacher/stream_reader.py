@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 
 from kubedistill_trainer.store.client import Store
 from kubedistill_trainer.store.errors import StoreUnavailable
+from kubedistill_trainer.teacher.budget import CursorKeeper
 from kubedistill_trainer.teacher.codec import decode_outputs
 from kubedistill_trainer.teacher.errors import (
     SampleMissing,
@@ -72,8 +74,10 @@ class StreamProgress:
 class StreamReader:
     """Reads one stream. `get` may be called from one thread; `store` is at the storage URI.
 
-    `cache` is a local folder that no other reader uses. Waits in the constructor until the stream
-    has a manifest (StreamStalled after the deadline, StreamMismatch for another identity).
+    `cache` is a local folder that no other reader uses. `consumer` (job/rank) is the name under which
+    writers are told how far it is (`budget.py`), none by default; `ranks` readers share a pass over
+    the data. Waits in the constructor until the stream has a manifest (StreamStalled after the
+    deadline, StreamMismatch for another identity).
     """
 
     def __init__(
@@ -82,11 +86,14 @@ class StreamReader:
         identity: StreamIdentity,
         *,
         cache: Path,
+        consumer: str = "",
+        ranks: int = 1,
         settings: ReaderSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings or ReaderSettings()
         self._identity = identity
+        self._ranks = ranks
         self._clock = clock
         self._closed = threading.Event()
         self._store = store.child(identity.address)
@@ -107,6 +114,7 @@ class StreamReader:
         self._repairs: dict[int, Repairs] = {}
         self._log_locks = [threading.Lock() for _ in range(count)]
         self._moved = [clock()] * count
+        self._cursor = CursorKeeper(self._store, consumer) if consumer else None
         self._cache = ShardCache(
             self._store,
             identity.digest(),
@@ -148,7 +156,10 @@ class StreamReader:
         finally:
             self._waited(started)
             self._fill()
-        self._read_samples.add(sample)
+        if sample not in self._read_samples:
+            self._read_samples.add(sample)
+            if self._cursor is not None:
+                self._cursor.count(self.manifest.partition_of(sample))
         self._report_lag()
         return outputs
 
@@ -175,6 +186,8 @@ class StreamReader:
         self._pool.shutdown(wait=True, cancel_futures=True)
         if hasattr(self, "_cache"):
             self._cache.close()
+            if self._cursor is not None:
+                self._cursor.close()
 
     def __enter__(self) -> StreamReader:
         return self
@@ -211,11 +224,7 @@ class StreamReader:
             )
         partition = self.manifest.partition_of(sample)
         position = sample // self.manifest.partitions
-        entry = self._await(
-            lambda: self._find(partition, position),
-            lambda: self._last_commit(partition),
-            lambda: self._moved[partition],
-        )
+        entry = self._committed(partition, position)
         entry, record = self._record(partition, entry, sample, token_hash)
         try:
             return decode_outputs(record, self._identity.payloads, self._settings.dtype)
@@ -223,6 +232,17 @@ class StreamReader:
             raise StreamCorrupt(
                 self._store.uri_of(entry.key), f"record of sample {sample}: {error}"
             ) from error
+
+    def _committed(self, partition: int, position: int) -> LogRecord:
+        """The shard with a sample, once it is committed."""
+        if (known := self._logs[partition].shard_of(position)) is not None:
+            return known
+        with self._cursor.waiting(partition) if self._cursor else nullcontext():
+            return self._await(
+                lambda: self._find(partition, position),
+                lambda: self._last_commit(partition),
+                lambda: self._moved[partition],
+            )
 
     def _record(
         self, partition: int, shard: LogRecord, sample: int, token_hash: int
@@ -280,8 +300,6 @@ class StreamReader:
 
     def _find(self, partition: int, position: int) -> LogRecord | None:
         log = self._logs[partition]
-        if (known := log.shard_of(position)) is not None:
-            return known
         self._refresh(partition)
         found = log.shard_of(position)
         if found is None and log.ended:
@@ -340,6 +358,11 @@ class StreamReader:
         self._wait_seconds += seconds
         DATA_WAIT.inc(seconds)
 
+    @property
+    def lag_tokens(self) -> int:
+        """Tokens that are committed and were not read yet; the other ranks are as far as this one."""
+        read = len(self._read_samples) * self._identity.sequence_length * self._ranks
+        return max(self.progress().tokens - read, 0)
+
     def _report_lag(self) -> None:
-        read = len(self._read_samples) * self._identity.sequence_length
-        STREAM_LAG.set(max(self.progress().tokens - read, 0))
+        STREAM_LAG.set(self.lag_tokens)

@@ -87,8 +87,9 @@ class StreamWriter:
     """Writes one partition, in order. Not thread-safe.
 
     `store` is rooted at the storage URI; `manifest` is what `publish_manifest` returned; `scratch`
-    is a local folder with room for one shard. `before_upload(size_bytes)` may block: it is where a
-    byte budget holds the teacher back. `pause(seconds)` is called again and again while another
+    is a local folder with room for one shard. `before_upload(size_bytes, committed_bytes, committed)`
+    (of a new shard; of this partition, in bytes and samples) may block: it is where a byte budget
+    holds the teacher back. `pause(seconds)` is called again and again while another
     writer is ahead.
     """
 
@@ -100,7 +101,7 @@ class StreamWriter:
         *,
         scratch: Path,
         settings: WriterSettings | None = None,
-        before_upload: Callable[[int], None] | None = None,
+        before_upload: Callable[[int, int, int], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], object] = time.sleep,
     ) -> None:
@@ -257,7 +258,7 @@ class StreamWriter:
         record = sealed.record
         if not sealed.uploaded:
             if self._before_upload is not None:
-                self._before_upload(record.size_bytes)
+                self._before_upload(record.size_bytes, self.committed_bytes(), self.committed())
             upload_shard(self._store, record, sealed.path)
             self._sealed = _Sealed(sealed.path, record, uploaded=True)
         try:
