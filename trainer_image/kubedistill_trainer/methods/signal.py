@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from kubedistill_trainer.teacher.payload import TeacherOutputs
 from kubedistill_trainer.teacher.request import Resolution, resolved
 from kubedistill_trainer.teacher.stream_reader import ReaderSettings, StreamReader
 
+_log = logging.getLogger(__name__)
 Ids = npt.NDArray[np.int64]
 _POLL_SECONDS = 1.0
 TeacherBatch = Teacher | None
@@ -144,6 +146,8 @@ class StreamTeacher:
 
     def close(self) -> None:
         self._reader.close()
+        waited = round(self._reader.wait_seconds, 1)
+        _log.info("stream closed", extra={"uri": self._uri, "waited_seconds": waited})
 
     def _hash(self, sample: int) -> int:
         return token_hash(self._dataset.packed.tokens[sample])
