@@ -146,6 +146,17 @@ def test_of_two_readers_the_second_waits_for_the_repair(store: Store, tmp_path: 
         assert_is_sample(waiting.result(), 0)
 
 
+def test_all_threads_of_a_reader_end_when_one_has_asked(store: Store, tmp_path: Path) -> None:
+    write(store, tmp_path / "w")
+    damage(store, "delete")
+    endless = replace(QUICK, stall_seconds=1e6)
+    with reader(store, tmp_path / "a", endless) as source:
+        source.prefetch([(0, hash_of(0))])
+        for _ in range(3):
+            with pytest.raises(StreamDamaged):
+                source.get(0, hash_of(0))
+
+
 def test_a_repair_that_nobody_makes_is_not_waited_for_for_ever(
     store: Store, tmp_path: Path
 ) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Limits", "ObjectInfo", "Store"]
 
 _PART_BYTES = 16 * MIB
-_DOWNLOADS = 4  # parts of a file at once
+_DOWNLOADS = 8  # parts of a file at once
 _DELETE_BATCH = 1000  # the most that DeleteObjects takes
 
 

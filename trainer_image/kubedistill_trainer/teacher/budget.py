@@ -47,12 +47,19 @@ class CursorKeeper:
     """Publishes a rank's cursor from a thread of its own. `stream` is rooted at the stream.
 
     `consumer` is the same in all attempts of a job, so that what an earlier one read still counts.
+    Once `done`, which means that the stream is complete, no writer is left to be told.
     """
 
     def __init__(
-        self, stream: Store, consumer: str, *, interval_seconds: float = _INTERVAL_SECONDS
+        self,
+        stream: Store,
+        consumer: str,
+        *,
+        done: Callable[[], bool] = lambda: False,
+        interval_seconds: float = _INTERVAL_SECONDS,
     ) -> None:
         self._stream = stream
+        self._done = done
         self._key = f"cursors/{consumer}.json"
         self._interval = interval_seconds
         self._read: Counter[int] = Counter()
@@ -83,14 +90,14 @@ class CursorKeeper:
         """Stop; the cursor stays."""
         self._closed.set()
         self._news.set()
-        self._thread.join()
+        self._thread.join(_LEAST_SECONDS)  # it may be within a request, and keeps nothing alive
 
     def _run(self) -> None:
         before, beat = Counter[int](), 0
         with contextlib.suppress(StoreError):
             if (found := _cursor(self._stream, self._key)) is not None:
                 before, beat = Counter(found.read), found.beat
-        while not self._closed.is_set():
+        while not (self._closed.is_set() or self._done()):
             self._news.clear()
             beat += 1
             with self._lock:

@@ -112,9 +112,12 @@ class StreamReader:
         count = self.manifest.partitions
         self._logs = [PartitionLog(self._store, partition) for partition in range(count)]
         self._repairs: dict[int, Repairs] = {}
+        self._asked: set[tuple[int, int, int]] = set()
         self._log_locks = [threading.Lock() for _ in range(count)]
         self._moved = [clock()] * count
-        self._cursor = CursorKeeper(self._store, consumer) if consumer else None
+        self._cursor = None
+        if consumer:
+            self._cursor = CursorKeeper(self._store, consumer, done=lambda: self.progress().ended)
         self._cache = ShardCache(
             self._store,
             identity.digest(),
@@ -285,11 +288,14 @@ class StreamReader:
             with self._log_locks[partition]:
                 return found, found is None and self._repairs[partition].ask(entry, error.found)
 
+        version = partition, entry.slot, entry.version
         found, first = self._await(ask, lambda: "a repair cannot be asked for")
         if found is not None:
             return found
-        _log.warning("damaged shard", extra={"shard": error.uri, "found": error.found})
-        if first and self._logs[partition].ended:
+        if first:
+            self._asked.add(version)
+            _log.warning("damaged shard", extra={"shard": error.uri, "found": error.found})
+        if version in self._asked and self._logs[partition].ended:
             raise error
         # Before the operator takes the run for stalled: it has to learn what is wrong.
         patience = self._settings.stall_seconds / 2
