@@ -14,7 +14,7 @@ import torch
 from kubedistill_api.status import PayloadProbe
 from torch import Tensor
 
-from kubedistill_trainer.data.packing import Packed
+from kubedistill_trainer.data.packing import IGNORED, Packed
 from kubedistill_trainer.losses.cached import sampled_kl, sparse_divergence
 from kubedistill_trainer.losses.divergence import Scratch, dense_divergence
 from kubedistill_trainer.losses.types import Divergence, TeacherSampled, TeacherSparse
@@ -52,7 +52,8 @@ def probe(model: Any, packed: Packed, question: Question, divergence: Divergence
 def sequences(
     model: Any, packed: Packed, count: int, visible: int, stride: int
 ) -> Iterator[Compared]:
-    """`count` sequences spread over the data; gradients are compared at every `stride`-th place.
+    """`count` sequences spread over the data; gradients are compared at every `stride`-th place that
+    is learnt.
 
     The gradient is the one that a student near the teacher would get: the teacher itself without a
     tenth of its layers (at least one). The nearer the student, the smaller the exact gradient and
@@ -114,7 +115,8 @@ class Compared:
         decoder = model.get_decoder()
         self.hidden = final_hidden(decoder, tokens, positions)[0]
         self.logits = self.logits_of(self.hidden)
-        self.rows = slice(stride // 2, None, stride)
+        learnt = torch.from_numpy(sequence.labels[0] != IGNORED).nonzero().flatten()
+        self.rows = learnt[stride // 2 :: stride]
         with _thinned(decoder):
             near = final_hidden(decoder, tokens, positions)[0]
         self.student = self.logits_of(near[self.rows])
@@ -184,16 +186,16 @@ def measure(
         restored = compared.logits_of(states.to(compared.hidden.device))
     for temperature in temperatures:
         exact = compared.exact(temperature, divergence)
-        mass = 1.0
+        mass = float(len(exact))
         if restored is not None:
             found = compared.dense(restored, temperature, divergence)
         else:
             assert decoded.sparse is not None
             found = compared.sparse(decoded.sparse, temperature, divergence)
-            mass = float(decoded.sparse.log_probs_at(temperature).exp().sum(-1).mean())
+            mass = float(decoded.sparse.log_probs_at(temperature)[compared.rows].exp().sum())
         at = sums[label(spec), temperature]
         at.add(found, exact)
-        at.mass += mass * len(exact)
+        at.mass += mass
         at.size_bytes += len(record)
         at.tokens += len(compared.hidden)
 
