@@ -31,6 +31,13 @@ _OVERHEAD_BYTES = 600 << 20
 def run_preflight(context: Context) -> Outcome:
     """Check all inputs; the Outcome carries what was found out. Raises RunFailure or StoreError."""
     run = context.run
+    distill = run.spec.distill
+    if distill is not None and distill.signal != "Logits":
+        raise refuse(
+            "spec.distill.signal",
+            distill.signal,
+            "this version learns a teacher's logits only: write `signal: Logits`",
+        )
     check_store(context.storage)
     dataset = load_dataset(run, context.open_store)
     teacher_config = _teacher_config(context)
