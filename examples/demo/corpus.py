@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pydoc_data.topics import topics
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,8 +21,8 @@ def jsonl() -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in documents()).encode()
 
 
-def tokenizer_files(vocab_size: int) -> dict[str, bytes]:
-    """A tokenizer as a model folder holds it."""
+def trained_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of these texts; its first id is END_OF_TEXT."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -31,7 +32,13 @@ def tokenizer_files(vocab_size: int) -> dict[str, bytes]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def tokenizer_files(vocab_size: int) -> dict[str, bytes]:
+    """A tokenizer of the topics, as a model folder holds it."""
+    tokenizer = trained_tokenizer(documents(), vocab_size)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
