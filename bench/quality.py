@@ -76,7 +76,7 @@ class Plan:
     seeds: int
 
 
-FULL = Plan(Shape(4, 256), Shape(3, 160), Shape(2, 96), 2048, 500, 700, 240, 3)
+FULL = Plan(Shape(3, 192), Shape(2, 128), Shape(2, 64), 2048, 500, 500, 200, 3)
 QUICK = Plan(Shape(2, 64), Shape(2, 48), Shape(1, 32), 512, 20, 20, 10, 2)
 
 
