@@ -1,7 +1,7 @@
 """docs/plots/quality.svg from what `bench/quality.py --json` printed.
 
-    uv run python bench/quality.py --json > quality.json
-    uv run --with matplotlib python docs/plots/quality.py quality.json
+uv run python bench/quality.py --json > quality.json
+uv run --with matplotlib python docs/plots/quality.py quality.json
 """
 
 from __future__ import annotations
