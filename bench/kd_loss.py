@@ -3,7 +3,8 @@
 All three compute w · T² · KL(teacher ‖ student) + (1 − w) · CE from the same final hidden states and
 LM heads (T = 4, w = 0.5, fp32; Liger: its generalised JSD with beta = 0, which is forward KL, and
 the T² in its weight), checked against each other before anything is timed. Liger runs with several
-chunk sizes, and on a GPU compiled as well; the fastest of them is the peer.
+chunk sizes, and on a GPU compiled as well; the fastest of them is the peer. On a GPU ours takes its
+compiled form (`losses/fused.py`), and the eager one is measured beside it.
 
 TRL's chunked loss has the soft term alone, so it is measured against ours with w = 1.
 
@@ -24,7 +25,7 @@ from statistics import median
 
 import torch
 from common import Measure, arguments, interleaved, note, paired_ratio, peak_bytes, report
-from kubedistill_trainer.losses import TeacherHidden, distillation_loss
+from kubedistill_trainer.losses import TeacherHidden, distillation_loss, fused
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
@@ -75,6 +76,15 @@ def inputs(vocab: int, tokens: int, width: int, device: torch.device) -> Inputs:
         head,
         torch.randint(vocab, (tokens,), device=device),
     )
+
+
+def eager(x: Inputs) -> float:
+    """Ours as on a CPU."""
+    taken, fused.worth_fusing = fused.worth_fusing, lambda device: False
+    try:
+        return ours(x)
+    finally:
+        fused.worth_fusing = taken
 
 
 def ours(x: Inputs, soft_weight: float = SOFT_WEIGHT) -> float:
@@ -182,6 +192,7 @@ def timing(vocab: int, plan: Plan, device: torch.device) -> list[Measure]:
         "ours, w = 1": partial(ours, soft_weight=1.0),
         "dense": dense,
         "trl": trl,
+        **({"ours, eager": eager} if fused.worth_fusing(device) else {}),
         **peers(device, plan.tokens),
     }
     seconds = interleaved(
@@ -192,6 +203,8 @@ def timing(vocab: int, plan: Plan, device: torch.device) -> list[Measure]:
     fastest = min((n for n in seconds if n.startswith("liger")), key=lambda n: median(seconds[n]))
     goal = f"≤ {GOAL_TIME} × the fastest chunked peer"
     pairs = [("", "ours", fastest, goal), ("", "ours", "dense", "")]
+    if fused.worth_fusing(device):
+        pairs.append(("", "ours", "ours, eager", ""))
     pairs.append((", soft term alone", "ours, w = 1", "trl", f"≤ {GOAL_TIME} × TRL's"))
     return [
         _time(f"time{part}, V={vocab}", seconds[mine], peer, seconds[peer], goal)

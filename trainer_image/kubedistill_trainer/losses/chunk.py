@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from kubedistill_trainer.losses import fused
 from kubedistill_trainer.losses.pointwise import Pointwise
 from kubedistill_trainer.losses.types import Objective, Teacher, TeacherHidden
 from kubedistill_trainer.losses.workers import each
@@ -60,6 +62,12 @@ class ChunkRunner:
             teacher_rows, teacher_dtype = self.chunk_tokens, self._teacher.head_VH.dtype
         self._teacher_CV = torch.empty(teacher_rows, vocab, dtype=teacher_dtype, device=device)
         early = None if not any(needs) else scale / self._late_scale
+        self._workers: Sequence[Pointwise | fused.FusedPointwise]
+        if fused.worth_fusing(device):
+            self._workers = [
+                fused.FusedPointwise(self._teacher, objective, early, self._wide, device)
+            ]
+            return
         self._workers = [
             Pointwise(
                 self._teacher, objective, early, block_tokens, self._wide, device,
