@@ -330,7 +330,7 @@ def test_a_sweep_that_cannot_be_tried_is_refused(bench: Bench, operator: Operato
     bench.apply(chain("unknown", {}, unknown))
     bench.wait_state("unknown", "InvalidSpec", resource="dchain")
     message = bench.condition("unknown", "Validated", "dchain")["message"]
-    assert "sweep.select.metric: found perplexty (no such metric)" in message
+    assert "sweep.select.metric: found perplexty (no such metric); write perplexity, or" in message
 
 
 def test_a_chain_made_again_waits_for_the_jobs_of_the_one_before(

@@ -19,6 +19,7 @@ from kubedistill_api.runspec import Problem
 from kubedistill_api.status import Metric
 from kubedistill_api.sweep import Select, Sweep, TrialStatus
 
+from kubedistill_operator.plan.spelling import one_of
 from kubedistill_operator.plan.stages import Jobs, Part, StageJob, Standing
 
 _PENDING = "Pending"
@@ -39,7 +40,7 @@ def problems_of(sweep: Sweep, spec: DistillationJobSpec) -> Iterator[Problem]:
         yield Problem(
             field="sweep.select.metric",
             found=f"{metric} ({known})",
-            expected=f"write one of {', '.join(SELECTABLE)}",
+            expected=one_of(metric, SELECTABLE),
         )
     if spec.distill is None or spec.teacher is None:
         yield Problem(
