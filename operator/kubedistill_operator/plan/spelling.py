@@ -1,4 +1,4 @@
-"""Names that a person wrote and nobody knows: what is known, and what was probably meant."""
+"""Names that a person wrote and that will not do: what is known, and what was probably meant."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 
-def one_of(name: str, known: Sequence[str]) -> str:
-    """What to write instead of `name`: the known names, the nearest of them first."""
-    lowered = {candidate.lower(): candidate for candidate in known}
-    near = get_close_matches(name.lower(), lowered, n=1)
-    listed = f"write one of {', '.join(known)}"
-    return f"write {lowered[near[0]]}, or {listed[6:]}" if near else listed
+def one_of(known: Sequence[str], wrong: str = "") -> str:
+    """What to write: the known names, first the nearest to one that is `wrong`."""
+    lowered = {name.lower(): name for name in known}
+    near = get_close_matches(wrong.lower(), lowered, n=1)
+    first = f"{lowered[near[0]]}, or " if near else ""
+    return f"write {first}one of {', '.join(known)}"

@@ -36,11 +36,11 @@ def problems_of(sweep: Sweep, spec: DistillationJobSpec) -> Iterator[Problem]:
         )
     metric = sweep.select.metric
     if metric not in SELECTABLE:
-        known = "the same in every trial" if metric in METRICS else "no such metric"
+        known = metric in METRICS
         yield Problem(
             field="sweep.select.metric",
-            found=f"{metric} ({known})",
-            expected=one_of(metric, SELECTABLE),
+            found=f"{metric} ({'the same in every trial' if known else 'no such metric'})",
+            expected=one_of(SELECTABLE, "" if known else metric),
         )
     if spec.distill is None or spec.teacher is None:
         yield Problem(
