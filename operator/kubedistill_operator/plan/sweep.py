@@ -19,6 +19,7 @@ from kubedistill_api.runspec import Problem
 from kubedistill_api.status import Metric
 from kubedistill_api.sweep import Select, Sweep, TrialStatus
 
+from kubedistill_operator.plan.gates import unmeasured
 from kubedistill_operator.plan.spelling import one_of
 from kubedistill_operator.plan.stages import Jobs, Part, StageJob, Standing
 
@@ -41,6 +42,12 @@ def problems_of(sweep: Sweep, spec: DistillationJobSpec) -> Iterator[Problem]:
             field="sweep.select.metric",
             found=f"{metric} ({'the same in every trial' if known else 'no such metric'})",
             expected=one_of(SELECTABLE, "" if known else metric),
+        )
+    elif why := unmeasured(metric, spec):
+        yield Problem(
+            field="sweep.select.metric",
+            found=f"{metric}, {why}",
+            expected=one_of([name for name in SELECTABLE if not unmeasured(name, spec)]),
         )
     if spec.distill is None or spec.teacher is None:
         yield Problem(
