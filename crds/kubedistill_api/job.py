@@ -8,6 +8,7 @@ from pydantic import Field
 
 from kubedistill_api.base import ApiModel, cel, number_or, rules
 from kubedistill_api.data import Data
+from kubedistill_api.gates import MAX_GATES, Gate
 from kubedistill_api.generation import ChainOfThought, Generation
 from kubedistill_api.objective import Objective
 from kubedistill_api.references import (
@@ -311,6 +312,13 @@ class DistillationJobSpec(ApiModel):
     workers: Workers = Field(Workers(), description="The student's gang.")
     storage: Storage = Field(description="Where everything durable lies.")
     checkpoint: Checkpoint = Field(Checkpoint(), description="Commits of the training state.")
+    gates: list[Gate] = Field(
+        [],
+        max_length=MAX_GATES,
+        description="Bounds on the figures of the finished student. Where one does not hold the job "
+        "fails with GateFailed; the model is kept. They may change at any time, and are then held "
+        "against the figures that are there, without training anything again.",
+    )
     suspend: bool = Field(
         False, description="True: commit, end the pods, keep the state. False: go on."
     )
@@ -335,7 +343,7 @@ def immutability_rules(started: str) -> list[dict[str, Any]]:
             f"!({started}) || (has(self.spec.{name}) == has(oldSelf.spec.{name}) && "
             f"(!has(self.spec.{name}) || self.spec.{name} == oldSelf.spec.{name}))",
             f"spec.{name} cannot change once the job has started: delete the job, or apply the "
-            "change under another name (suspend, backoffLimit, activeDeadlineSeconds and "
+            "change under another name (gates, suspend, backoffLimit, activeDeadlineSeconds and "
             "stallTimeoutSeconds may change)",
             f".spec.{name}",
         )

@@ -79,7 +79,11 @@ class Objective(ApiModel):
         description="JSD's share of the teacher in the mean that both are compared with.",
     )
     temperature: float = Field(
-        4.0, gt=0, le=100, description="T of the soft term, which is multiplied by T^2."
+        1.0,
+        gt=0,
+        le=100,
+        description="T of the soft term, which is multiplied by T^2. Above 1 the teacher's less "
+        "likely tokens weigh more: worth a sweep.",
     )
     soft_weight: float = Field(
         0.5, ge=0, le=1, description="Weight of the soft term; cross-entropy has the rest."

@@ -12,6 +12,7 @@ DEPENDENCIES_READY = "DependenciesReady"
 TEACHER_READY = "TeacherReady"
 RUNNING = "Running"
 CHECKPOINT_CURRENT = "CheckpointCurrent"
+GATES_PASSED = "GatesPassed"
 SUSPENDED = "Suspended"
 
 CONDITION_TYPES = (
@@ -21,6 +22,7 @@ CONDITION_TYPES = (
     TEACHER_READY,
     RUNNING,
     CHECKPOINT_CURRENT,
+    GATES_PASSED,
     SUSPENDED,
 )
 CHAIN_CONDITION_TYPES = (SUCCEEDED, VALIDATED, RUNNING, SUSPENDED)
@@ -52,6 +54,9 @@ NO_CHECKPOINT_YET = "NoCheckpointYet"
 COMMITTED = "Committed"
 CHECKPOINT_REJECTED = "CheckpointRejected"
 COMPLETED = "Completed"
+NOT_EVALUATED = "NotEvaluated"
+GATES_MET = "GatesMet"
+GATE_FAILED = "GateFailed"
 INVALID_SPEC = "InvalidSpec"
 UNREADABLE_INPUT = "UnreadableInput"
 SECRET_NOT_FOUND = "SecretNotFound"  # noqa: S105 - a reason, not a secret
@@ -119,6 +124,13 @@ WHAT_TO_DO: dict[str, str] = {
         "Check the store: a committed shard did not verify, and an older commit was used."
     ),
     COMPLETED: "Nothing: status.model says where the model is.",
+    NOT_EVALUATED: "Nothing: gates are held against the figures once training has ended.",
+    GATES_MET: "Nothing.",
+    GATE_FAILED: (
+        "Look at the figures that the message names: the model is in status.model all the same. "
+        "Train longer or on more text like that of the weakest file, under another name; or loosen "
+        "spec.gates (a stage's: in its chain), and the job succeeds without training again."
+    ),
     INVALID_SPEC: "Correct the field that the message names.",
     UNREADABLE_INPUT: "Correct the data, model or stream that the message names.",
     SECRET_NOT_FOUND: (

@@ -21,6 +21,7 @@ from kubedistill_api.status import (
     PayloadProbe,
     Resolved,
     TeacherStreamStatus,
+    WeakestSlice,
 )
 from kubedistill_api.sweep import SweepTable
 
@@ -112,6 +113,7 @@ class Outcome(ApiModel):
     progress: ProgressReport | None = None
     model: ModelStatus | None = None
     metrics: list[Metric] = []
+    weakest: list[WeakestSlice] = []
 
     def to_termination_message(self) -> str:
         """JSON within the kubelet's limit: long texts and tables are shortened, never the structure."""

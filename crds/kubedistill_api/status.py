@@ -68,6 +68,14 @@ class Metric(ApiModel):
     value: float = Field(description="Its value.")
 
 
+class WeakestSlice(ApiModel):
+    """The held-out text on which a figure is worst: more of its like is what the next run needs."""
+
+    metric: str = Field(max_length=64, description="The figure.")
+    source: str = Field(max_length=2048, description="The file that the text is of.")
+    tokens: int = Field(0, description="Held-out tokens of it.")
+
+
 class Attempt(ApiModel):
     """One run of the gang."""
 
@@ -146,5 +154,8 @@ class DistillationJobStatus(ApiModel):
     checkpoint: CheckpointStatus | None = Field(None, description="The newest commit.")
     model: ModelStatus | None = Field(None, description="The finished model.")
     metrics: list[Metric] = Field([], max_length=64, description="Figures of the evaluation.")
+    weakest: list[WeakestSlice] = Field(
+        [], max_length=8, description="By figure the file on which the student is worst."
+    )
     attempts: list[Attempt] = Field([], max_length=10, description="The last ten attempts.")
     teacher_stream: TeacherStreamStatus | None = Field(None, description="The teacher's stream.")

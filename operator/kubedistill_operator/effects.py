@@ -35,6 +35,7 @@ from kubedistill_operator.plan.actions import (
     DeleteConfigMap,
     Event,
     Inputs,
+    SetStageGates,
     SuspendBatchJob,
     SuspendStageJob,
 )
@@ -95,6 +96,11 @@ class Effects:
             patch = {"spec": {"suspend": action.suspend}}
             self._take_job(
                 await self._cluster.merge_patch(DISTILLATION_JOBS, namespace, action.name, patch)
+            )
+        elif isinstance(action, SetStageGates):
+            gates = {"spec": {"gates": [gate.to_wire() for gate in action.gates]}}
+            self._take_job(
+                await self._cluster.merge_patch(DISTILLATION_JOBS, namespace, action.name, gates)
             )
         elif isinstance(action, CreateReport):
             await self._report(namespace, action)

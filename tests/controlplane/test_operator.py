@@ -88,6 +88,13 @@ BAD = [
         },
         "a student by `config` needs `data.tokenizer",
     ),
+    ("no-bound", {"gates": [{"metric": "ece"}]}, "a gate needs a bound: give `min` or `max`"),
+    ("no-room", {"gates": [{"metric": "ece", "min": 2, "max": 1}]}, "`min` is above `max`"),
+    (
+        "quoted-bound",
+        {"gates": [{"metric": "ece", "max": "0.1"}]},
+        'max: got "string", expected "number"',
+    ),
     ("no-data", {"data": {"sources": []}}, "sources"),
     (
         "nothing-learnt",
@@ -330,7 +337,7 @@ def test_a_sweep_that_cannot_be_tried_is_refused(bench: Bench, operator: Operato
     bench.apply(chain("unknown", {}, unknown))
     bench.wait_state("unknown", "InvalidSpec", resource="dchain")
     message = bench.condition("unknown", "Validated", "dchain")["message"]
-    assert "sweep.select.metric: found perplexty (no such metric)" in message
+    assert "sweep.select.metric: found perplexty (no such metric); write perplexity, or" in message
 
 
 def test_a_chain_made_again_waits_for_the_jobs_of_the_one_before(
@@ -359,6 +366,42 @@ def test_a_chain_stops_at_a_failed_stage(bench: Bench, operator: Operator, book:
     bench.wait_state("stops", "StageFailed", seconds=150, resource="dchain")
     assert "stage m failed" in bench.condition("stops", resource="dchain")["message"]
     assert len(bench.get("dj")["items"]) == 1
+
+
+def test_a_chain_waits_at_a_gate_until_it_is_loosened(
+    bench: Bench, operator: Operator, book: Path
+) -> None:
+    """The stand-in has a perplexity of 12.5, and nothing is trained a second time."""
+
+    def stages(bound: float) -> tuple[dict[str, Any], ...]:
+        return {"name": "m", "gates": [{"metric": "perplexity", "max": bound}]}, {"name": "s"}
+
+    bench.apply(chain("gated", template(book), *stages(10)))
+    status = bench.wait_state("gated", "StageFailed", seconds=150, resource="dchain")
+    told = "stage m failed (GateFailed): perplexity 12.5 > 10"
+    assert bench.condition("gated", resource="dchain")["message"] == told
+    assert (status["stages"][0]["state"], status["stages"][0]["model"]) == (
+        "GateFailed",
+        "s3://runs/m",
+    )
+    assert [j["metadata"]["name"] for j in bench.get("dj")["items"]] == ["gated-m"]
+    attempts = bench.status("gated-m")["attempts"]
+    bench.apply(chain("gated", template(book), *stages(15)))
+    bench.wait_state("gated", "Completed", seconds=150, resource="dchain")
+    assert bench.condition("gated-m", "GatesPassed")["message"] == "perplexity 12.5 ≤ 15"
+    assert bench.status("gated-m")["attempts"] == attempts
+    assert bench.get("dj", "gated-s")["spec"]["teacher"]["fromJob"] == {"name": "gated-m"}
+
+
+def test_a_gate_that_no_job_can_measure_is_refused(bench: Bench, operator: Operator) -> None:
+    bench.apply(distilling("odd", {}, gates=[{"metric": "perplexityRatoi", "max": 1.1}]))
+    bench.wait_state("odd", "InvalidSpec")
+    message = bench.condition("odd", "Validated")["message"]
+    assert (
+        "spec.gates[0].metric: found perplexityRatoi (no such metric); write perplexityRatio"
+        in (message)
+    )
+    assert bench.get("jobs")["items"] == []
 
 
 def test_an_operator_that_is_killed_goes_on(

@@ -25,6 +25,16 @@ def cases(team: Team, careless: str) -> dict[str, tuple[dict[str, Any], str, lis
     def data(name: str) -> dict[str, Any]:
         return {"data": {"sources": [{"uri": f"{bucket}/{name}"}]}}
 
+    def taught_by(model: str, delivery: str = "Stream") -> dict[str, Any]:
+        teacher = {
+            "model": {"uri": f"{bucket}/models/{model}"}, "delivery": delivery,
+            "workers": {"gpusPerReplica": 0},
+        }  # fmt: skip
+        return {
+            "fineTune": None, "distill": {}, "teacher": teacher,
+            "student": {"config": None, "fromTeacher": {"layers": 1}},
+        }  # fmt: skip
+
     narrow = {"spec": {"containers": [
         {"name": "trainer", "resources": {"limits": {"memory": "2Gi"}}}]}}  # fmt: skip
     return {
@@ -70,12 +80,27 @@ def cases(team: Team, careless: str) -> dict[str, tuple[dict[str, Any], str, lis
             },
             "InvalidSpec", ["spec.student", "GiB", "memory limit of 2.0 GiB", "smaller"],
         ),
+        "zero-student": (
+            {"student": {"config": None, "model": {"uri": f"{bucket}/models/zero"}}},
+            "UnreadableInput",
+            ["spec.student", "only zeros in model.embed_tokens.weight", f"{bucket}/models/zero"],
+        ),
+        "nan-teacher": (
+            taught_by("nan"),
+            "UnreadableInput",
+            ["spec.teacher", "NaN or infinity in model.layers.", f"{bucket}/models/nan"],
+        ),
+        "few-rows": (
+            taught_by("narrow", "Online"),
+            "UnreadableInput",
+            ["spec.teacher", "an embedding of 300 rows", f"{bucket}/models/narrow", "has 512 ids"],
+        ),
     }  # fmt: skip
 
 
 NAMES = [
     "no-bucket", "no-data", "no-data-bucket", "wrong-keys", "careless", "not-json", "empty",
-    "other-tokenizer", "too-wide",
+    "other-tokenizer", "too-wide", "zero-student", "nan-teacher", "few-rows",
 ]  # fmt: skip
 
 
@@ -87,6 +112,7 @@ def bad(team: Team) -> Iterator[dict[str, tuple[str, list[str]]]]:
     client.put_object(Bucket=bucket, Key="data/broken.jsonl", Body=f"{good}\nnot json\n".encode())
     client.put_object(Bucket=bucket, Key="data/empty.jsonl", Body=b"\n\n")
     _put_foreign_model(team)
+    _put_models(team)
     team.secret("wrong", "nobody", "nothing")
     with CarelessStore(team.handle.s3) as careless:
         table = cases(team, careless.endpoint)
@@ -105,6 +131,29 @@ def _put_foreign_model(team: Team) -> None:
     client, bucket = team.handle.s3.client(), team.handle.s3.bucket
     for name, body in files.items():
         client.put_object(Bucket=bucket, Key=f"models/foreign/{name}", Body=body)
+
+
+def _put_models(team: Team) -> None:
+    """One with weights of zeros, one with a NaN in its middle layer, one with fewer rows than ids."""
+    import corpus
+    import torch
+    from kubedistill_trainer.models.load import config_of, random_model
+    from safetensors.torch import save
+
+    client, bucket = team.handle.s3.client(), team.handle.s3.bucket
+    for name, rows in {"zero": 512, "nan": 512, "narrow": 300}.items():
+        config = {**llama(48, 3), "vocab_size": rows, "architectures": ["LlamaForCausalLM"]}
+        weights = random_model(config_of(config, rows, "f", 64), 0, torch.float32).state_dict()
+        del weights["lm_head.weight"]
+        if name == "zero":
+            weights = {key: torch.zeros_like(value) for key, value in weights.items()}
+        if name == "nan":
+            weights["model.layers.1.mlp.up_proj.weight"][5, 5] = float("nan")
+        files = corpus.tokenizer_files(512) | {
+            "config.json": json.dumps(config).encode(), "model.safetensors": save(weights),
+        }  # fmt: skip
+        for file, body in files.items():
+            client.put_object(Bucket=bucket, Key=f"models/{name}/{file}", Body=body)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -73,6 +73,30 @@ def test_early_stopping_exports_the_best_look(
     assert status["progress"]["percentage"] == 100
 
 
+def test_gates_are_held_against_the_figures_and_may_change(
+    team: Team, applied: dict[str, list[dict[str, Any]]]
+) -> None:
+    first = team.ends("gates", "Completed")
+    passed = team.condition("gates", "GatesPassed")
+    assert (passed["status"], passed["reason"]) == ("True", "GatesMet")
+    assert all(word in passed["message"] for word in ("perplexityRatio", "≤ 1.5", "≥ 0.1"))
+    report = json.loads(team.objects(first["model"]["uri"])["report.json"])
+    assert [gate["passed"] for gate in report["gates"]] == [True, True]
+
+    def give(gates: list[dict[str, Any]], state: str) -> dict[str, Any]:
+        patch = json.dumps({"spec": {"gates": gates}})
+        team.kubectl("patch", "dj", "gates", "--type=merge", "-p", patch)
+        return team.wait_state("gates", state)
+
+    tight = give([{"metric": "perplexityRatio", "max": 0.5}], "GateFailed")
+    [ratio] = [m["value"] for m in first["metrics"] if m["name"] == "perplexityRatio"]
+    assert team.condition("gates")["message"].startswith(f"perplexityRatio {ratio:.4g} > 0.5")
+    loose = give([{"metric": "perplexityRatio", "max": 5}], "Completed")
+    for status in (tight, loose):
+        assert status["model"] == first["model"]
+        assert status["attempts"] == first["attempts"]
+
+
 def test_auto_says_what_it_measured_and_took(
     team: Team, applied: dict[str, list[dict[str, Any]]]
 ) -> None:

@@ -5,13 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from kubedistill_trainer.failures import InputsRefused
 from kubedistill_trainer.models.folder import download, upload
 from kubedistill_trainer.store import Store
 from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
+from safetensors.torch import save
 
-MODEL = {"config.json": "{}", "model.safetensors": "w", "tokenizer.json": "{}", "merges.txt": "m"}
-BESIDE = {"MODEL_CARD.md": "# m", "report.json": "{}", "report.html": "<p>", "plot.svg": "<svg>"}
+MODEL = {
+    "config.json": b"{}", "model.safetensors": save({"w": torch.ones(2, 2)}),
+    "tokenizer.json": b"{}", "merges.txt": b"m",
+}  # fmt: skip
+BESIDE = {
+    "MODEL_CARD.md": b"# m",
+    "report.json": b"{}",
+    "report.html": b"<p>",
+    "plot.svg": b"<svg>",
+}
 
 
 @pytest.fixture
@@ -19,10 +29,10 @@ def store(s3: S3Server) -> Store:  # noqa: F811
     return s3.store()
 
 
-def _folder(path: Path, files: dict[str, str]) -> Path:
+def _folder(path: Path, files: dict[str, bytes]) -> Path:
     path.mkdir()
-    for name, text in files.items():
-        (path / name).write_text(text)
+    for name, content in files.items():
+        (path / name).write_bytes(content)
     return path
 
 
@@ -31,7 +41,7 @@ def test_cards_and_reports_are_no_part_of_the_digest(store: Store, tmp_path: Pat
     assert download(folder, tmp_path / "got", "spec.teacher", digest) == digest
     plain, _ = upload(_folder(tmp_path / "plain", MODEL), store)
     assert plain == digest
-    other, _ = upload(_folder(tmp_path / "other", MODEL | {"merges.txt": "n"}), store)
+    other, _ = upload(_folder(tmp_path / "other", MODEL | {"merges.txt": b"n"}), store)
     assert other != digest
 
 

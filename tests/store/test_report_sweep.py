@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from kubedistill_api.runspec import RunSpec
 from kubedistill_api.status import Metric
 from kubedistill_api.sweep import SweepTable, TrialStatus
@@ -17,6 +18,7 @@ from kubedistill_trainer.report.document import document, files
 from kubedistill_trainer.report.sweep import write_trials
 from report_kit import finished
 from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
+from safetensors.torch import save_file
 
 
 def trial(temperature: float, perplexity: float, model: str, **fields: Any) -> TrialStatus:
@@ -44,8 +46,9 @@ def test_every_trials_report_has_the_table_and_the_models_stay(
     for temperature, perplexity in ((2.0, 9.5), (4.0, 7.25)):
         folder = tmp_path / f"{temperature:g}"
         folder.mkdir()
-        for name, text in (report | {"model.safetensors": f"{temperature}"}).items():
+        for name, text in report.items():
             (folder / name).write_text(text)
+        save_file({"w": torch.full((2, 2), temperature)}, folder / "model.safetensors")
         digest, store = upload(folder, s3.store(f"model-{temperature:g}"))
         digests.append((digest, store))
         trials.append(trial(temperature, perplexity, store.uri, chosen=temperature == 4))

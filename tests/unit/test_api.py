@@ -98,7 +98,7 @@ def test_a_stage_takes_any_part_of_a_job_but_suspend() -> None:
 def test_the_smallest_job_is_complete() -> None:
     spec = DistillationJobSpec.model_validate(minimal_spec())
     assert spec.distill is not None
-    assert spec.distill.objective.temperature == 4
+    assert spec.distill.objective.temperature == 1
     assert spec.training.deep_speed.zero_stage == 1
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kubedistill_trainer.losses import (
+    FORWARD_KL,
+    Divergence,
     Teacher,
     TeacherHidden,
+    TeacherSampled,
     TeacherSparse,
     distillation_loss,
 )
 from kubedistill_trainer.losses.reference import dense_loss
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from unit.test_losses_kit import TEMPERATURES, case, check, error, evaluate, sparse_of
 
 
@@ -58,6 +64,68 @@ def test_a_large_vocabulary_at_high_temperature_keeps_its_digits(teacher: str) -
     check(c, teacher, 1e-5, torch.float32, temperature=20.0, soft_weight=1.0)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 20.0])
+def test_a_vocabulary_as_large_and_as_padded_as_real_ones(temperature: float) -> None:
+    c = case(tokens=8, vocab=151_936, rows=152_064)
+    c.head[151_936:] = 9
+    c.teacher.head_VH[151_936:] = 9
+    check(
+        c, "hidden", 1e-5, torch.float32, temperature=temperature, soft_weight=0.6,
+        vocab_size=151_936,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("teacher", ["hidden", "sparse", "none"])
+def test_masked_tokens_cost_nothing_and_say_nothing(teacher: str) -> None:
+    """As many products as without them, and what stands there may be anything."""
+    c = case().cast(torch.float32)
+    full: Teacher | None = {"hidden": c.teacher, "none": None}.get(
+        teacher, sparse_of(c.teacher, 9, 4.0)
+    )
+    valid = c.labels != -100
+    assert 0 < int(valid.sum()) < len(valid)
+    options = {"temperature": 4.0, "soft_weight": 0.7, "normalizer": 9.0}
+
+    def cost(rows: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
+        hidden, head = c.leaves()
+        part = full
+        if isinstance(full, TeacherHidden):
+            part = TeacherHidden(full.hidden_NH[rows], full.head_VH)
+        elif isinstance(full, TeacherSparse):
+            part = TeacherSparse(full.ids_NK[rows], full.logprobs_NK[rows], full.log_z_N[rows])
+        counter = FlopCounterMode(display=False)
+        with counter:
+            loss = distillation_loss(hidden[rows], head, c.labels[rows], part, **options).total
+        loss.backward()
+        assert hidden.grad is not None
+        assert head.grad is not None
+        return counter.get_total_flops(), loss.detach(), hidden.grad, head.grad
+
+    alone = cost(valid.nonzero().flatten())
+    c.hidden[~valid] = float("nan")
+    c.teacher.hidden_NH[~valid] = float("inf")
+    whole = cost(torch.arange(len(valid)))
+    assert whole[0] == alone[0] > 0
+    assert torch.equal(whole[1], alone[1])
+    assert not whole[2][~valid].any()
+    for found, expected in zip(whole[2:], alone[2:], strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_teacher_is_given_and_not_learnt() -> None:
+    """Its states and head take part in the loss; no gradient reaches them, wanted or not."""
+    c = case()
+    states = c.teacher.hidden_NH.clone().requires_grad_()
+    head = c.teacher.head_VH.clone().requires_grad_()
+    found = evaluate(c, TeacherHidden(states, head), temperature=4.0, soft_weight=0.7)
+    assert states.grad is None
+    assert head.grad is None
+    for ours, plain in zip(
+        found, evaluate(c, c.teacher, temperature=4.0, soft_weight=0.7), strict=True
+    ):
+        assert torch.equal(ours, plain)
+
+
 def test_a_constant_added_to_the_teachers_logits_changes_nothing() -> None:
     c = case(vocab=3_001).cast(torch.float32)
     ones = torch.ones(len(c.hidden), 1)
@@ -73,14 +141,19 @@ def test_a_constant_added_to_the_teachers_logits_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("teacher", ["hidden", "sparse", "none"])
-def test_any_split_gives_the_same(teacher: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("divergence", [FORWARD_KL, Divergence(0.5, 0.3, 0.7, beta=0.25)])
+@pytest.mark.parametrize("teacher", ["hidden", "sparse", "sampled", "none"])
+def test_any_split_gives_the_same(teacher: str, divergence: Divergence, dtype: torch.dtype) -> None:
     """Micro-batches, ranks and accumulation steps all are sums of parts over one normaliser."""
     c = case(tokens=41).cast(dtype)
-    full: Teacher | None = {"hidden": c.teacher, "none": None}.get(
-        teacher, sparse_of(c.teacher, 9, 4.0)
-    )
-    options = {"temperature": 4.0, "soft_weight": 0.7}
+    if teacher == "sampled" and not divergence.is_forward_kl:
+        pytest.skip("draws estimate KL(p ‖ q) only, and others are refused")
+    kept = sparse_of(c.teacher, 9, 4.0)
+    drawn = TeacherSampled(kept.ids_NK, kept.logprobs_NK.softmax(-1))
+    full: Teacher | None = {"hidden": c.teacher, "none": None, "sampled": drawn}.get(teacher, kept)
+    options: dict[str, Any] = {
+        "temperature": 4.0, "soft_weight": 0.7, "divergence": divergence,
+    }  # fmt: skip
     whole = evaluate(c, full, **options)
     hidden, head = c.leaves()
     total = torch.zeros(())
@@ -90,6 +163,8 @@ def test_any_split_gives_the_same(teacher: str, dtype: torch.dtype) -> None:
             part = TeacherHidden(full.hidden_NH[rows], full.head_VH)
         elif isinstance(full, TeacherSparse):
             part = TeacherSparse(full.ids_NK[rows], full.logprobs_NK[rows], full.log_z_N[rows])
+        elif isinstance(full, TeacherSampled):
+            part = TeacherSampled(full.ids_NK[rows], full.shares_NK[rows])
         loss = distillation_loss(
             hidden[rows], head, c.labels[rows], part, normalizer=torch.tensor(c.valid), **options
         ).total

@@ -113,7 +113,16 @@ def test_a_teacher_within_the_students_pods_serves_no_stream() -> None:
         ),
         (
             swept(select={"metric": "perplexty"}),
-            "sweep.select.metric: found perplexty (no such metric); write one of perplexity,",
+            "sweep.select.metric: found perplexty (no such metric); write perplexity, or one of "
+            "perplexity, accuracy, ",
+        ),
+        (
+            swept(select={"metric": "throughput"}),
+            "sweep.select.metric: found throughput (no such metric); write one of perplexity, ",
+        ),
+        (
+            swept(select={"metric": "TEACHERKL"}),
+            "found TEACHERKL (no such metric); write teacherKL, or one of perplexity, ",
         ),
         (
             swept(select={"metric": "initialPerplexity"}),

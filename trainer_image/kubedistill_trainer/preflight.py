@@ -20,6 +20,7 @@ from kubedistill_trainer.failures import refuse, unreadable
 from kubedistill_trainer.imports import quiet_collector
 from kubedistill_trainer.models.folder import read_config
 from kubedistill_trainer.models.sizes import check_layers, decoder_parameters
+from kubedistill_trainer.models.weights import check_sample, vocabulary_rows
 from kubedistill_trainer.store import preflight as check_store
 from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.request import resolved, stream_request
@@ -42,6 +43,8 @@ def run_preflight(context: Context) -> Outcome:
     dataset = load_dataset(run, context.open_store)
     teacher_config = _teacher_config(context)
     _check_tokenizers(context, dataset)
+    _check_vocabularies(context, dataset, teacher_config)
+    _check_weights(context, teacher_config)
     _check_features(context, dataset, teacher_config)
     _check_split(context, teacher_config)
     parameters = _student_parameters(context, dataset, teacher_config)
@@ -104,6 +107,40 @@ def _check_tokenizers(context: Context, dataset: Dataset) -> None:
             )
         if field == "spec.teacher":
             _check_template(dataset, model.uri, found.chat_template)
+
+
+def _check_vocabularies(
+    context: Context, dataset: Dataset, teacher_config: dict[str, Any] | None
+) -> None:
+    """A model has a row for each id of the tokenizer; more rows than ids are padding, and are fine."""
+    run = context.run
+    models = []
+    if run.teacher_model is not None and teacher_config is not None and not learns_text(run.spec):
+        models.append(("spec.teacher", run.teacher_model.uri, teacher_config))
+    if run.student_model is not None:
+        uri = run.student_model.uri
+        models.append(("spec.student", uri, read_config(context.open_store(uri), "spec.student")))
+    ids = dataset.tokenizer.vocab_size
+    used_field, used_uri = tokenizer_source(run)
+    for field, uri, config in models:
+        rows = vocabulary_rows(config)
+        if rows is not None and rows < ids:
+            raise unreadable(
+                field,
+                f"an embedding of {rows} rows (vocab_size) in {uri}",
+                f"the tokenizer of {used_field}, {used_uri}, has {ids} ids: give the model's own "
+                "tokenizer, or resize the embedding to at least as many rows",
+            )
+
+
+def _check_weights(context: Context, teacher_config: dict[str, Any] | None) -> None:
+    """A model that is all zero or not a number is refused before anybody waits for GPUs."""
+    run = context.run
+    if run.teacher_model is not None and teacher_config is not None:
+        check_sample(context.open_store(run.teacher_model.uri), teacher_config, "spec.teacher")
+    if run.student_model is not None:
+        store = context.open_store(run.student_model.uri)
+        check_sample(store, read_config(store, "spec.student"), "spec.student")
 
 
 def _check_template(dataset: Dataset, uri: str, known: str | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from kubedistill_api.objective import Objective
 from kubedistill_api.runspec import Outcome
-from kubedistill_api.status import Metric
+from kubedistill_api.status import Metric, WeakestSlice
 
 from kubedistill_trainer import exporter
 from kubedistill_trainer.checkpoint import Checkpointer
@@ -201,6 +201,10 @@ def _finish(
         progress=board.report.model_copy(update={"teacher_stream": teacher.status()}),
         model=status,
         metrics=metrics,
+        weakest=[
+            WeakestSlice(metric=name, source=part.name, tokens=part.tokens)
+            for name, part in found.weakest().items()
+        ],
     )
 
 

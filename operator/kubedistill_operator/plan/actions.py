@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kubedistill_api.chain import DistillationChainStatus
+from kubedistill_api.gates import Gate
 from kubedistill_api.runspec import ResolvedModel
 from kubedistill_api.status import DistillationJobStatus
 from kubedistill_api.sweep import SweepTable
@@ -81,6 +82,14 @@ class SuspendStageJob:
 
 
 @dataclass(frozen=True)
+class SetStageGates:
+    """Give a stage's DistillationJob the gates that the chain's spec now says."""
+
+    name: str
+    gates: tuple[Gate, ...]
+
+
+@dataclass(frozen=True)
 class CreateReport:
     """The ConfigMap and Job that write a finished sweep into its trials' reports.
 
@@ -100,6 +109,7 @@ Action = (
     | SuspendBatchJob
     | CreateStageJob
     | SuspendStageJob
+    | SetStageGates
     | CreateReport
 )
 

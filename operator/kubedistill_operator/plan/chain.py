@@ -22,6 +22,7 @@ from kubedistill_operator.plan.actions import (
     CreateReport,
     CreateStageJob,
     Event,
+    SetStageGates,
     SuspendStageJob,
 )
 from kubedistill_operator.plan.conditions import ConditionSet
@@ -164,6 +165,7 @@ class _ChainDraft:
 
     def _advance(self, chain: DistillationChainSpec, laid: Sequence[Laid]) -> None:
         self._say_differences(laid)
+        self._hand_on_gates(laid)
         self._write_reports(chain, laid)
         count = len(chain.stages)
         for index, one in enumerate(laid):
@@ -255,6 +257,14 @@ class _ChainDraft:
                     "it is in the chain's status",
                     warning=True,
                 )
+
+    def _hand_on_gates(self, laid: Sequence[Laid]) -> None:
+        """Gates may change after a stage has ended; its job holds its figures against them anew."""
+        for one in laid:
+            for part in one.parts:
+                job = self.seen.jobs.get(part.name)
+                if job is not None and job.ours and job.gates_differ(part.spec):
+                    self.actions.append(SetStageGates(part.name, tuple(part.spec.gates)))
 
     def _say_differences(self, laid: Sequence[Laid]) -> None:
         overtaken = [o for o in laid if o.stage.sweep and overruled(o.stage.sweep, o.standing)]

@@ -12,7 +12,7 @@ from kubedistill_api.names import ROLE_STUDENT, ROLE_TEACHER
 from kubedistill_api.runspec import Outcome
 from kubedistill_api.status import Attempt
 
-from kubedistill_operator.plan import restart, teacher
+from kubedistill_operator.plan import gates, restart, teacher
 from kubedistill_operator.plan.actions import CreateGang, DeleteBatchJob
 from kubedistill_operator.plan.draft import Draft, Pass
 from kubedistill_operator.plan.exits import Verdict, judge, judge_stopped, pod_trouble
@@ -129,18 +129,15 @@ def _complete(step: Pass, outcome: Outcome) -> None:
         apply_report(draft, attempt, outcome.progress)
     now = format_time(draft.now)
     draft.change_attempt(end_time=now, reason=reasons.COMPLETED, message="")
-    draft.update(model=model, metrics=outcome.metrics, completion_time=now)
+    draft.update(model=model, metrics=outcome.metrics, weakest=outcome.weakest, completion_time=now)
     if draft.status.progress is not None:
         finished = draft.status.progress.model_copy(
             update={"percentage": 100, "estimated_remaining": ""}
         )
         draft.update(progress=finished)
-    figures = ", ".join(f"{m.name} {m.value:.4g}" for m in outcome.metrics[:6])
-    message = f"{model.parameters:,} parameters" + (f"; {figures}" if figures else "")
-    draft.set(reasons.SUCCEEDED, "True", reasons.COMPLETED, message)
     draft.set(reasons.RUNNING, "False", reasons.COMPLETED)
     draft.set(reasons.SUSPENDED, "False", reasons.NOT_SUSPENDED)
-    draft.tell(reasons.COMPLETED, f"the student is at {model.uri}: {message}")
+    gates.settle(step)
 
 
 def _stop(step: Pass, verdict: Verdict) -> None:

@@ -72,6 +72,7 @@ def rule_problems(spec: DistillationJobSpec) -> list[Problem]:
     _source_problems(spec, refuse)
     _objective_problems(spec, refuse)
     _text_problems(spec, refuse)
+    _gate_problems(spec, refuse)
     ranks = ranks_of(spec)
     if spec.training.global_batch_size % ranks:
         refuse(
@@ -188,6 +189,14 @@ def _text_problems(spec: DistillationJobSpec, refuse: Any) -> None:
     _thought_problems(distill, samples, refuse)
     if text and distill.objective.features:
         refuse("distill.objective.features", "layers", "a teacher's text has none: leave it out")
+
+
+def _gate_problems(spec: DistillationJobSpec, refuse: Any) -> None:
+    for index, gate in enumerate(spec.gates):
+        if gate.min is None and gate.max is None:
+            refuse(f"gates[{index}]", "no bound", "give `min` or `max`")
+        elif gate.min is not None and gate.max is not None and gate.min > gate.max:
+            refuse(f"gates[{index}].min", f"{gate.min:g}", f"at most `max`, {gate.max:g}")
 
 
 def _thought_problems(distill: Distill, samples: int, refuse: Any) -> None:

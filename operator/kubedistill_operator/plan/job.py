@@ -6,7 +6,7 @@ from kubedistill_api import reasons
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.names import ROLE_STUDENT, ROLE_TEACHER, teacher_name
 
-from kubedistill_operator.plan import dependencies, gang, preflight, teacher
+from kubedistill_operator.plan import dependencies, gang, gates, preflight, teacher
 from kubedistill_operator.plan.actions import DeleteBatchJob, Plan
 from kubedistill_operator.plan.draft import Draft, Observed, Pass, Timing
 from kubedistill_operator.plan.inputs import parse_spec, student_summary, teacher_summary
@@ -23,6 +23,7 @@ def plan_job(seen: Observed, timing: Timing) -> Plan:
     if spec is not None:
         step = Pass(draft, spec)
         _summaries(step)
+        gates.settle(step)
         if _finished(draft):
             _clean_up(draft)
             _refresh_after_end(draft)
@@ -36,10 +37,13 @@ def plan_job(seen: Observed, timing: Timing) -> Plan:
 
 def _parsed(draft: Draft) -> DistillationJobSpec | None:
     spec, problems = parse_spec(draft.seen.spec)
-    if spec is None:
+    if spec is not None and draft.status.start_time is None:
+        problems = list(gates.problems_of(spec))
+    if problems:
         message = "; ".join(problem.sentence() for problem in problems)
         draft.set(reasons.VALIDATED, "False", reasons.INVALID_SPEC, message)
         draft.fail(reasons.INVALID_SPEC, message)
+        return None
     return spec
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from kubedistill_api.chain import DistillationChainSpec, Stage, StageStatus
 from kubedistill_api.names import MAX_JOB_NAME_LENGTH, stage_job_name, trial_job_name
 
+from kubedistill_operator.plan import gates
 from kubedistill_operator.plan.compose import compose
 from kubedistill_operator.plan.inputs import parse_spec
 from kubedistill_operator.plan.stages import Jobs, Part, Standing, standing_of_one
@@ -77,7 +78,9 @@ def _parts(
     """
     stage = chain.stages[index]
     spec, found = parse_spec(compose(name, chain, index, students=students))
-    if spec is None:
+    if spec is not None:
+        found = list(gates.problems_of(spec))
+    if spec is None or found:
         return (), [problem.sentence() for problem in found]
     if stage.sweep is None:
         return (Part(stage_job_name(name, stage.name), spec),), []

@@ -46,9 +46,15 @@ class StageJob:
         return float(self.status.progress.percentage) if self.status.progress else 0.0
 
     def differs(self, wanted: DistillationJobSpec) -> bool:
-        """Whether it was made from another spec."""
+        """Whether it was made from another spec. What a chain hands on any time does not count."""
         spec, _ = parse_spec(self.spec)
-        return spec is None or spec.model_copy(update={"suspend": wanted.suspend}) != wanted
+        handed_on = {"suspend": wanted.suspend, "gates": wanted.gates}
+        return spec is None or spec.model_copy(update=handed_on) != wanted
+
+    def gates_differ(self, wanted: DistillationJobSpec) -> bool:
+        """Whether it has other gates than the chain's spec now says."""
+        spec, _ = parse_spec(self.spec)
+        return spec is not None and spec.gates != wanted.gates
 
 
 Jobs = Mapping[str, StageJob]

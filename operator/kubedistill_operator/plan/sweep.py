@@ -19,6 +19,8 @@ from kubedistill_api.runspec import Problem
 from kubedistill_api.status import Metric
 from kubedistill_api.sweep import Select, Sweep, TrialStatus
 
+from kubedistill_operator.plan.gates import unmeasured
+from kubedistill_operator.plan.spelling import one_of
 from kubedistill_operator.plan.stages import Jobs, Part, StageJob, Standing
 
 _PENDING = "Pending"
@@ -35,11 +37,17 @@ def problems_of(sweep: Sweep, spec: DistillationJobSpec) -> Iterator[Problem]:
         )
     metric = sweep.select.metric
     if metric not in SELECTABLE:
-        known = "the same in every trial" if metric in METRICS else "no such metric"
+        known = metric in METRICS
         yield Problem(
             field="sweep.select.metric",
-            found=f"{metric} ({known})",
-            expected=f"write one of {', '.join(SELECTABLE)}",
+            found=f"{metric} ({'the same in every trial' if known else 'no such metric'})",
+            expected=one_of(SELECTABLE, "" if known else metric),
+        )
+    elif why := unmeasured(metric, spec):
+        yield Problem(
+            field="sweep.select.metric",
+            found=f"{metric}, {why}",
+            expected=one_of([name for name in SELECTABLE if not unmeasured(name, spec)]),
         )
     if spec.distill is None or spec.teacher is None:
         yield Problem(

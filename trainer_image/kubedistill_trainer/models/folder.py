@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kubedistill_trainer.failures import unreadable
+from kubedistill_trainer.models.weights import check_files, no_weights
 from kubedistill_trainer.store import NoSuchBucket, NotFound, Store
 
 _LOADED = (".json", ".safetensors", ".jinja", ".txt", ".model")
@@ -55,17 +56,13 @@ def read_config(store: Store, field: str) -> dict[str, Any]:
 def download(store: Store, target: Path, field: str, wanted_digest: str = "") -> str:
     """Copy a model folder to `target`; its digest (hex).
 
-    InputsRefused when it holds no safetensors, or when `wanted_digest` is given and differs:
-    a model that another job finished is used as it was finished, or not at all.
+    InputsRefused when it holds no safetensors or dead ones, or when `wanted_digest` is given and
+    differs: a model that another job finished is used as it was finished, or not at all.
     """
     target.mkdir(parents=True, exist_ok=True)
     names = [i.key for i in store.list("") if "/" not in i.key and i.key.endswith(_LOADED)]
     if not any(name.endswith(".safetensors") for name in names):
-        raise unreadable(
-            field,
-            f"no .safetensors file in {store.uri}",
-            "give a folder with safetensors weights (pickled weights are never loaded)",
-        )
+        raise no_weights(field, store.uri)
     for name in names:
         store.download_file(name, target / name)
     digest = digest_of((name, file_sha256(target / name)) for name in names)
@@ -75,6 +72,7 @@ def download(store: Store, target: Path, field: str, wanted_digest: str = "") ->
             f"{store.uri} has digest {digest}",
             f"the job that made it recorded {wanted_digest}: somebody changed the folder",
         )
+    check_files(target, field, store.uri)
     return digest
 
 

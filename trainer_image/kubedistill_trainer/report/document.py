@@ -19,6 +19,7 @@ from kubedistill_trainer.data.order import Ids
 from kubedistill_trainer.data.packing import IGNORED
 from kubedistill_trainer.methods.history import Point
 from kubedistill_trainer.methods.watch import Watch
+from kubedistill_trainer.report import gates
 from kubedistill_trainer.report.card import card, student_text
 from kubedistill_trainer.report.figures import BINS, Calibration, Evaluation, Slice
 from kubedistill_trainer.report.page import page
@@ -75,6 +76,7 @@ def document(finished: Finished) -> dict[str, Any]:
             **run.spec.training.to_wire(),
         },
         "metrics": {metric.name: metric.value for metric in finished.metrics},
+        "gates": gates.results(run.spec.gates, finished.metrics),
         "calibration": {
             "student": _calibration(found.student),
             "teacher": _calibration(found.teacher) if found.teacher else None,

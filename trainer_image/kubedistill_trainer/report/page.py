@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kubedistill_trainer.report import sections
+from kubedistill_trainer.report import gates, sections
 from kubedistill_trainer.report.markup import Markup, join, tag
 
 Section = Callable[[Mapping[str, Any]], Markup | None]
 SECTIONS: tuple[Section, ...] = (
     sections.summary,
     sections.figures,
+    gates.section,
     sections.trials,
     sections.slices,
     sections.losses,
