@@ -22,6 +22,7 @@ from kubedistill_trainer.models.folder import read_config
 from kubedistill_trainer.models.sizes import check_layers, decoder_parameters
 from kubedistill_trainer.store import preflight as check_store
 from kubedistill_trainer.teacher.digest import teacher_digest
+from kubedistill_trainer.teacher.endpoint_preflight import check_endpoint
 from kubedistill_trainer.teacher.request import resolved, stream_request
 
 _OVERHEAD_BYTES = 600 << 20
@@ -40,6 +41,7 @@ def run_preflight(context: Context) -> Outcome:
         )
     check_store(context.storage)
     dataset = load_dataset(run, context.open_store)
+    check_endpoint(run.spec, dataset.tokenizer)
     teacher_config = _teacher_config(context)
     _check_tokenizers(context, dataset)
     _check_features(context, dataset, teacher_config)
