@@ -23,7 +23,7 @@ _SETTINGS = {
     "prompt_logprobs": "spec.teacher.topK",
     "logprobs": "spec.teacher.topK",
 }
-_TOO_LONG = re.compile(r"context.{0,10}(length|window|limit|size)|too long|too many tokens", re.I)
+TOO_LONG = re.compile(r"context.{0,10}(length|window|limit|size)|too long|too many tokens", re.I)
 _VERSION = re.compile(r"[-@:]v?\d{3,8}(-\d{2}-\d{2})?(-preview)?")
 
 
@@ -141,7 +141,7 @@ def check_status(reply: Reply, url: str, model: str, wait_seconds: float | None)
 
 
 def _of_request(said: Complaint, found: str, url: str) -> Exception:
-    if said.setting in _SETTINGS and not _TOO_LONG.search(said.message):
+    if said.setting in _SETTINGS and not TOO_LONG.search(said.message):
         field = _SETTINGS[said.setting]
         refusal = refuse(field, f"{url} does not take {said.setting} ({found})", "write another")
         return SettingRefused(refusal, said.setting, said.message)
