@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,8 @@ from kubedistill_api.teacher import Endpoint
 from kubedistill_trainer.data.conversation import Message
 from kubedistill_trainer.failures import InputsRefused, RunFailure
 from kubedistill_trainer.teacher.endpoint import EndpointAnswerer
-from kubedistill_trainer.teacher.endpoint_client import Patience
+from kubedistill_trainer.teacher.endpoint_client import Ask, Client, Patience
+from kubedistill_trainer.teacher.endpoint_reply import Reply
 from kubedistill_trainer.teacher.text import TextAnswer, TextRequest
 
 KEY = "sk-very-secret-0123456789"
@@ -265,6 +267,32 @@ def test_a_limit_by_another_name_is_found_out(
     server.only_max_completion_tokens = True
     assert asked(endpoint(server)) == calm
     assert len(server.paid) == PROMPTS and len(server.seen) <= PROMPTS + 3
+
+
+def test_a_server_that_knows_no_seed_does_without(
+    server: Server, calm: dict[tuple[int, int], TextAnswer]
+) -> None:
+    server.knows_seed = False
+    assert asked(endpoint(server)) == calm
+    assert len(server.paid) == PROMPTS and len(server.seen) <= PROMPTS + 3
+    seedy = {"error": {"message": "no word of a seed here, please"}}
+    # The first is told off, and asked again without.
+    server.faults = [None, None, Fault(400, body=seedy)]
+    answers = asked(endpoint(server, concurrency=1), wanted=requests(3)[1:])
+    assert [bool(answer.refusal) for answer in answers.values()] == [False, True]
+
+
+@pytest.mark.timeout(20)
+def test_what_is_open_is_given_up_at_the_end(server: Server) -> None:
+    server.faults = [Fault("hang", pause=60), Fault(429, {"Retry-After": "60"})]
+    client = Client(endpoint(server, timeoutSeconds=90), QUICK)
+    body = {"model": "tiny", "messages": []}
+    futures = [client.start(Ask("chat/completions", Reply.json, lambda: body)) for _ in range(2)]
+    while len(server.seen) < 2:
+        time.sleep(0.01)
+    client.close()
+    client.close()
+    assert [future.cancelled() for future in futures] == [True, True]
 
 
 def test_the_key_is_sent_and_never_said(
