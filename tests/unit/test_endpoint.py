@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from kubedistill_trainer.teacher.endpoint_reply import Reply
 from kubedistill_trainer.teacher.text import TextAnswer, TextRequest
 
 KEY = "sk-very-secret-0123456789"
-QUICK = Patience(first_wait=0.01, longest_wait=0.05, jitter=0.01, whole_answer=2.0)
+QUICK = Patience(first_wait=0.01, longest_wait=0.05, jitter=0.01)
+DRIP = Fault("drip", pause=0.05)
+HANG = Fault("hang", pause=60)
 GENERATION = Generation(max_tokens=6, temperature=0.0)
 PROMPTS = 10
 
@@ -43,10 +46,13 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def endpoint(server: Server, **changes: Any) -> Endpoint:
     fields = {"url": server.url, "model": "tiny", "concurrency": 3, "maxRetries": 4, **changes}
-    seconds = fields.pop("seconds", None)
-    found = Endpoint.model_validate(fields)
-    # Less than the API allows, so that silence does not take a second.
-    return found if seconds is None else found.model_copy(update={"timeout_seconds": seconds})
+    return Endpoint.model_validate(fields)
+
+
+def limits(fault: Fault) -> tuple[int, Patience]:
+    """(timeoutSeconds, patience) by which a fault shows soon, and an answer of a busy machine not."""
+    whole = replace(QUICK, whole_answer=0.1)
+    return {"hang": (1, QUICK), "drip": (15, whole)}.get(str(fault.what), (60, QUICK))
 
 
 def requests(count: int = PROMPTS, samples: int = 1) -> list[TextRequest]:
@@ -58,10 +64,13 @@ def requests(count: int = PROMPTS, samples: int = 1) -> list[TextRequest]:
 
 
 def asked(
-    found: Endpoint, generation: Generation = GENERATION, wanted: list[TextRequest] | None = None
+    found: Endpoint,
+    generation: Generation = GENERATION,
+    wanted: list[TextRequest] | None = None,
+    patience: Patience = QUICK,
 ) -> dict[tuple[int, int], TextAnswer]:
     """All answers; that each request has one is part of it."""
-    answerer = EndpointAnswerer(found, generation, QUICK)
+    answerer = EndpointAnswerer(found, generation, patience)
     wanted = requests() if wanted is None else wanted
     try:
         pairs = list(answerer.answers(iter(wanted)))
@@ -96,7 +105,7 @@ def test_the_answers_are_the_models_own(
         Fault(429, {"Retry-After": "0.05"}), Fault(429), Fault(500), Fault(503), Fault(529),
         Fault(503, {"retry-after-ms": "20"}),
         *(Fault(what) for what in Trouble.__args__ if what not in ("drip", "hang", "other-model")),
-        Fault("drip", pause=0.01), Fault("hang", pause=1.0),
+        DRIP, HANG,
     ],
     ids=lambda fault: f"{fault.what}-{len(fault.headers)}",
 )  # fmt: skip
@@ -104,7 +113,8 @@ def test_every_fault_ends_in_the_same_answers(
     server: Server, calm: dict[tuple[int, int], TextAnswer], fault: Fault
 ) -> None:
     server.faults = [None, fault, None, fault, fault]
-    assert asked(endpoint(server, seconds=0.25)) == calm
+    seconds, patience = limits(fault)
+    assert asked(endpoint(server, timeoutSeconds=seconds), patience=patience) == calm
     assert len(server.paid) == PROMPTS
     troubles = 0 if fault.what == "late" else 3
     assert len(server.seen) == PROMPTS + troubles
@@ -124,7 +134,7 @@ def test_draws_follow_the_seed_and_the_settings(server: Server) -> None:
 
 
 def test_as_many_are_open_as_allowed_and_no_more(server: Server) -> None:
-    server.faults = [Fault("late", pause=0.1)] * 12
+    server.faults = [Fault("late", pause=0.3)] * 12
     asked(endpoint(server, concurrency=4), wanted=requests(12))
     assert server.open_most == 4
 
@@ -165,13 +175,13 @@ def test_a_rate_is_kept_to_before_it_is_refused(server: Server) -> None:
 
 
 def test_a_server_with_a_rate_limit_is_asked_no_more_than_it_allows(server: Server) -> None:
-    server.limit = (3, 0.3)
+    server.limit = (4, 1.0)
     asked(endpoint(server, maxRetries=20))
     times = [seen.came for seen in server.paid]
     assert len(times) == PROMPTS
     refused = [seen for seen in server.seen if seen.fault == 429]
     # Those that were open at once, each time that the limit was met: never a hail of them.
-    assert 0 < len(refused) <= 3 * 4
+    assert 0 < len(refused) <= 3 * (PROMPTS - 4)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +190,7 @@ def test_a_server_with_a_rate_limit_is_asked_no_more_than_it_allows(server: Serv
         (Fault(500), "500"), (Fault("reset"), "no answer"), (Fault("half"), "no answer"),
         (Fault("not-json"), "not JSON"), (Fault("no-choices"), "without choices"),
         (Fault("no-message"), "without a message"), (Fault("list"), "without choices"),
-        (Fault("drip", pause=0.02), "no whole answer"), (Fault("hang", pause=0.5), "without a byte"),
+        (DRIP, "no whole answer"), (HANG, "without a byte"),
         (Fault(429), "429"),
     ],
     ids=lambda value: str(value.what) if isinstance(value, Fault) else "",
@@ -189,8 +199,10 @@ def test_a_server_that_stays_so_is_named_and_asked_by_a_later_pod(
     server: Server, fault: Fault, words: str
 ) -> None:
     server.faults = [fault] * 50
+    seconds, patience = limits(fault)
     with pytest.raises(RunFailure) as met:
-        asked(endpoint(server, maxRetries=2, concurrency=1, seconds=0.1))
+        found = endpoint(server, maxRetries=2, concurrency=1, timeoutSeconds=seconds)
+        asked(found, patience=patience)
     assert met.value.code == ExitCode.ENDPOINT_UNAVAILABLE
     assert "spec.teacher.endpoint.url" in met.value.message and server.url in met.value.message
     assert words in met.value.message and "3 tries" in met.value.message
