@@ -157,13 +157,16 @@ def test_requests_are_read_no_further_than_is_asked(server: Server) -> None:
     assert len(server.seen) <= len(read)
 
 
-def test_a_refusal_for_its_rate_slows_everybody(server: Server) -> None:
-    server.faults = [Fault(429, {"Retry-After": "0.6"}), *[Fault("late", pause=0.2)] * 2]
-    asked(endpoint(server))
+def test_a_refusal_for_its_rate_slows_everybody(
+    server: Server, calm: dict[tuple[int, int], TextAnswer]
+) -> None:
+    """`calm`: the model has warmed up, so that the others are answered well within the wait."""
+    server.faults = [Fault(429, {"Retry-After": "1.2"}), *[Fault("late", pause=0.2)] * 2]
+    assert asked(endpoint(server)) == calm
     refused = next(seen for seen in server.seen if seen.fault == 429)
     later = [seen.came - refused.left for seen in server.seen[3:]]
     assert len(server.paid) == PROMPTS and len(later) == PROMPTS - 2
-    assert min(later) > 0.59
+    assert min(later) > 1.19
 
 
 def test_a_rate_is_kept_to_before_it_is_refused(server: Server) -> None:
