@@ -27,6 +27,7 @@ class ExitCode(IntEnum):
     PEER_LOST = 17
     INTERRUPTED = 18
     STREAM_DAMAGED = 19
+    ENDPOINT_UNAVAILABLE = 20
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ POLICIES: dict[ExitCode, ExitPolicy] = {
     ),
     ExitCode.STREAM_DAMAGED: ExitPolicy(
         reasons.STREAM_DAMAGED, True, True, "a shard is damaged; the teacher writes it again first"
+    ),
+    ExitCode.ENDPOINT_UNAVAILABLE: ExitPolicy(
+        reasons.ENDPOINT_UNAVAILABLE, True, True, "the teacher's server did not answer in all tries"
     ),
 }
 

@@ -59,7 +59,8 @@ class TeacherWorkers(ApiModel):
         1,
         ge=0,
         le=16,
-        description="GPUs of a writer, over which the teacher's layers are split; 0 runs on the CPU.",
+        description="GPUs of a writer, over which the teacher's layers are split; 0 runs on the CPU. "
+        "Writers that ask an endpoint get none.",
     )
     byte_budget: str | None = Field(
         None,
@@ -98,7 +99,8 @@ class Teacher(ApiModel):
         None, description="The model of another job; waits for it."
     )
     endpoint: Endpoint | None = Field(
-        None, description="A server that is asked for text; for signals of text."
+        None,
+        description="A server that is asked: for text, or for Logits with payload Sparse at T = 1.",
     )
     delivery: Literal["Online", "Stream"] = Field(
         "Stream",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoint_kit import Server, serving
 from operator_kit import wait_for
 
+from e2e.endpoint import small_mind
 from e2e.kit import SLOW_SECONDS, Team
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2 * SLOW_SECONDS)]
@@ -16,14 +19,22 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yam
 
 
 @pytest.fixture(scope="module")
-def applied(team: Team) -> dict[str, list[dict[str, Any]]]:
+def server() -> Iterator[Server]:
+    """The endpoint that an example's teacher is behind."""
+    with serving(small_mind()) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def applied(team: Team, server: Server) -> dict[str, list[dict[str, Any]]]:
     """All examples at once, once the teacher that three of them name is in its place."""
     team.apply(team.tuned("tiny", training={"maxSteps": 4}, workers={"nodes": 1}))
     model = team.objects(team.ends("tiny", "Completed")["model"]["uri"])
     client, bucket = team.handle.s3.client(), team.handle.s3.bucket
     for name, body in model.items():
         client.put_object(Bucket=bucket, Key=f"models/tiny/{name}", Body=body)
-    documents = {path.name: team.example(path) for path in EXAMPLES}
+    team.kubectl("create", "secret", "generic", "vllm", "--from-literal=API_KEY=sk-1")
+    documents = {path.name: team.example(path, server.url) for path in EXAMPLES}
     # Backwards, so that students are there before their teachers.
     team.apply(*[one for several in documents.values() for one in reversed(several)])
     return documents

@@ -62,9 +62,9 @@ def _preflight(run: RunSpec) -> tuple[ExitCode, Outcome]:
 
 
 def _teacher(run: RunSpec) -> tuple[ExitCode, Outcome]:
-    shards = run.spec.teacher.workers.gpus_per_replica if run.spec.teacher else 1
-    if shards > 1:
-        return _split_teacher(shards)
+    teacher = run.spec.teacher
+    if teacher is not None and teacher.endpoint is None and teacher.workers.gpus_per_replica > 1:
+        return _split_teacher(teacher.workers.gpus_per_replica)
     from kubedistill_trainer import exporter
 
     signal.signal(signal.SIGTERM, interrupt)

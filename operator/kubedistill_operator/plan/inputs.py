@@ -10,6 +10,7 @@ from typing import Any
 from kubedistill_api.data import DataSource
 from kubedistill_api.job import Distill, DistillationJobSpec
 from kubedistill_api.runspec import Problem, ResolvedModel
+from kubedistill_api.teacher import Teacher
 from pydantic import ValidationError
 
 IMMUTABLE_PARTS = (
@@ -177,10 +178,7 @@ def _text_problems(spec: DistillationJobSpec, refuse: Any) -> None:
     if text and teacher is not None and teacher.delivery != "Stream":
         refuse("teacher.delivery", teacher.delivery, "text needs `delivery: Stream`")
     if teacher is not None and teacher.endpoint is not None and not text:
-        refuse(
-            "distill.signal", distill.signal,
-            "an endpoint gives text: write `Responses` or `ChainOfThought`",
-        )  # fmt: skip
+        _scored_problems(spec, distill.objective.temperature, teacher, refuse)
     if distill.generation is not None and not text:
         refuse("distill.generation", "settings", "they are for signals of text: leave them out")
     samples = distill.generation.samples if distill.generation else 1
@@ -197,6 +195,29 @@ def _gate_problems(spec: DistillationJobSpec, refuse: Any) -> None:
             refuse(f"gates[{index}]", "no bound", "give `min` or `max`")
         elif gate.min is not None and gate.max is not None and gate.min > gate.max:
             refuse(f"gates[{index}].min", f"{gate.min:g}", f"at most `max`, {gate.max:g}")
+
+
+def _scored_problems(
+    spec: DistillationJobSpec, temperature: float, teacher: Teacher, refuse: Any
+) -> None:
+    """What logits of an endpoint ask for: only the likeliest are known, and only at T = 1."""
+    if (teacher.payload, teacher.delivery) != ("Sparse", "Stream"):
+        refuse(
+            "teacher.payload", f"{teacher.payload} with `delivery: {teacher.delivery}`",
+            "an endpoint gives text, or the likeliest tokens' probabilities: write `distill.signal: "
+            "Responses`, or `payload: Sparse` with `delivery: Stream`",
+        )  # fmt: skip
+    others = {temperature, *teacher.temperatures} - {1.0}
+    if others:
+        refuse(
+            "distill.objective.temperature", ", ".join(f"{t:g}" for t in sorted(others)),
+            "an endpoint gives probabilities at temperature 1 only: write 1, and no other in "
+            "spec.teacher.temperatures",
+        )  # fmt: skip
+    if spec.data.tokenizer is None:
+        refuse("data.tokenizer", "nothing", "give the endpoint's tokenizer, which it does not show")
+    if teacher.endpoint is not None and teacher.endpoint.max_cost is not None:
+        refuse("teacher.endpoint.maxCost", "a limit", "it counts text only: leave it out")
 
 
 def _thought_problems(distill: Distill, samples: int, refuse: Any) -> None:

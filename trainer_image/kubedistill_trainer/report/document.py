@@ -110,11 +110,17 @@ def _job(run: RunSpec) -> dict[str, Any]:
 
 
 def _teacher(run: RunSpec) -> dict[str, Any] | None:
-    if run.teacher_model is None or run.spec.teacher is None:
-        return None
     teacher = run.spec.teacher
+    if teacher is None:
+        return None
     payload = {"payload": teacher.payload} if teacher.delivery == "Stream" else {}
-    return {**run.teacher_model.to_wire(), "delivery": teacher.delivery, **payload}
+    if teacher.endpoint is not None:
+        who = {"uri": teacher.endpoint.url, "model": teacher.endpoint.model}
+    elif run.teacher_model is not None:
+        who = run.teacher_model.to_wire()
+    else:
+        return None
+    return {**who, "delivery": teacher.delivery, **payload}
 
 
 def _amount(dataset: Dataset, samples: Ids) -> dict[str, int]:

@@ -55,7 +55,8 @@ class StreamIdentity(_Frozen):
     """Rows of the teacher's LM head, padding included."""
     visible_vocab_size: int = Field(ge=1)
     """Ids that the student knows too; the teacher's entries from here on count as −inf."""
-    hidden_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=0)
+    """0 where it is not known, as of a teacher behind a server."""
     dataset_digest: Digest
     packing_digest: Digest
     sequence_length: int = Field(ge=1)
@@ -90,6 +91,16 @@ class StreamIdentity(_Frozen):
         return f"streams/{self.digest()}"
 
 
+class Origin(_Frozen):
+    """The server that a stream's log-probabilities come from; they are its own at `temperature`."""
+
+    url: str
+    model: str
+    way: str
+    """What it was asked for: `prompt_logprobs` or `echo`."""
+    temperature: float = 1.0
+
+
 class Manifest(_Frozen):
     """`manifest.json`: the identity, and how its samples are laid out."""
 
@@ -101,6 +112,8 @@ class Manifest(_Frozen):
     """Names `head/<sha256>.safetensors`; set when a payload is Hidden."""
     probe: tuple[PayloadProbe, ...] = ()
     """What `payload: Auto` measured before it chose this payload."""
+    origin: Origin | None = None
+    """None for a teacher that ran in pods of its own."""
 
     def partition_of(self, sample: int) -> int:
         """The partition that holds `sample`."""
@@ -123,8 +136,8 @@ def check_identity(found: StreamIdentity, wanted: StreamIdentity) -> None:
 def publish_manifest(store: Store, wanted: Manifest) -> Manifest:
     """Write `manifest.json` if there is none; the manifest that holds is returned.
 
-    `store` is rooted at the storage URI. A manifest that is already there keeps its `partitions`
-    and `probe`; StreamMismatch when its identity, samples or head differ.
+    `store` is rooted at the storage URI. A manifest that is already there keeps its `partitions`,
+    `probe` and `origin`; StreamMismatch when its identity, samples or head differ.
     """
     stream = store.child(wanted.identity.address)
     body = _canonical(wanted.model_dump(mode="json"))
@@ -134,7 +147,7 @@ def publish_manifest(store: Store, wanted: Manifest) -> Manifest:
         found = read_manifest(store, wanted.identity)
         if found is None:
             raise
-        _check_fields(found, wanted, "", ignore=frozenset({"partitions", "probe"}))
+        _check_fields(found, wanted, "", ignore=frozenset({"partitions", "probe", "origin"}))
         return found
     return wanted
 
