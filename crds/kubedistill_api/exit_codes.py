@@ -27,6 +27,7 @@ class ExitCode(IntEnum):
     PEER_LOST = 17
     INTERRUPTED = 18
     STREAM_DAMAGED = 19
+    COST_LIMIT = 20
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ POLICIES: dict[ExitCode, ExitPolicy] = {
     ),
     ExitCode.STREAM_DAMAGED: ExitPolicy(
         reasons.STREAM_DAMAGED, True, True, "a shard is damaged; the teacher writes it again first"
+    ),
+    ExitCode.COST_LIMIT: ExitPolicy(
+        reasons.COST_LIMIT_REACHED, False, False, "the teacher's answers cost as much as they may"
     ),
 }
 

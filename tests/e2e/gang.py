@@ -138,6 +138,20 @@ def model_of(result: Result, job: str) -> ResolvedModel:
     return ResolvedModel(uri=model.uri, digest=model.digest, job=job)
 
 
+def sums() -> str:
+    """Small sums with their results, each worked out as a teacher is to reason. JSON lines."""
+    records = [
+        {
+            "question": f"{a} + {b}?",
+            "worked": f"<think>\n{a} and {b} make {a + b}\n</think>\n\n{a + b}",
+            "sum": a + b,
+        }
+        for a in range(8)
+        for b in range(8)
+    ]
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 def put_inputs(s3: S3Access) -> None:
     """A small part of the demo's text, questions with answers, and a tokenizer, where the examples
     look for them."""
@@ -150,7 +164,11 @@ def put_inputs(s3: S3Access) -> None:
         json.dumps({"question": f"What is said of {name}?", "answer": text.split("\n\n")[1]}) + "\n"
         for name, text in sorted(topics.items())
     )
-    objects = {"data/small.jsonl": lines.encode(), "data/pairs.jsonl": pairs.encode()}
+    objects = {
+        "data/small.jsonl": lines.encode(),
+        "data/pairs.jsonl": pairs.encode(),
+        "data/sums.jsonl": sums().encode(),
+    }
     tokenizer = corpus.tokenizer_files(512)
     objects |= {f"tokenizer/{name}": body for name, body in tokenizer.items()}
     client = s3.client()

@@ -136,7 +136,9 @@ def _complete(step: Pass, outcome: Outcome) -> None:
         )
         draft.update(progress=finished)
     figures = ", ".join(f"{m.name} {m.value:.4g}" for m in outcome.metrics[:6])
-    message = f"{model.parameters:,} parameters" + (f"; {figures}" if figures else "")
+    stream = draft.status.teacher_stream
+    learnt = stream.learnt if stream else ""
+    message = "; ".join(filter(None, [f"{model.parameters:,} parameters", learnt, figures]))
     draft.set(reasons.SUCCEEDED, "True", reasons.COMPLETED, message)
     draft.set(reasons.RUNNING, "False", reasons.COMPLETED)
     draft.set(reasons.SUSPENDED, "False", reasons.NOT_SUSPENDED)

@@ -14,7 +14,7 @@ from kubedistill_api.data import DataSource
 from kubedistill_api.runspec import RunSpec
 from kubedistill_api.status import Metric
 
-from kubedistill_trainer.data.dataset import Dataset
+from kubedistill_trainer.data.dataset import Dataset, learns_text
 from kubedistill_trainer.data.order import Ids
 from kubedistill_trainer.data.packing import IGNORED
 from kubedistill_trainer.methods.history import Point
@@ -22,6 +22,8 @@ from kubedistill_trainer.methods.watch import Watch
 from kubedistill_trainer.report.card import card, student_text
 from kubedistill_trainer.report.figures import BINS, Calibration, Evaluation, Slice
 from kubedistill_trainer.report.page import page
+from kubedistill_trainer.report.teacher_text import taught_text
+from kubedistill_trainer.teacher.learn import TaughtText
 
 SCHEMA_VERSION = 1
 
@@ -38,6 +40,7 @@ class Finished:
     history: Sequence[Point]
     watch: Watch
     exported_step: int | None
+    taught: TaughtText | None = None
 
 
 def files(finished: Finished, content: dict[str, Any]) -> dict[str, str]:
@@ -58,6 +61,7 @@ def document(finished: Finished) -> dict[str, Any]:
         "job": _job(run),
         "student": {"parameters": finished.parameters, "start": student_text(run)},
         "teacher": _teacher(run),
+        "teacherText": taught_text(run.spec, finished.taught),
         "objective": run.spec.distill.objective.to_wire() if run.spec.distill else None,
         "data": {
             "sources": list(dataset.sources),
@@ -108,11 +112,18 @@ def _job(run: RunSpec) -> dict[str, Any]:
 
 
 def _teacher(run: RunSpec) -> dict[str, Any] | None:
-    if run.teacher_model is None or run.spec.teacher is None:
+    teacher, model = run.spec.teacher, run.teacher_model
+    if teacher is None:
         return None
-    teacher = run.spec.teacher
-    payload = {"payload": teacher.payload} if teacher.delivery == "Stream" else {}
-    return {**run.teacher_model.to_wire(), "delivery": teacher.delivery, **payload}
+    if teacher.endpoint is not None:
+        return {"uri": teacher.endpoint.url, "model": teacher.endpoint.model, "payload": "Text"}
+    if model is None:
+        return None
+    text = learns_text(run.spec)
+    payload = (
+        {"payload": "Text" if text else teacher.payload} if teacher.delivery == "Stream" else {}
+    )
+    return {**model.to_wire(), "delivery": teacher.delivery, **payload}
 
 
 def _amount(dataset: Dataset, samples: Ids) -> dict[str, int]:

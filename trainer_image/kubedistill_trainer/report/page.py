@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kubedistill_trainer.report import sections
+from kubedistill_trainer.report import sections, teacher_text
 from kubedistill_trainer.report.markup import Markup, join, tag
 
 Section = Callable[[Mapping[str, Any]], Markup | None]
 SECTIONS: tuple[Section, ...] = (
     sections.summary,
     sections.figures,
+    teacher_text.section,
     sections.trials,
     sections.slices,
     sections.losses,
