@@ -27,7 +27,8 @@ class ExitCode(IntEnum):
     PEER_LOST = 17
     INTERRUPTED = 18
     STREAM_DAMAGED = 19
-    COST_LIMIT = 20
+    ENDPOINT_UNAVAILABLE = 20
+    COST_LIMIT = 21
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ POLICIES: dict[ExitCode, ExitPolicy] = {
     ),
     ExitCode.STREAM_DAMAGED: ExitPolicy(
         reasons.STREAM_DAMAGED, True, True, "a shard is damaged; the teacher writes it again first"
+    ),
+    ExitCode.ENDPOINT_UNAVAILABLE: ExitPolicy(
+        reasons.ENDPOINT_UNAVAILABLE, True, True, "the teacher's server did not answer in all tries"
     ),
     ExitCode.COST_LIMIT: ExitPolicy(
         reasons.COST_LIMIT_REACHED, False, False, "the teacher's answers cost as much as they may"

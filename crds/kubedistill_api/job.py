@@ -219,6 +219,39 @@ class Checkpoint(ApiModel):
     keep_last: int = Field(3, ge=1, le=100, description="Commits that are kept.")
 
 
+def _scored_rules() -> list[dict[str, Any]]:
+    """What logits of an endpoint ask for: only the likeliest are known, and only at T = 1."""
+    scored = (
+        "!has(self.distill) || !has(self.teacher) || !has(self.teacher.endpoint) || "
+        "self.distill.signal != 'Logits' || "
+    )
+    return [
+        cel(
+            scored + "(self.teacher.payload == 'Sparse' && self.teacher.delivery == 'Stream')",
+            "an endpoint gives text, or the likeliest tokens' probabilities: write `distill.signal: "
+            "Responses` or `ChainOfThought`, or `payload: Sparse` with `delivery: Stream`",
+            ".teacher.payload",
+        ),
+        cel(
+            scored + "(self.distill.objective.temperature == 1.0 && "
+            "self.teacher.temperatures.all(t, t == 1.0))",
+            "an endpoint gives probabilities at temperature 1 only: write "
+            "`distill.objective.temperature: 1`, and no other in `teacher.temperatures`",
+            ".distill.objective.temperature",
+        ),
+        cel(
+            scored + "has(self.data.tokenizer)",
+            "an endpoint does not show its tokenizer: give `data.tokenizer: {uri: s3://…}`, the same",
+            ".data",
+        ),
+        cel(
+            scored + "!has(self.teacher.endpoint.maxCost)",
+            "`maxCost` counts text only: leave it out with `signal: Logits`",
+            ".teacher.endpoint.maxCost",
+        ),
+    ]
+
+
 _IMMUTABLE = (
     "distill", "fineTune", "teacher", "student", "data", "training", "workers", "storage", "checkpoint",
 )  # fmt: skip
@@ -273,12 +306,7 @@ class DistillationJobSpec(ApiModel):
                 "a teacher's text is written before it is learnt: write `teacher.delivery: Stream`",
                 ".teacher.delivery",
             ),
-            cel(
-                "!has(self.distill) || !has(self.teacher) || !has(self.teacher.endpoint) || "
-                "self.distill.signal != 'Logits'",
-                "an endpoint gives text: write `distill.signal: Responses` or `ChainOfThought`",
-                ".distill.signal",
-            ),
+            *_scored_rules(),
             cel(
                 "!has(self.teacher) || !has(self.teacher.endpoint) || !has(self.student.fromTeacher)",
                 "a student cannot begin as a teacher behind an endpoint: give `student.model`, "

@@ -30,6 +30,8 @@ EXPORTER_PORT = 9400
 """Local rank r of a pod serves /metrics on this port + r; rank 0's also serves /progress."""
 
 SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+API_KEY = "API_KEY"
+"""Key of a teacher's endpoint: in its Secret, and in the environment of who asks."""
 
 _RENDEZVOUS_FIRST_PORT = 20_000
 _RENDEZVOUS_PORTS = 10_000

@@ -58,6 +58,7 @@ UNREADABLE_INPUT = "UnreadableInput"
 SECRET_NOT_FOUND = "SecretNotFound"  # noqa: S105 - a reason, not a secret
 OUT_OF_MEMORY = "OutOfMemory"
 STORAGE_UNAVAILABLE = "StorageUnavailable"
+ENDPOINT_UNAVAILABLE = "EndpointUnavailable"
 STALLED = "Stalled"
 PEER_LOST = "PeerLost"
 INTERRUPTED = "Interrupted"
@@ -127,14 +128,17 @@ WHAT_TO_DO: dict[str, str] = {
     INVALID_SPEC: "Correct the field that the message names.",
     UNREADABLE_INPUT: "Correct the data, model or stream that the message names.",
     SECRET_NOT_FOUND: (
-        "Create the Secret that the message names, with AWS_ACCESS_KEY_ID and "
-        "AWS_SECRET_ACCESS_KEY; the job goes on by itself."
+        "Create the Secret with the keys that the message names; the job goes on by itself."
     ),
     OUT_OF_MEMORY: (
         "Lower training.microBatchSize or data.sequenceLength, raise "
         "training.deepSpeed.zeroStage, or give more memory."
     ),
     STORAGE_UNAVAILABLE: "Check the object store and spec.storage.endpoint.",
+    ENDPOINT_UNAVAILABLE: (
+        "Check the server at spec.teacher.endpoint.url, and that the pods reach it; answers that "
+        "were committed are not asked for again."
+    ),
     STALLED: (
         "Look at the pods' logs of that attempt; raise stallTimeoutSeconds when steps are "
         "really that slow."

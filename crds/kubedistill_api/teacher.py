@@ -27,6 +27,15 @@ class Price(ApiModel):
 class Endpoint(ApiModel):
     """A server of OpenAI's chat-completions API: vLLM, SGLang, a vendor's."""
 
+    model_config = rules(
+        [
+            cel(
+                "!has(self.maxCost) || has(self.price)",
+                "a cost is counted by `price` only: give `price` beside `maxCost`",
+                ".maxCost",
+            )
+        ]
+    )
     url: str = Field(
         pattern=r"^https?://[^\s?#]+$",
         max_length=1024,
@@ -59,7 +68,8 @@ class TeacherWorkers(ApiModel):
         1,
         ge=0,
         le=16,
-        description="GPUs of a writer, over which the teacher's layers are split; 0 runs on the CPU.",
+        description="GPUs of a writer, over which the teacher's layers are split; 0 runs on the CPU. "
+        "Writers that ask an endpoint get none.",
     )
     byte_budget: str | None = Field(
         None,
@@ -98,7 +108,8 @@ class Teacher(ApiModel):
         None, description="The model of another job; waits for it."
     )
     endpoint: Endpoint | None = Field(
-        None, description="A server that is asked for text; for signals of text."
+        None,
+        description="A server that is asked: for text, or for Logits with payload Sparse at T = 1.",
     )
     delivery: Literal["Online", "Stream"] = Field(
         "Stream",

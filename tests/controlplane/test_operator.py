@@ -53,7 +53,14 @@ def distilling(name: str, pods: dict[str, Any], **spec: Any) -> dict[str, Any]:
 
 
 ASKED = {"uri": "s3://data/x.jsonl", "origin": "Teacher", "promptField": "q"}
-BAD = [
+SCORED: dict[str, Any] = {
+    "model": None,
+    "fromJob": None,
+    "endpoint": {"url": "http://x/v1", "model": "m"},
+    "payload": "Sparse",
+}
+TOKENIZED = {"sources": [{"uri": "s3://data/x.jsonl"}], "tokenizer": {"uri": "s3://models/t"}}
+BAD: list[tuple[str, dict[str, Any], str]] = [
     ("unknown-field", {"nonsense": 1}, "nonsense"),
     ("two-methods", {"fineTune": {}}, "exactly one method"),
     ("no-teacher", {"teacher": None}, "needs a `teacher`"),
@@ -119,7 +126,39 @@ BAD = [
                 "endpoint": {"url": "http://x/v1", "model": "m"},
             }
         },
-        "an endpoint gives text",
+        "an endpoint gives text, or the likeliest tokens",
+    ),
+    (
+        "endpoint-warm",
+        {
+            "teacher": {**SCORED, "temperatures": [1]},
+            "distill": {"objective": {"temperature": 2}},
+            "data": TOKENIZED,
+        },
+        "write `distill.objective.temperature: 1`",
+    ),
+    (
+        "endpoint-warm-trials",
+        {
+            "teacher": {**SCORED, "temperatures": [1, 2]},
+            "distill": {"objective": {"temperature": 1}},
+            "data": TOKENIZED,
+        },
+        "no other in `teacher.temperatures`",
+    ),
+    (
+        "endpoint-ids",
+        {"teacher": SCORED, "distill": {"objective": {"temperature": 1}}},
+        "give `data.tokenizer",
+    ),
+    (
+        "endpoint-costs",
+        {
+            "teacher": {**SCORED, "endpoint": {**SCORED["endpoint"], "maxCost": 5}},
+            "distill": {"objective": {"temperature": 1}},
+            "data": TOKENIZED,
+        },
+        "`maxCost` counts text only",
     ),
     (
         "two-teachers",

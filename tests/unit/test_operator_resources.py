@@ -145,6 +145,47 @@ def test_credentials_come_by_reference_only() -> None:
     assert len(by_name) == len(env)
 
 
+def test_the_endpoints_key_reaches_those_who_ask_and_never_the_student() -> None:
+    endpoint = {"url": "https://api/v1", "model": "big", "secretRef": {"name": "vendor"}}
+    whole = parsed(
+        student={"config": {"model_type": "llama"}},
+        teacher={"endpoint": endpoint, "workers": {"replicas": 2, "gpusPerReplica": 4}},
+        distill={"signal": "Responses"},
+        data={
+            "tokenizer": {"uri": "s3://models/t"},
+            "sources": [{"uri": "s3://data/p.jsonl", "promptField": "q", "origin": "Teacher"}],
+        },
+    )
+    asking = [
+        batch_jobs.preflight(OWNER, whole, IMAGE, name="small-p1", tries=1, generation=1),
+        batch_jobs.teacher(OWNER, whole, IMAGE),
+    ]
+    entry = {"secretKeyRef": {"name": "vendor", "key": "API_KEY"}}
+    for job in asking:
+        [container] = job["spec"]["template"]["spec"]["containers"]
+        assert {"name": "API_KEY", "valueFrom": entry} in container["env"]
+        assert "resources" not in container
+    student = batch_jobs.gang_template(OWNER, whole, IMAGE, attempt=1, grace_seconds=9)
+    silent = [student, batch_jobs.report(OWNER, whole, IMAGE)["spec"]["template"]]
+    for pod in silent:
+        assert "API_KEY" not in {e["name"] for e in pod["spec"]["containers"][0]["env"]}
+        assert "vendor" not in str(pod)
+
+
+def test_an_endpoint_without_a_secret_gets_no_key() -> None:
+    whole = parsed(
+        student={"config": {"model_type": "llama"}},
+        teacher={"endpoint": {"url": "http://vllm/v1", "model": "big"}},
+        distill={"signal": "Responses"},
+        data={
+            "tokenizer": {"uri": "s3://models/t"},
+            "sources": [{"uri": "s3://data/p.jsonl", "promptField": "q", "origin": "Teacher"}],
+        },
+    )
+    [container] = batch_jobs.teacher(OWNER, whole, IMAGE)["spec"]["template"]["spec"]["containers"]
+    assert "API_KEY" not in {e["name"] for e in container["env"]}
+
+
 def test_a_template_is_merged_but_cannot_hide_the_pod() -> None:
     template = {
         "metadata": {"labels": {names.LABEL_JOB: "other", "team": "x"}},

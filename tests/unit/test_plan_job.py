@@ -46,6 +46,17 @@ def test_first_visit_sets_every_condition_and_the_summaries() -> None:
     assert isinstance(plan.actions[0], CreatePreflight)
 
 
+def scored(teacher: dict[str, Any]) -> dict[str, Any]:
+    """What makes a job learn the logits of an endpoint, with changes of its teacher."""
+    endpoint = {"url": "http://x/v1", "model": "m"}
+    return {
+        "teacher": {"endpoint": endpoint, "payload": "Sparse", **teacher},
+        "student": {"config": {"model_type": "llama"}},
+        "distill": {"objective": {"temperature": 1}},
+        "data": {"sources": [{"uri": "s3://data/x.jsonl"}], "tokenizer": {"uri": "s3://models/t"}},
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -71,6 +82,20 @@ def test_first_visit_sets_every_condition_and_the_summaries() -> None:
         (
             {"distill": {"objective": {"loss": "Mix", "mix": {}}}},
             ["spec.distill.objective.mix", "no weight above 0"],
+        ),
+        (
+            {"teacher": {"endpoint": {"url": "http://x/v1", "model": "m"}}},
+            ["spec.teacher.payload", "found Hidden", "payload: Sparse",
+             "spec.distill.objective.temperature: found 4", "spec.data.tokenizer"],
+        ),
+        (
+            scored({"temperatures": [1, 2]}),
+            ["spec.distill.objective.temperature: found 2", "spec.teacher.temperatures"],
+        ),
+        (scored({"delivery": "Online"}), ["spec.teacher.payload", "delivery: Online"]),
+        (
+            scored({"endpoint": {"url": "http://x/v1", "model": "m", "maxCost": 1}}),
+            ["spec.teacher.endpoint.maxCost"],
         ),
     ],
 )  # fmt: skip
@@ -164,6 +189,41 @@ def test_a_store_that_is_down_is_tried_again_and_given_up() -> None:
     last = replace(pod, attempt=7)
     given_up = settled(preflight_seen(failed | {"tries": 7}, last))
     assert state(given_up) == ("False", reasons.BACKOFF_LIMIT_EXCEEDED)
+
+
+def test_logits_of_an_endpoint_are_learnt_where_it_is_said_how() -> None:
+    plan = settled(observed(spec=spec(**scored({}))))
+    assert reason(plan) == reasons.VALIDATING
+
+
+@pytest.mark.parametrize(
+    ("told", "named"),
+    [
+        ('secret "vendor" not found', "vendor with API_KEY"),
+        ("couldn't find key API_KEY in Secret ml/both", "both with API_KEY"),
+        ('secret "s3" not found', "s3 with AWS_ACCESS_KEY_ID and"),
+        ("couldn't find key AWS_ACCESS_KEY_ID in Secret ml/both", "both with AWS_ACCESS_KEY_ID"),
+        ('secret "of-a-volume" not found', ""),
+    ],
+)
+def test_of_two_secrets_the_missing_one_is_named(told: str, named: str) -> None:
+    waiting = PodView(
+        "p", names.ROLE_PREFLIGHT, 1, waiting_reason="CreateContainerConfigError",
+        waiting_message=told,
+    )  # fmt: skip
+    vendor, store = ("both", "both") if "both" in told else ("vendor", "s3")
+    changes = scored({})
+    changes["teacher"]["endpoint"]["secretRef"] = {"name": vendor}
+    changes["storage"] = {"uri": "s3://runs/x", "secretRef": {"name": store}}
+    plan = settled(preflight_seen({}, waiting, spec=spec(**changes)))
+    if named:
+        assert state(plan) == ("Unknown", reasons.SECRET_NOT_FOUND)
+        assert f"Secret {named}" in message(plan)
+        field = "teacher.endpoint" if "API_KEY" in named else "storage"
+        assert f"spec.{field}.secretRef.name" in message(plan)
+    else:
+        assert state(plan) == ("Unknown", reasons.POD_NOT_STARTING)
+        assert "of-a-volume" in message(plan)
 
 
 def test_a_missing_secret_is_named() -> None:

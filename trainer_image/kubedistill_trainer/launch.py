@@ -62,9 +62,9 @@ def _preflight(run: RunSpec) -> tuple[ExitCode, Outcome]:
 
 
 def _teacher(run: RunSpec) -> tuple[ExitCode, Outcome]:
-    shards = run.spec.teacher.workers.gpus_per_replica if run.spec.teacher else 1
-    if shards > 1:
-        return _split_teacher(shards)
+    teacher = run.spec.teacher
+    if teacher is not None and teacher.endpoint is None and teacher.workers.gpus_per_replica > 1:
+        return _split_teacher(teacher.workers.gpus_per_replica)
     from kubedistill_trainer import exporter
     from kubedistill_trainer.data.dataset import learns_text
 
@@ -74,7 +74,9 @@ def _teacher(run: RunSpec) -> tuple[ExitCode, Outcome]:
     partition = int(os.environ.get("JOB_COMPLETION_INDEX", "0"))
     context = Context(run, scratch_directory(), partition=partition)
     with quiet_collector():
-        if learns_text(run.spec):
+        if learns_text(run.spec) and run.teacher_model is None:
+            from kubedistill_trainer.methods.write_text import run_endpoint_teacher as write
+        elif learns_text(run.spec):
             from kubedistill_trainer.methods.own_teacher import run_own_teacher as write
         else:
             from kubedistill_trainer.methods.generate import run_teacher as write

@@ -24,6 +24,7 @@ from kubedistill_trainer.models.folder import read_config
 from kubedistill_trainer.models.sizes import check_layers, decoder_parameters
 from kubedistill_trainer.store import preflight as check_store
 from kubedistill_trainer.teacher.digest import teacher_digest
+from kubedistill_trainer.teacher.endpoint_preflight import check_endpoint
 from kubedistill_trainer.teacher.request import resolved, stream_request
 
 _OVERHEAD_BYTES = 600 << 20
@@ -37,6 +38,7 @@ def run_preflight(context: Context) -> Outcome:
     if learns_text(run.spec):
         return _text_preflight(context)
     dataset = load_dataset(run, context.open_store)
+    check_endpoint(run.spec, dataset.tokenizer)
     teacher_config = _teacher_config(context)
     _check_tokenizers(context, dataset.tokenizer, dataset.template)
     _check_features(context, dataset, teacher_config)
@@ -61,6 +63,8 @@ def _text_preflight(context: Context) -> Outcome:
     run = context.run
     teacher_config = _teacher_config(context)
     text = check_text(context, teacher_config)
+    if text.dataset is None:
+        check_endpoint(run.spec, text.tokenizer)
     _check_tokenizers(context, text.tokenizer, None)
     _check_split(context, teacher_config)
     parameters = _student_parameters(context, text.tokenizer, teacher_config)

@@ -118,11 +118,10 @@ _NOT_STARTING = frozenset(
 )  # fmt: skip
 
 
-def secret_missing(pods: Sequence[PodView]) -> bool:
-    """Whether a pod waits for a Secret (or a key of it) that is not there."""
-    return any(
-        pod.active
-        and pod.waiting_reason == "CreateContainerConfigError"
-        and ("secret" in pod.waiting_message.lower())
-        for pod in pods
-    )
+def secret_missing(pods: Sequence[PodView]) -> str:
+    """The kubelet's words of a Secret (or a key of it) that a pod waits for; empty where none does."""
+    for pod in pods:
+        waits = pod.active and pod.waiting_reason == "CreateContainerConfigError"
+        if waits and "secret" in pod.waiting_message.lower():
+            return pod.waiting_message
+    return ""

@@ -10,6 +10,7 @@ from typing import Any
 from kubedistill_api.data import DataSource
 from kubedistill_api.job import Distill, DistillationJobSpec
 from kubedistill_api.runspec import Problem, ResolvedModel
+from kubedistill_api.teacher import Teacher
 from pydantic import ValidationError
 
 IMMUTABLE_PARTS = (
@@ -171,15 +172,17 @@ def _text_problems(spec: DistillationJobSpec, refuse: Any) -> None:
         _fields_problem(source, f"data.sources[{index}]", refuse)
     if teacher is not None and teacher.endpoint is not None and spec.student.from_teacher:
         refuse("student.fromTeacher", "a teacher behind an endpoint", "use another start")
+    endpoint = teacher.endpoint if teacher is not None else None
+    if endpoint is not None and endpoint.max_cost is not None and endpoint.price is None:
+        refuse(
+            "teacher.endpoint.price", "nothing", "give it beside `maxCost`: costs are counted by it"
+        )
     if distill is None:
         return
     if text and teacher is not None and teacher.delivery != "Stream":
         refuse("teacher.delivery", teacher.delivery, "text needs `delivery: Stream`")
     if teacher is not None and teacher.endpoint is not None and not text:
-        refuse(
-            "distill.signal", distill.signal,
-            "an endpoint gives text: write `Responses` or `ChainOfThought`",
-        )  # fmt: skip
+        _scored_problems(spec, distill.objective.temperature, teacher, refuse)
     if distill.generation is not None and not text:
         refuse("distill.generation", "settings", "they are for signals of text: leave them out")
     samples = distill.generation.samples if distill.generation else 1
@@ -188,6 +191,29 @@ def _text_problems(spec: DistillationJobSpec, refuse: Any) -> None:
     _thought_problems(distill, samples, refuse)
     if text and distill.objective.features:
         refuse("distill.objective.features", "layers", "a teacher's text has none: leave it out")
+
+
+def _scored_problems(
+    spec: DistillationJobSpec, temperature: float, teacher: Teacher, refuse: Any
+) -> None:
+    """What logits of an endpoint ask for: only the likeliest are known, and only at T = 1."""
+    if (teacher.payload, teacher.delivery) != ("Sparse", "Stream"):
+        refuse(
+            "teacher.payload", f"{teacher.payload} with `delivery: {teacher.delivery}`",
+            "an endpoint gives text, or the likeliest tokens' probabilities: write `distill.signal: "
+            "Responses`, or `payload: Sparse` with `delivery: Stream`",
+        )  # fmt: skip
+    others = {temperature, *teacher.temperatures} - {1.0}
+    if others:
+        refuse(
+            "distill.objective.temperature", ", ".join(f"{t:g}" for t in sorted(others)),
+            "an endpoint gives probabilities at temperature 1 only: write 1, and no other in "
+            "spec.teacher.temperatures",
+        )  # fmt: skip
+    if spec.data.tokenizer is None:
+        refuse("data.tokenizer", "nothing", "give the endpoint's tokenizer, which it does not show")
+    if teacher.endpoint is not None and teacher.endpoint.max_cost is not None:
+        refuse("teacher.endpoint.maxCost", "a limit", "it counts text only: leave it out")
 
 
 def _thought_problems(distill: Distill, samples: int, refuse: Any) -> None:

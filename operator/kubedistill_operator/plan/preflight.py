@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from kubedistill_api import reasons
 from kubedistill_api.exit_codes import ExitCode, policy
-from kubedistill_api.names import ROLE_PREFLIGHT, SECRET_KEYS, preflight_name
+from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.names import API_KEY, ROLE_PREFLIGHT, SECRET_KEYS, preflight_name
 from kubedistill_api.runspec import Outcome
 
 from kubedistill_operator.plan.actions import CreatePreflight, DeleteBatchJob, Inputs
@@ -105,13 +108,31 @@ def _refused(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> None:
         draft.look_again(wait - passed)
 
 
+def _missing_secret(spec: DistillationJobSpec, told: str) -> tuple[str, str, str] | None:
+    """(name, keys, field) of the Secret that the kubelet misses, by its words; None for another's."""
+    endpoint = spec.teacher.endpoint if spec.teacher else None
+    wanted = []
+    if endpoint is not None and endpoint.secret_ref is not None:
+        field = "spec.teacher.endpoint.secretRef"
+        wanted.append((endpoint.secret_ref.name, API_KEY, field))
+    if spec.storage.secret_ref is not None:
+        field = "spec.storage.secretRef"
+        wanted.append((spec.storage.secret_ref.name, " and ".join(SECRET_KEYS), field))
+    # Both may name one Secret that lacks one of the keys: then the key is in the words.
+    by_key = [entry for entry in wanted if any(key in told for key in entry[1].split(" and "))]
+    named = [
+        entry for entry in wanted if re.search(rf"(?<![\w.-]){re.escape(entry[0])}(?![\w.-])", told)
+    ]
+    return next(iter(by_key or named), None)
+
+
 def _waiting(step: Pass, pods: list[PodView]) -> None:
-    secret = step.spec.storage.secret_ref
-    if secret is not None and secret_missing(pods):
+    wanted = _missing_secret(step.spec, secret_missing(pods))
+    if wanted is not None:
+        name, keys, field = wanted
         message = (
-            f"Secret {secret.name} with {' and '.join(SECRET_KEYS)} is not in namespace "
-            f"{step.seen.namespace}: create it, or correct spec.storage.secretRef.name; "
-            "the job goes on by itself"
+            f"Secret {name} with {keys} is not in namespace {step.seen.namespace}: create it, or "
+            f"correct {field}.name; the job goes on by itself"
         )
         if step.draft.set(reasons.VALIDATED, "False", reasons.SECRET_NOT_FOUND, message):
             step.draft.tell(reasons.SECRET_NOT_FOUND, message, warning=True)

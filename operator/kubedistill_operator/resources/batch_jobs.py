@@ -45,6 +45,7 @@ def preflight(
         role=names.ROLE_PREFLIGHT,
         labels=labels,
         config_map=name,
+        api_key_secret=_api_key_secret(spec),
         template=preflight_part(spec.workers.template),
     )
     annotations = {GENERATION_ANNOTATION: str(generation), TRY_ANNOTATION: str(tries)}
@@ -92,8 +93,9 @@ def teacher(
         labels=labels,
         config_map=name,
         grace_seconds=_WRITER_GRACE_SECONDS,
-        gpus=workers.gpus_per_replica,
+        gpus=0 if spec.teacher.endpoint else workers.gpus_per_replica,
         gpu_resource_name=spec.workers.gpu_resource_name,
+        api_key_secret=_api_key_secret(spec),
         template=workers.template,
     )
     return _job(
@@ -117,6 +119,12 @@ def teacher(
             "template": pod_template(shape, spec.storage, trainer),
         },
     )
+
+
+def _api_key_secret(spec: DistillationJobSpec) -> str:
+    """The Secret with the key of the teacher's endpoint, if it has one. Never the student's."""
+    endpoint = spec.teacher.endpoint if spec.teacher else None
+    return endpoint.secret_ref.name if endpoint and endpoint.secret_ref else ""
 
 
 def gang_template(

@@ -39,6 +39,8 @@ class PodShape:
     gpus: int = 0
     gpu_resource_name: str = "nvidia.com/gpu"
     subdomain: str = ""
+    api_key_secret: str = ""
+    """Secret with the key of the teacher's endpoint, for those who ask it."""
     template: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -88,7 +90,7 @@ def _container(shape: PodShape, storage: Storage, trainer: TrainerImage) -> dict
         "name": names.CONTAINER,
         "image": trainer.image,
         "args": [shape.role],
-        "env": environment(storage, trainer.env),
+        "env": environment(storage, trainer.env, shape.api_key_secret),
         "ports": _ports(shape),
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -114,7 +116,9 @@ def _container(shape: PodShape, storage: Storage, trainer: TrainerImage) -> dict
     return container
 
 
-def environment(storage: Storage, extra: Mapping[str, str]) -> list[dict[str, Any]]:
+def environment(
+    storage: Storage, extra: Mapping[str, str], api_key_secret: str = ""
+) -> list[dict[str, Any]]:
     """Variables of a trainer's container; credentials only by reference."""
     env: list[dict[str, Any]] = [
         {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
@@ -127,16 +131,16 @@ def environment(storage: Storage, extra: Mapping[str, str]) -> list[dict[str, An
     env.append({"name": "HOME", "value": "/tmp"})  # noqa: S108
     env.append({"name": "AWS_REGION", "value": storage.region})
     if storage.secret_ref is not None:
-        env += [
-            {
-                "name": key,
-                "valueFrom": {"secretKeyRef": {"name": storage.secret_ref.name, "key": key}},
-            }
-            for key in names.SECRET_KEYS
-        ]
+        env += [_of_secret(storage.secret_ref.name, key) for key in names.SECRET_KEYS]
+    if api_key_secret:
+        env.append(_of_secret(api_key_secret, names.API_KEY))
     known = {entry["name"] for entry in env}
     env += [{"name": k, "value": v} for k, v in sorted(extra.items()) if k not in known]
     return env
+
+
+def _of_secret(secret: str, key: str) -> dict[str, Any]:
+    return {"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
 
 
 def preflight_part(template: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -20,6 +20,8 @@ from kubedistill_trainer.teacher.text_request import positions_of, question
 _log = logging.getLogger(__name__)
 _ROWS = 32
 """Answers at once, while memory allows."""
+Generate = Callable[..., list[list[int]]]
+"""`models.generation.generate`, or the same in several processes at once."""
 
 
 class OwnTeacher:
@@ -30,9 +32,15 @@ class OwnTeacher:
     """
 
     def __init__(
-        self, model: Any, tokenizer: TextTokenizer, template: ChatTemplate, identity: TextIdentity
+        self,
+        model: Any,
+        tokenizer: TextTokenizer,
+        template: ChatTemplate,
+        identity: TextIdentity,
+        generate: Generate = generate,
     ) -> None:
         self._model = model
+        self._generate = generate
         self._tokenizer = tokenizer
         self._template = template
         self._identity = identity
@@ -89,9 +97,9 @@ class OwnTeacher:
         return said
 
     def _generated(self, part: Sequence[tuple[TextRequest, list[int]]]) -> list[list[int]]:
-        return generate(
+        return self._generate(
             self._model,
-            [prompt for _, prompt in part],
+            prompts=[prompt for _, prompt in part],
             max_tokens=self._identity.max_tokens,
             end_ids=self._ends,
             temperature=self._identity.temperature,

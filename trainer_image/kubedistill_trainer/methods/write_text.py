@@ -19,12 +19,13 @@ from kubedistill_trainer.data.sources import read_prompts
 from kubedistill_trainer.failures import RunFailure, refuse
 from kubedistill_trainer.methods.stream_report import StreamReporter
 from kubedistill_trainer.store import StoreError
+from kubedistill_trainer.teacher.endpoint import EndpointAnswerer
 from kubedistill_trainer.teacher.learn import status_of
 from kubedistill_trainer.teacher.manifest import publish_manifest
 from kubedistill_trainer.teacher.text import Answerer, TextAnswer, TextRequest
 from kubedistill_trainer.teacher.text_manifest import TextManifest
 from kubedistill_trainer.teacher.text_mend import mend_text
-from kubedistill_trainer.teacher.text_request import request_of, text_identity
+from kubedistill_trainer.teacher.text_request import generation_of, request_of, text_identity
 from kubedistill_trainer.teacher.text_view import StreamView
 from kubedistill_trainer.teacher.text_writer import TextWriter
 
@@ -58,6 +59,19 @@ def run_text_teacher(
         desk.close()
     desk.report.now(complete=True)
     return Outcome(reason="Completed", message="answers written", progress=board.report)
+
+
+def run_endpoint_teacher(context: Context, board: exporter.ProgressBoard) -> Outcome:
+    """The same, by the server of spec.teacher.endpoint."""
+    spec = context.run.spec
+
+    def open_endpoint(manifest: TextManifest) -> Answerer:
+        endpoint = spec.teacher.endpoint if spec.teacher else None
+        if endpoint is None:
+            raise refuse("spec.teacher", "no endpoint", "a teacher pod needs a teacher")
+        return EndpointAnswerer(endpoint, generation_of(spec))
+
+    return run_text_teacher(context, board, open_endpoint)
 
 
 @dataclass

@@ -18,3 +18,20 @@ STREAM_LAG = Gauge(
 STREAM_HELD = Gauge(
     "distill_stream_held", "1 while this teacher waits because its byte budget is used up."
 )
+
+ENDPOINT_REQUESTS = Counter(
+    "distill_endpoint_requests",
+    "Requests to the teacher's server by how they ended: answered, refused (one prompt), retried, "
+    "failed.",
+    ["result"],
+)
+
+ENDPOINT_TOKENS = Counter(
+    "distill_endpoint_tokens", "Tokens that the teacher's server counted.", ["kind"]
+)
+"""`kind`: prompt or answer."""
+
+ENDPOINT_WAIT = Counter(
+    "distill_endpoint_wait_seconds",
+    "Time that requests waited because the teacher's server asked for it.",
+)

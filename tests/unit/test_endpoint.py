@@ -1,0 +1,300 @@
+"""A teacher behind a real server: whatever the server does, every prompt is answered once, alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from endpoint_kit import Fault, Mind, Server, Trouble, serving
+from kubedistill_api.exit_codes import ExitCode
+from kubedistill_api.generation import Generation
+from kubedistill_api.teacher import Endpoint
+from kubedistill_trainer.data.conversation import Message
+from kubedistill_trainer.failures import InputsRefused, RunFailure
+from kubedistill_trainer.teacher.endpoint import EndpointAnswerer
+from kubedistill_trainer.teacher.endpoint_client import Patience
+from kubedistill_trainer.teacher.text import TextAnswer, TextRequest
+
+KEY = "sk-very-secret-0123456789"
+QUICK = Patience(first_wait=0.01, longest_wait=0.05, jitter=0.01, whole_answer=2.0)
+GENERATION = Generation(max_tokens=6, temperature=0.0)
+PROMPTS = 10
+
+
+@pytest.fixture(scope="module")
+def mind() -> Mind:
+    return Mind.tiny()
+
+
+@pytest.fixture
+def server(mind: Mind) -> Iterator[Server]:
+    with serving(mind) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY", KEY)
+
+
+def endpoint(server: Server, **changes: Any) -> Endpoint:
+    fields = {"url": server.url, "model": "tiny", "concurrency": 3, "maxRetries": 4, **changes}
+    seconds = fields.pop("seconds", None)
+    found = Endpoint.model_validate(fields)
+    # Less than the API allows, so that silence does not take a second.
+    return found if seconds is None else found.model_copy(update={"timeout_seconds": seconds})
+
+
+def requests(count: int = PROMPTS, samples: int = 1) -> list[TextRequest]:
+    return [
+        TextRequest(p, s, (Message("user", f"question {p}"),), seed=100 * p + s)
+        for p in range(count)
+        for s in range(samples)
+    ]
+
+
+def asked(
+    found: Endpoint, generation: Generation = GENERATION, wanted: list[TextRequest] | None = None
+) -> dict[tuple[int, int], TextAnswer]:
+    """All answers; that each request has one is part of it."""
+    answerer = EndpointAnswerer(found, generation, QUICK)
+    wanted = requests() if wanted is None else wanted
+    try:
+        pairs = list(answerer.answers(iter(wanted)))
+    finally:
+        answerer.close()
+    answers = {(request.prompt, request.sample): answer for request, answer in pairs}
+    assert len(answers) == len(pairs) == len(wanted)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def calm(mind: Mind) -> dict[tuple[int, int], TextAnswer]:
+    with serving(mind) as server:
+        return asked(endpoint(server))
+
+
+def test_the_answers_are_the_models_own(
+    server: Server, mind: Mind, calm: dict[tuple[int, int], TextAnswer]
+) -> None:
+    for (prompt, _), answer in calm.items():
+        ids = mind.prompt([{"role": "user", "content": f"question {prompt}"}])
+        said, ended = mind.says(ids, {"max_tokens": 6, "temperature": 0})
+        assert answer == TextAnswer(
+            mind.text(said), finished=ended, prompt_tokens=len(ids), answer_tokens=len(said)
+        )
+    assert any(answer.text for answer in calm.values())
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(429, {"Retry-After": "0.05"}), Fault(429), Fault(500), Fault(503), Fault(529),
+        Fault(503, {"retry-after-ms": "20"}),
+        *(Fault(what) for what in Trouble.__args__ if what not in ("drip", "hang", "other-model")),
+        Fault("drip", pause=0.01), Fault("hang", pause=1.0),
+    ],
+    ids=lambda fault: f"{fault.what}-{len(fault.headers)}",
+)  # fmt: skip
+def test_every_fault_ends_in_the_same_answers(
+    server: Server, calm: dict[tuple[int, int], TextAnswer], fault: Fault
+) -> None:
+    server.faults = [None, fault, None, fault, fault]
+    assert asked(endpoint(server, seconds=0.25)) == calm
+    assert len(server.paid) == PROMPTS
+    troubles = 0 if fault.what == "late" else 3
+    assert len(server.seen) == PROMPTS + troubles
+    assert server.open_most <= 3
+
+
+def test_draws_follow_the_seed_and_the_settings(server: Server) -> None:
+    drawn = Generation(max_tokens=6, temperature=1.0, top_p=0.9)
+    wanted = requests(4, samples=2)
+    first = asked(endpoint(server), drawn, wanted)
+    again = asked(endpoint(server, concurrency=1), drawn, wanted)
+    assert first == again
+    assert len({answer.text for answer in first.values()}) > 4
+    body = server.seen[-1].body
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (1.0, 0.9, 6)
+    assert {seen.body["seed"] for seen in server.seen} == {r.seed for r in wanted}
+
+
+def test_as_many_are_open_as_allowed_and_no_more(server: Server) -> None:
+    server.faults = [Fault("late", pause=0.1)] * 12
+    asked(endpoint(server, concurrency=4), wanted=requests(12))
+    assert server.open_most == 4
+
+
+def test_requests_are_read_no_further_than_is_asked(server: Server) -> None:
+    read: list[int] = []
+
+    def lazily() -> Iterator[TextRequest]:
+        for request in requests():
+            read.append(request.prompt)
+            yield request
+
+    answerer = EndpointAnswerer(endpoint(server), GENERATION, QUICK)
+    answers = answerer.answers(lazily())
+    for given in range(1, 5):
+        next(answers)
+        assert len(read) <= given + 2
+    answers.close()
+    answerer.close()
+    assert len(server.seen) <= len(read)
+
+
+def test_a_refusal_for_its_rate_slows_everybody(server: Server) -> None:
+    server.faults = [Fault(429, {"Retry-After": "0.6"}), *[Fault("late", pause=0.2)] * 2]
+    asked(endpoint(server))
+    refused = next(seen for seen in server.seen if seen.fault == 429)
+    later = [seen.came - refused.left for seen in server.seen[3:]]
+    assert len(server.paid) == PROMPTS and len(later) == PROMPTS - 2
+    assert min(later) > 0.59
+
+
+def test_a_rate_is_kept_to_before_it_is_refused(server: Server) -> None:
+    spent = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "400ms"}
+    server.faults = [Fault("late", spent, pause=0.01)]
+    asked(endpoint(server, concurrency=1), wanted=requests(2))
+    first, second = server.seen
+    assert second.came - first.left > 0.39
+
+
+def test_a_server_with_a_rate_limit_is_asked_no_more_than_it_allows(server: Server) -> None:
+    server.limit = (3, 0.3)
+    asked(endpoint(server, maxRetries=20))
+    times = [seen.came for seen in server.paid]
+    assert len(times) == PROMPTS
+    refused = [seen for seen in server.seen if seen.fault == 429]
+    # Those that were open at once, each time that the limit was met: never a hail of them.
+    assert 0 < len(refused) <= 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (Fault(500), "500"), (Fault("reset"), "no answer"), (Fault("half"), "no answer"),
+        (Fault("not-json"), "not JSON"), (Fault("no-choices"), "without choices"),
+        (Fault("no-message"), "without a message"), (Fault("list"), "without choices"),
+        (Fault("drip", pause=0.02), "no whole answer"), (Fault("hang", pause=0.5), "without a byte"),
+        (Fault(429), "429"),
+    ],
+    ids=lambda value: str(value.what) if isinstance(value, Fault) else "",
+)  # fmt: skip
+def test_a_server_that_stays_so_is_named_and_asked_by_a_later_pod(
+    server: Server, fault: Fault, words: str
+) -> None:
+    server.faults = [fault] * 50
+    with pytest.raises(RunFailure) as met:
+        asked(endpoint(server, maxRetries=2, concurrency=1, seconds=0.1))
+    assert met.value.code == ExitCode.ENDPOINT_UNAVAILABLE
+    assert "spec.teacher.endpoint.url" in met.value.message and server.url in met.value.message
+    assert words in met.value.message and "3 tries" in met.value.message
+    assert len(server.seen) == 3
+
+
+def test_a_server_that_is_gone_is_named(mind: Mind) -> None:
+    with serving(mind) as server:
+        gone = endpoint(server, maxRetries=1)
+    with pytest.raises(RunFailure) as met:
+        asked(gone)
+    assert met.value.code == ExitCode.ENDPOINT_UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("fault", "field"),
+    [
+        (Fault(401), "secretRef"), (Fault(403), "secretRef"),
+        (Fault(404, body={"error": {"message": "x", "code": "model_not_found"}}), "endpoint.model"),
+        (Fault("other-model"), "somebody-else"),
+    ],
+    ids=["401", "403", "404", "other-model"],
+)  # fmt: skip
+def test_what_nobody_mends_ends_it_at_once(server: Server, fault: Fault, field: str) -> None:
+    server.faults = [None, None, fault, *[None] * 3]
+    answerer = EndpointAnswerer(endpoint(server, concurrency=1), GENERATION, QUICK)
+    given = []
+    with pytest.raises(InputsRefused) as met:
+        for request, _ in answerer.answers(requests()):
+            given.append(request.prompt)
+    answerer.close()
+    assert field in met.value.message
+    assert met.value.code == ExitCode.BAD_CONFIGURATION
+    assert given == [0, 1] and len(server.seen) == 3
+
+
+def test_what_was_paid_for_is_given_out_before_the_end(server: Server) -> None:
+    server.faults = [Fault("late", pause=0.3), Fault("late", pause=0.3), Fault(401)]
+    answerer = EndpointAnswerer(endpoint(server), GENERATION, QUICK)
+    given = []
+    with pytest.raises(InputsRefused):
+        for request, _ in answerer.answers(requests()):
+            given.append(request.prompt)
+    answerer.close()
+    assert sorted(given) == sorted({0, 1, 2} - {_prompt_of(server, 401)})
+    assert len(server.paid) == len(given) == 2
+
+
+def _prompt_of(server: Server, fault: int) -> int:
+    [seen] = [seen for seen in server.seen if seen.fault == fault]
+    return int(seen.body["messages"][0]["content"].rsplit(" ", 1)[1])
+
+
+def test_one_prompt_that_does_not_fit_is_refused_alone(
+    server: Server, calm: dict[tuple[int, int], TextAnswer]
+) -> None:
+    long = TextRequest(99, 0, (Message("user", "word " * 600),), seed=0)
+    answers = asked(endpoint(server), wanted=[*requests(3), long, *requests()[3:]])
+    refused = answers.pop((99, 0))
+    assert "maximum context length is 512" in refused.refusal and not refused.text
+    assert answers == calm
+    assert len(server.seen) == PROMPTS + 1
+
+
+def test_reasoning_is_kept_apart(server: Server) -> None:
+    server.reasons = "one thing after the other"
+    answers = asked(endpoint(server), wanted=requests(2))
+    assert {answer.reasoning for answer in answers.values()} == {"one thing after the other"}
+
+
+def test_a_limit_by_another_name_is_found_out(
+    server: Server, calm: dict[tuple[int, int], TextAnswer]
+) -> None:
+    server.only_max_completion_tokens = True
+    assert asked(endpoint(server)) == calm
+    assert len(server.paid) == PROMPTS and len(server.seen) <= PROMPTS + 3
+
+
+def test_the_key_is_sent_and_never_said(
+    server: Server, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    server.key = KEY
+    server.faults = [Fault(500), Fault("reset"), Fault("half")]
+    asked(endpoint(server))
+    assert {seen.key for seen in server.seen} == {KEY}
+    server.key = "another"
+    with pytest.raises(InputsRefused) as met:
+        asked(endpoint(server))
+    assert "Incorrect API key provided: ***" in met.value.message
+    written = caplog.text + "".join(capfd.readouterr()) + repr(met.value) + repr(met.value.__dict__)
+    assert "asked again" in caplog.text
+    assert KEY not in written
+
+
+def test_a_keys_newline_is_not_part_of_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY", f"{KEY}\n")
+    asked(endpoint(server), wanted=requests(1))
+    assert server.seen[0].key == KEY
+    monkeypatch.setenv("API_KEY", "sk-\nbroken")
+    with pytest.raises(InputsRefused, match=r"endpoint\.secretRef") as met:
+        asked(endpoint(server), wanted=requests(1))
+    assert "broken" not in met.value.message
+
+
+def test_without_a_key_none_is_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("API_KEY")
+    asked(endpoint(server), wanted=requests(1))
+    assert server.seen[0].key == ""

@@ -1,0 +1,112 @@
+"""What is wrong with an endpoint is said in one message, before anything is paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import data_kit
+import pytest
+from endpoint_kit import Fault, Mind, Server, serving
+from kubedistill_api.exit_codes import ExitCode
+from kubedistill_api.job import DistillationJobSpec
+from kubedistill_trainer.failures import InputsRefused, RunFailure
+from kubedistill_trainer.teacher.endpoint_client import Patience
+from kubedistill_trainer.teacher.endpoint_preflight import check_endpoint
+
+QUICK = Patience(first_wait=0.01, longest_wait=0.02, jitter=0.0)
+
+
+@pytest.fixture(scope="module")
+def mind() -> Mind:
+    return Mind.tiny()
+
+
+@pytest.fixture
+def server(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("API_KEY", "sk-1")
+    with serving(mind) as running:
+        yield running
+
+
+def spec(server: Server, model: str = "tiny", **generation: Any) -> DistillationJobSpec:
+    prompts = {"uri": "s3://data/p.jsonl", "promptField": "q", "origin": "Teacher"}
+    run = data_kit.job(
+        prompts,
+        fineTune=None,
+        distill={"signal": "Responses", "generation": generation},
+        teacher={"endpoint": {"url": server.url, "model": model}},
+    )
+    return run.spec
+
+
+def check(server: Server, **changes: Any) -> None:
+    check_endpoint(spec(server, **changes), data_kit.tokenizer(), QUICK)
+
+
+def test_a_sound_endpoint_costs_one_token(server: Server) -> None:
+    check(server, temperature=0.3, topP=0.5)
+    [seen] = server.seen
+    assert seen.body["max_tokens"] == 1
+    assert (seen.body["temperature"], seen.body["top_p"]) == (0.3, 0.5)
+
+
+def test_a_job_without_endpoint_asks_nobody(server: Server) -> None:
+    run = data_kit.job({"uri": "s3://data/a.txt"})
+    check_endpoint(run.spec, data_kit.tokenizer(), QUICK)
+    assert not server.seen
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_no_such_model(server: Server, lists: bool) -> None:
+    server.lists_models = lists
+    server.other_models = ["huge"]
+    with pytest.raises(InputsRefused) as met:
+        check(server, model="tony")
+    assert "spec.teacher.endpoint.model" in met.value.message and "tony" in met.value.message
+    assert ("write one of: huge, tiny" in met.value.message) == lists
+    assert len(server.seen) == (0 if lists else 1)
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_the_key_is_refused(server: Server, lists: bool) -> None:
+    server.lists_models = lists
+    server.key = "sk-2"
+    with pytest.raises(InputsRefused, match=r"endpoint\.secretRef") as met:
+        check(server)
+    assert "sk-1" not in met.value.message
+
+
+def test_another_model_answers(server: Server) -> None:
+    server.answers_as = "tiny-mini"
+    with pytest.raises(InputsRefused, match="answers tiny with tiny-mini"):
+        check(server)
+    server.answers_as = "tiny-2024-08-06"
+    check(server)
+
+
+def test_nobody_is_there(mind: Mind) -> None:
+    with serving(mind) as gone:
+        pass
+    with pytest.raises(RunFailure, match=r"endpoint\.url") as met:
+        check(gone)
+    assert met.value.code == ExitCode.ENDPOINT_UNAVAILABLE
+
+
+def test_another_server_is_there(server: Server) -> None:
+    server.lists_models = False
+    server.faults = [Fault(404, body={"detail": "Not Found"})]
+    with pytest.raises(InputsRefused, match=r"spec\.teacher\.endpoint\.url"):
+        check(server)
+
+
+def test_a_setting_that_the_server_does_not_take(server: Server) -> None:
+    said = {"message": "only 1 is supported", "param": "temperature", "code": "unsupported_value"}
+    server.faults = [Fault(400, body={"error": said})]
+    with pytest.raises(InputsRefused, match=r"spec\.distill\.generation\.temperature"):
+        check(server)
+
+
+def test_a_fault_that_passes_is_none(server: Server) -> None:
+    server.faults = [Fault(503), Fault("reset")]
+    check(server)

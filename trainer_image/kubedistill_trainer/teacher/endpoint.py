@@ -1,0 +1,130 @@
+"""A teacher behind a server of OpenAI's chat-completions API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from itertools import islice
+from typing import Any
+
+from kubedistill_api.generation import Generation
+from kubedistill_api.teacher import Endpoint
+
+from kubedistill_trainer.failures import RunFailure
+from kubedistill_trainer.teacher.endpoint_client import Ask, Client, Patience
+from kubedistill_trainer.teacher.endpoint_reply import (
+    Again,
+    PromptRefused,
+    Reply,
+    SettingRefused,
+    check_model,
+    tokens_of,
+)
+from kubedistill_trainer.teacher.metrics import ENDPOINT_TOKENS
+from kubedistill_trainer.teacher.text import TextAnswer, TextRequest
+
+CHAT = "chat/completions"
+
+
+class EndpointAnswerer:
+    """An `Answerer`: `endpoint.concurrency` questions are open at once."""
+
+    def __init__(
+        self, endpoint: Endpoint, generation: Generation, patience: Patience | None = None
+    ) -> None:
+        self._generation = generation
+        self._client = Client(endpoint, patience)
+        self._open = endpoint.concurrency
+        self._length = "max_tokens"
+
+    def answers(self, requests: Iterable[TextRequest]) -> Iterator[tuple[TextRequest, TextAnswer]]:
+        """See `Answerer`. What was paid for before a failure is given out before it is raised."""
+        waiting = iter(requests)
+        running: dict[Future[TextAnswer], TextRequest] = {}
+        failure: RunFailure | None = None
+        try:
+            while True:
+                if failure is None:
+                    for request in islice(waiting, self._open - len(running)):
+                        running[self._client.start(self._ask(request))] = request
+                if not running:
+                    break
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                ended = next(iter(done))
+                request = running.pop(ended)
+                try:
+                    answer = ended.result()
+                except PromptRefused as refusal:
+                    answer = TextAnswer(text="", refusal=str(refusal))
+                except RunFailure as error:
+                    failure = failure or error
+                    continue
+                yield request, answer
+        finally:
+            for future in running:
+                future.cancel()
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Give up what is open."""
+        self._client.close()
+
+    def _ask(self, request: TextRequest) -> Ask[TextAnswer]:
+        return Ask(CHAT, self._read, lambda: self._body(request), adapt=self._adapt)
+
+    def _body(self, request: TextRequest) -> dict[str, Any]:
+        return {
+            "model": self._client.model,
+            "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+            self._length: self._generation.max_tokens,
+            "temperature": self._generation.temperature,
+            "top_p": self._generation.top_p,
+            "seed": request.seed,
+        }
+
+    def _adapt(self, refused: SettingRefused) -> bool:
+        """OpenAI's newer models know `max_tokens` by another name only, and say so."""
+        if refused.setting != "max_tokens" or "max_completion_tokens" not in refused.said:
+            return False
+        self._length = "max_completion_tokens"
+        return True
+
+    def _read(self, reply: Reply) -> TextAnswer:
+        answer = read_answer(reply, self._client.model, self._client.url)
+        ENDPOINT_TOKENS.labels("prompt").inc(answer.prompt_tokens)
+        ENDPOINT_TOKENS.labels("answer").inc(answer.answer_tokens)
+        return answer
+
+
+def read_answer(reply: Reply, model: str, url: str) -> TextAnswer:
+    """The answer in a reply of chat-completions.
+
+    Again for another shape, PromptRefused where the server withholds the answer, InputsRefused for
+    another model's.
+    """
+    content = reply.json()
+    choices = content.get("choices") if isinstance(content, dict) else None
+    if not isinstance(choices, list) or not choices:
+        raise Again("unreadable", "JSON without choices")
+    message = choices[0].get("message") if isinstance(choices[0], dict) else None
+    if not isinstance(message, dict):
+        raise Again("unreadable", "a choice without a message")
+    check_model(content, model, url)
+    text = message.get("content")
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+    end = choices[0].get("finish_reason")
+    if end == "content_filter" or message.get("refusal"):
+        raise PromptRefused(str(message.get("refusal") or "the server's content filter"))
+    if text is None and (reasoning or end == "length"):
+        text = ""
+    if not isinstance(reasoning, str) or not isinstance(text, str):
+        raise Again("unreadable", "a message without text")
+    prompt_tokens, answer_tokens = tokens_of(content)
+    return TextAnswer(
+        text=text,
+        reasoning=reasoning,
+        finished=end != "length",
+        prompt_tokens=prompt_tokens,
+        answer_tokens=answer_tokens,
+    )

@@ -1,0 +1,181 @@
+"""What a server's reply means: an answer, trouble that may pass, one prompt's refusal, or the end."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kubedistill_trainer.failures import InputsRefused, refuse
+
+FIELD = "spec.teacher.endpoint"
+_FOUND_LIMIT = 300
+_PASSING = frozenset({408, 409, 421, 423, 425, 429})
+_ABOUT_REQUEST = frozenset({400, 413, 415, 422, 451})
+_NO_CREDIT = frozenset({"insufficient_quota", "billing_hard_limit_reached", "account_deactivated"})
+_SETTINGS = {
+    "max_tokens": "spec.distill.generation.maxTokens",
+    "max_completion_tokens": "spec.distill.generation.maxTokens",
+    "temperature": "spec.distill.generation.temperature",
+    "top_p": "spec.distill.generation.topP",
+    "prompt_logprobs": "spec.teacher.topK",
+    "logprobs": "spec.teacher.topK",
+}
+_TOO_LONG = re.compile(r"context.{0,10}(length|window|limit|size)|too long|too many tokens", re.I)
+_VERSION = re.compile(r"[-@:]v?\d{3,8}(-\d{2}-\d{2})?(-preview)?")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole HTTP answer. `headers` are found by lower-case names."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        """The body's JSON. Again when it is none: a body may be cut on its way."""
+        try:
+            return json.loads(self.body)
+        except ValueError as error:
+            raise Again(
+                "unreadable", f"a body that is not JSON ({len(self.body)} bytes)"
+            ) from error
+
+
+class Again(Exception):
+    """Trouble that may pass. `kind`: a word for metrics; `found`: what was seen.
+
+    `wait_seconds`: what the server asked for; `everybody`: whether it is true of all requests.
+    """
+
+    def __init__(
+        self, kind: str, found: str, wait_seconds: float | None = None, everybody: bool = False
+    ) -> None:
+        super().__init__(found)
+        self.kind = kind
+        self.found = found
+        self.wait_seconds = wait_seconds
+        self.everybody = everybody
+
+
+class PromptRefused(Exception):
+    """The server will never answer this one prompt; the text says why."""
+
+
+class SettingRefused(InputsRefused):
+    """The server does not take a setting. `setting`: its name there; `said`: the server's words."""
+
+    def __init__(self, refusal: InputsRefused, setting: str, said: str) -> None:
+        super().__init__(refusal.problems, refusal.code)
+        self.setting = setting
+        self.said = said
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """What a server says of a request that it did not answer; empty where it does not say."""
+
+    message: str
+    code: str = ""
+    setting: str = ""
+
+
+def complaint_of(body: bytes) -> Complaint:
+    """Of OpenAI's `{"error": {…}}`, the bare object, FastAPI's `detail`, or any text."""
+    text = " ".join(body[: 4 * _FOUND_LIMIT].decode(errors="replace").split())
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return Complaint(text[:_FOUND_LIMIT])
+    if isinstance(found, dict) and isinstance(found.get("error"), dict):
+        found = found["error"]
+    if not isinstance(found, dict):
+        return Complaint(text[:_FOUND_LIMIT])
+    said = next((found[k] for k in ("message", "error", "detail") if found.get(k)), text)
+    code, kind = found.get("code"), found.get("type")
+    return Complaint(
+        " ".join(str(said).split())[:_FOUND_LIMIT],
+        code if isinstance(code, str) else str(kind or ""),
+        str(found.get("param") or ""),
+    )
+
+
+def check_status(reply: Reply, url: str, model: str, wait_seconds: float | None) -> None:
+    """Nothing for an answer.
+
+    Again for trouble that may pass, PromptRefused where it is about what was asked, InputsRefused
+    for whatever a person has to mend. `wait_seconds`: what the reply's headers ask for.
+    """
+    status = reply.status
+    if 200 <= status < 300:
+        return
+    said = complaint_of(reply.body)
+    found = f"{status}: {said.message}" if said.message else str(status)
+    if status == 402 or said.code in _NO_CREDIT:
+        raise refuse(
+            f"{FIELD}.secretRef", f"{url} wants to be paid ({found})", "top the account up"
+        )
+    if status in _PASSING or (status >= 500 and status not in (501, 505)):
+        everybody = status == 429 or wait_seconds is not None
+        kind = "limited" if status == 429 else "failing"
+        raise Again(kind, f"the answer {found}", wait_seconds, everybody)
+    if status in (401, 403):
+        raise refuse(
+            f"{FIELD}.secretRef", f"{url} refuses the key, or there is none ({found})",
+            "name a Secret whose API_KEY may use this model",
+        )  # fmt: skip
+    if said.code == "model_not_found" or (status == 404 and "model" in said.message.lower()):
+        raise refuse(
+            f"{FIELD}.model", f"no {model} at {url} ({found})", "write a name that it serves"
+        )
+    if status in _ABOUT_REQUEST:
+        raise _of_request(said, found, url)
+    raise refuse(
+        f"{FIELD}.url", f"{url} answers {found}",
+        "write the base URL of an OpenAI-compatible server, with its version, such as "
+        "http://vllm:8000/v1",
+    )  # fmt: skip
+
+
+def _of_request(said: Complaint, found: str, url: str) -> Exception:
+    if said.setting in _SETTINGS and not _TOO_LONG.search(said.message):
+        field = _SETTINGS[said.setting]
+        refusal = refuse(field, f"{url} does not take {said.setting} ({found})", "write another")
+        return SettingRefused(refusal, said.setting, said.message)
+    return PromptRefused(found)
+
+
+def same_model(wanted: str, found: str) -> bool:
+    """Whether `found` is the model asked for: the same name, or one version of it.
+
+    `gpt-4o` may be answered by `gpt-4o-2024-08-06` and never by `gpt-4o-mini`; a name may be given
+    with the organisation before it or without.
+    """
+    here, there = wanted.lower(), found.lower()
+    if "/" not in here or "/" not in there:
+        here, there = here.rsplit("/", 1)[-1], there.rsplit("/", 1)[-1]
+    if here == there:
+        return True
+    base = here.removesuffix("-latest")
+    return there.startswith(base) and _VERSION.fullmatch(there[len(base) :]) is not None
+
+
+def check_model(content: Mapping[str, Any], model: str, url: str) -> None:
+    """InputsRefused when a reply names another model than was asked for."""
+    found = content.get("model")
+    if isinstance(found, str) and found and not same_model(model, found):
+        raise refuse(
+            f"{FIELD}.model", f"{url} answers {model} with {found}",
+            f"write {found}, if that is the teacher, or mend the server",
+        )  # fmt: skip
+
+
+def tokens_of(content: Mapping[str, Any]) -> tuple[int, int]:
+    """(tokens of the prompt, of the answer) as the server counted them; 0 where it does not say."""
+    usage = content.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    prompt, answer = counts.get("prompt_tokens"), counts.get("completion_tokens")
+    return (prompt if isinstance(prompt, int) else 0, answer if isinstance(answer, int) else 0)
