@@ -23,7 +23,6 @@ from kubedistill_trainer.models.load import dtype_of, load_model
 from kubedistill_trainer.teacher.text_manifest import TextManifest
 from kubedistill_trainer.teacher.text_request import teacher_template
 
-
 _LOAD = "load"
 
 
