@@ -169,7 +169,7 @@ def _finish(
     board: exporter.ProgressBoard,
     group: Any,
     loop: Loop,
-    taught: TaughtText | None,
+    taught: TaughtText | None = None,
 ) -> Outcome:
     """Evaluate on all ranks, export on rank 0."""
     board.update(phase="Evaluating")

@@ -80,7 +80,7 @@ def check_text(context: Context, teacher_config: dict[str, Any] | None) -> TextC
         f"{len(prompts) * identity.samples:,} answers to {len(prompts):,} prompts are asked for"
     )
     if too_long:
-        message += f"; {too_long:,} prompts are too long for the teacher and are left out"
+        message += f"; prompts that are too long for the teacher: {too_long:,}"
     return TextChecked(tokenizer, corpus.digest, uri, message)
 
 
