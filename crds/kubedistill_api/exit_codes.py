@@ -28,6 +28,7 @@ class ExitCode(IntEnum):
     INTERRUPTED = 18
     STREAM_DAMAGED = 19
     ENDPOINT_UNAVAILABLE = 20
+    COST_LIMIT = 21
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ POLICIES: dict[ExitCode, ExitPolicy] = {
     ),
     ExitCode.ENDPOINT_UNAVAILABLE: ExitPolicy(
         reasons.ENDPOINT_UNAVAILABLE, True, True, "the teacher's server did not answer in all tries"
+    ),
+    ExitCode.COST_LIMIT: ExitPolicy(
+        reasons.COST_LIMIT_REACHED, False, False, "the teacher's answers cost as much as they may"
     ),
 }
 

@@ -42,6 +42,7 @@ SHARDS_COMMITTED = "ShardsCommitted"
 STREAM_COMPLETE = "StreamComplete"
 STREAM_DAMAGED = "StreamDamaged"
 TEACHER_FAILED = "TeacherFailed"
+COST_LIMIT_REACHED = "CostLimitReached"
 STARTING = "Starting"
 UNSCHEDULABLE = "Unschedulable"
 POD_NOT_STARTING = "PodNotStarting"
@@ -105,6 +106,10 @@ WHAT_TO_DO: dict[str, str] = {
         "Check the store when this repeats."
     ),
     TEACHER_FAILED: "Read the message and the logs of the teacher's pods.",
+    COST_LIMIT_REACHED: (
+        "Nothing is lost: delete the job and apply it again with a larger "
+        "teacher.endpoint.maxCost; answers that are there are not paid for again."
+    ),
     STARTING: "Nothing: the pods start.",
     UNSCHEDULABLE: (
         "Ask for less in spec.workers, free capacity, or add nodes; the scheduler's message "

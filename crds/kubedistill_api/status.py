@@ -110,9 +110,9 @@ class TeacherStreamStatus(ApiModel):
 
     uri: str = Field("", max_length=2048, description="Prefix of the stream.")
     digest: str = Field("", max_length=128, description="Digest of what made it.")
-    payload: str = Field("", max_length=32, description="Sparse, Sampled or Hidden.")
+    payload: str = Field("", max_length=32, description="Sparse, Sampled, Hidden or Text.")
     bytes: int = Field(0, description="Bytes committed.")
-    tokens: int = Field(0, description="Tokens committed.")
+    tokens: int = Field(0, description="Tokens committed; of a text those of the answers.")
     complete: bool = Field(False, description="Whether all of it is there.")
     lag_tokens: int = Field(0, description="Tokens committed that the student has not read yet.")
     held: bool = Field(False, description="Whether a writer waits because of its byteBudget.")
@@ -120,6 +120,13 @@ class TeacherStreamStatus(ApiModel):
     probe: list[PayloadProbe] = Field(
         [], max_length=128, description="What `payload: Auto` measured before it chose."
     )
+    answers: int = Field(0, description="Answers committed, of a teacher that is learnt by text.")
+    prompt_tokens: int = Field(0, description="Tokens of the prompts of these answers.")
+    answer_tokens: int = Field(0, description="Tokens of these answers, reasoning included.")
+    cost: float | None = Field(
+        None, description="What these tokens cost by `endpoint.price`, whoever asked for them."
+    )
+    learnt: str = Field("", max_length=512, description="How many answers the filters kept.")
 
 
 class Resolved(ApiModel):

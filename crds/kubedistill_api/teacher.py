@@ -27,6 +27,15 @@ class Price(ApiModel):
 class Endpoint(ApiModel):
     """A server of OpenAI's chat-completions API: vLLM, SGLang, a vendor's."""
 
+    model_config = rules(
+        [
+            cel(
+                "!has(self.maxCost) || has(self.price)",
+                "a cost is counted by `price` only: give `price` beside `maxCost`",
+                ".maxCost",
+            )
+        ]
+    )
     url: str = Field(
         pattern=r"^https?://[^\s?#]+$",
         max_length=1024,

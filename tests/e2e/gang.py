@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -138,6 +139,20 @@ def model_of(result: Result, job: str) -> ResolvedModel:
     return ResolvedModel(uri=model.uri, digest=model.digest, job=job)
 
 
+def sums() -> str:
+    """Small sums with their results, each worked out by an assistant that thinks when it is told to.
+    JSON lines."""
+    records = []
+    for a, b in itertools.product(range(8), range(8)):
+        worked = f"<think>\n{a} and {b} make {a + b}\n</think>\n\n{a + b}"
+        said = {"system": "Think first.", "user": f"{a} + {b}?", "assistant": worked}
+        turns = [{"role": role, "content": content} for role, content in said.items()]
+        records.append(
+            {"question": f"{a} + {b}?", "answer": f"It is {a + b}.", "sum": a + b, "turns": turns}
+        )
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 def put_inputs(s3: S3Access) -> None:
     """A small part of the demo's text, questions with answers, and a tokenizer, where the examples
     look for them."""
@@ -150,9 +165,15 @@ def put_inputs(s3: S3Access) -> None:
         json.dumps({"question": f"What is said of {name}?", "answer": text.split("\n\n")[1]}) + "\n"
         for name, text in sorted(topics.items())
     )
-    objects = {"data/small.jsonl": lines.encode(), "data/pairs.jsonl": pairs.encode()}
+    objects = {
+        "data/small.jsonl": lines.encode(),
+        "data/pairs.jsonl": pairs.encode(),
+        "data/sums.jsonl": sums().encode(),
+    }
     tokenizer = corpus.tokenizer_files(512)
     objects |= {f"tokenizer/{name}": body for name, body in tokenizer.items()}
+    other = corpus.tokenizer_files(384)
+    objects |= {f"other-tokenizer/{name}": body for name, body in other.items()}
     client = s3.client()
     for key, body in objects.items():
         client.put_object(Bucket=s3.bucket, Key=key, Body=body)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+import zstandard
 from devcluster.handle import Handle
 from kubedistill_operator.plan.compose import merge_patch
+from kubedistill_trainer.data.template import EXAMPLE
 from operator_kit import Bench, Operator, wait_for
 
 from e2e.gang import llama, small_spec
@@ -67,6 +69,40 @@ class Team(Bench):
             **parts,
         }
         return self.tuned(name, **own)
+
+    def conversing(self, name: str) -> dict[str, Any]:
+        """A fineTune job whose student answers small sums, and thinks first when it is told to; with
+        a tokenizer that no other has."""
+        bucket = f"s3://{self.handle.s3.bucket}"
+        sums = f"{bucket}/data/sums.jsonl"
+        return self.tuned(
+            name,
+            student={"config": llama(64, 2)},
+            data={
+                "sources": [
+                    {"uri": sums, "messagesField": "turns"},
+                    {"uri": sums, "promptField": "question", "responseField": "answer"},
+                ],
+                "tokenizer": {"uri": f"{bucket}/other-tokenizer"},
+                "chatTemplate": EXAMPLE,
+                "holdout": 0.01,
+            },
+            training={"epochs": 1000, "maxSteps": 400, "learningRate": 5e-3},
+            workers={"nodes": 1},
+            checkpoint={"intervalSteps": 1000},
+        )
+
+    def answers(self, uri: str) -> dict[tuple[int, int], dict[str, Any]]:
+        """What lies in a stream of text, by prompt and sample."""
+        found: dict[tuple[int, int], dict[str, Any]] = {}
+        for name, body in self.objects(uri).items():
+            if name.endswith(".jsonl.zst"):
+                text = zstandard.ZstdDecompressor().decompress(body).decode()
+                lines = [json.loads(line) for line in text.split("\n")[:-1]]
+                found |= {
+                    (line["prompt"], line["sample"]): {"finished": True, **line} for line in lines
+                }
+        return found
 
     def example(self, path: Path, endpoint: str = "") -> list[dict[str, Any]]:
         """The documents of an example, with this cluster's store in place of its own, and

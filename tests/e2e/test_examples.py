@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def applied(team: Team, server: Server) -> dict[str, list[dict[str, Any]]]:
-    """All examples at once, once the teacher that three of them name is in its place."""
-    team.apply(team.tuned("tiny", training={"maxSteps": 4}, workers={"nodes": 1}))
-    model = team.objects(team.ends("tiny", "Completed")["model"]["uri"])
+    """All examples at once, once the teachers that they name are in their places."""
+    tiny = team.tuned("tiny", training={"maxSteps": 4}, workers={"nodes": 1})
+    team.apply(tiny, team.conversing("tiny-chat"))
     client, bucket = team.handle.s3.client(), team.handle.s3.bucket
-    for name, body in model.items():
-        client.put_object(Bucket=bucket, Key=f"models/tiny/{name}", Body=body)
+    for teacher in ("tiny", "tiny-chat"):
+        model = team.objects(team.ends(teacher, "Completed")["model"]["uri"])
+        for name, body in model.items():
+            client.put_object(Bucket=bucket, Key=f"models/{teacher}/{name}", Body=body)
     team.kubectl("create", "secret", "generic", "vllm", "--from-literal=API_KEY=sk-1")
     documents = {path.name: team.example(path, server.url) for path in EXAMPLES}
     # Backwards, so that students are there before their teachers.
@@ -128,6 +131,53 @@ def test_responses_are_learnt_by_weight_and_the_template_is_exported(
     data = json.loads(model["report.json"])["data"]
     assert [file["weight"] for file in data["files"]] == [2, 0.5]
     assert data["conversations"]["whole"] > 0
+
+
+@pytest.mark.parametrize("name", ["responses", "chain-of-thought"])
+def test_a_student_of_text_starts_when_all_of_it_is_there(
+    team: Team, applied: dict[str, list[dict[str, Any]]], name: str
+) -> None:
+    status = team.ends(name, "Completed")
+    written = team.get("job", f"{name}-teacher")["status"]["completionTime"]
+    assert status["attempts"][0]["startTime"] >= written
+    stream = status["teacherStream"]
+    answers = team.answers(stream["uri"])
+    assert (stream["payload"], stream["complete"], stream["answers"]) == (
+        "Text",
+        True,
+        len(answers),
+    )
+    assert stream["answerTokens"] == sum(answer["answer_tokens"] for answer in answers.values())
+    assert stream["learnt"] in team.condition(name)["message"]
+    model = team.objects(status["model"]["uri"])
+    client, bucket = team.handle.s3.client(), team.handle.s3.bucket
+    own = client.get_object(Bucket=bucket, Key="tokenizer/tokenizer.json")["Body"].read()
+    assert model["tokenizer.json"] == own
+    report = json.loads(model["report.json"])
+    text = report["teacherText"]
+    assert text["kept"] + sum(text["dropped"].values()) == text["asked"] == len(answers)
+    assert "Teacher text" in model["report.html"].decode()
+    assert report["data"]["files"][0]["origin"] == "Teacher"
+    assert all(file["tokens"] > 0 for file in report["data"]["files"])
+
+
+def test_reasoning_is_learnt_where_samples_agree_on_the_right_answer(
+    team: Team, applied: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Counted here once more, from what the teacher said: its form is known and simple."""
+    status = team.ends("chain-of-thought", "Completed")
+    answers = team.answers(status["teacherStream"]["uri"])
+    results: dict[int, list[str]] = {}
+    for (prompt, _), answer in answers.items():
+        found = re.fullmatch(r"<think>\n.+\n</think>\n\n(\d+)", answer["text"])
+        results.setdefault(prompt, []).append(found[1] if found and answer["finished"] else "")
+    # The prompt's place in the file says which sum it is.
+    right = {prompt: said.count(str(prompt // 8 + prompt % 8)) for prompt, said in results.items()}
+    kept = json.loads(team.objects(status["model"]["uri"])["report.json"])["teacherText"]["kept"]
+    agreed = sum(count for count in right.values() if count >= 2)
+    assert 0 < kept < len(answers)
+    # A reasoning of another form may pass, too; one of this form must, when it is right and agreed on.
+    assert kept >= agreed
 
 
 def test_a_sweep_has_one_teacher_and_its_best_student_goes_on(

@@ -308,7 +308,8 @@ def _check(bucket: Bucket, *sources: dict[str, Any], **parts: Any) -> None:
     context: Any = type("Context", (), {"run": run, "open_store": staticmethod(bucket.open)})
     said = Conversation((Message("user", "Why?"), Message("assistant", "The answer")))
     answered = [(0, said)] * 9 if sources[0] is ASKED else []
-    _check_tokenizers(context, load_dataset(run, bucket.open, answered))
+    dataset = load_dataset(run, bucket.open, answered)
+    _check_tokenizers(context, dataset.tokenizer, dataset.template)
 
 
 def test_logits_need_the_teacher_s_template() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -62,3 +63,31 @@ def test_a_small_nucleus_is_the_likeliest_token(model: Any) -> None:
         model, PROMPTS, max_tokens=5, end_ids=[END], temperature=1.0, top_p=1e-6, seed=3
     )
     assert drawn == generate(model, PROMPTS, max_tokens=5, end_ids=[END])
+
+
+def test_with_a_seed_each_a_draw_does_not_depend_on_its_batch(model: Any) -> None:
+    drawn = partial(generate, model, max_tokens=9, end_ids=[END], temperature=1.0)
+    together = drawn(PROMPTS, seeds=[7, 8, 9])
+    assert together == [drawn([p], seeds=[s])[0] for p, s in zip(PROMPTS, (7, 8, 9), strict=True)]
+    assert drawn(PROMPTS[::-1], seeds=[9, 8, 7]) == together[::-1]
+    assert drawn(PROMPTS, seeds=[1, 2, 3]) != together
+    likeliest = generate(model, PROMPTS, max_tokens=9, end_ids=[END])
+    assert drawn(PROMPTS, seeds=[7, 8, 9], top_p=1e-6) == likeliest
+    assert generate(model, PROMPTS, max_tokens=9, end_ids=[END], seeds=[7, 8, 9]) == likeliest
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_seeds_draw_from_the_models_distribution(model: Any, temperature: float) -> None:
+    count = 4096
+    answers = generate(
+        model, [PROMPTS[1]] * count, max_tokens=1, end_ids=[END], temperature=temperature,
+        seeds=range(count),
+    )  # fmt: skip
+    found = (
+        torch.bincount(torch.tensor([a[0] if a else END for a in answers]), minlength=64) / count
+    )
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPTS[1]])).logits[0, -1].double()
+    wanted = (logits / temperature).softmax(-1)
+    # Six standard deviations of each share.
+    assert ((found - wanted).abs() <= 6 * (wanted * (1 - wanted) / count).sqrt() + 1e-9).all()

@@ -66,16 +66,27 @@ def _teacher(run: RunSpec) -> tuple[ExitCode, Outcome]:
     if teacher is not None and teacher.endpoint is None and teacher.workers.gpus_per_replica > 1:
         return _split_teacher(teacher.workers.gpus_per_replica)
     from kubedistill_trainer import exporter
+    from kubedistill_trainer.data.dataset import learns_text
 
     signal.signal(signal.SIGTERM, interrupt)
     board = exporter.ProgressBoard(run.attempt)
     exporter.serve(board)
-    with quiet_collector():
-        from kubedistill_trainer.methods.generate import run_teacher
-
     partition = int(os.environ.get("JOB_COMPLETION_INDEX", "0"))
     context = Context(run, scratch_directory(), partition=partition)
-    return ExitCode.SUCCESS, run_teacher(context, board)
+    with quiet_collector():
+        if learns_text(run.spec) and run.teacher_model is None:
+            from kubedistill_trainer.methods.write_text import run_endpoint_teacher as write
+        elif learns_text(run.spec):
+            from kubedistill_trainer.methods.own_teacher import run_own_teacher as write
+        else:
+            from kubedistill_trainer.methods.generate import run_teacher as write
+
+    try:
+        return ExitCode.SUCCESS, write(context, board)
+    except Exception as error:
+        code, result = outcome.of_exception(error)
+        _log.error("run ended", exc_info=error, extra={"code": int(code)})
+        return code, result.model_copy(update={"progress": board.report})
 
 
 def _report(run: RunSpec) -> tuple[ExitCode, Outcome]:

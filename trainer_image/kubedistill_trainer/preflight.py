@@ -15,9 +15,11 @@ from kubedistill_trainer.data.dataset import (
     ranks_of,
     tokenizer_source,
 )
-from kubedistill_trainer.data.tokenizer import load_tokenizer
+from kubedistill_trainer.data.template import ChatTemplate
+from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
 from kubedistill_trainer.failures import refuse, unreadable
 from kubedistill_trainer.imports import quiet_collector
+from kubedistill_trainer.methods.check_text import check_text
 from kubedistill_trainer.methods.request import job_request
 from kubedistill_trainer.models.folder import read_config
 from kubedistill_trainer.models.sizes import check_layers, decoder_parameters
@@ -34,23 +36,18 @@ _OVERHEAD_BYTES = 600 << 20
 def run_preflight(context: Context) -> Outcome:
     """Check all inputs; the Outcome carries what was found out. Raises RunFailure or StoreError."""
     run = context.run
-    distill = run.spec.distill
-    if distill is not None and distill.signal != "Logits":
-        raise refuse(
-            "spec.distill.signal",
-            distill.signal,
-            "this version learns a teacher's logits only: write `signal: Logits`",
-        )
     check_store(context.storage)
+    if learns_text(run.spec):
+        return _text_preflight(context)
     dataset = load_dataset(run, context.open_store)
     check_endpoint(run.spec, dataset.tokenizer, longest_piece(dataset.packed))
     teacher_config = _teacher_config(context)
-    _check_tokenizers(context, dataset)
-    _check_vocabularies(context, dataset, teacher_config)
+    _check_tokenizers(context, dataset.tokenizer, dataset.template)
+    _check_vocabularies(context, dataset.tokenizer, teacher_config)
     _check_weights(context, teacher_config)
     _check_features(context, dataset, teacher_config)
     _check_split(context, teacher_config)
-    parameters = _student_parameters(context, dataset, teacher_config)
+    parameters = _student_parameters(context, dataset.tokenizer, teacher_config)
     _check_memory(run, parameters)
     stream_uri, complete = _stream(context, dataset)
     found = Resolved(
@@ -63,6 +60,34 @@ def run_preflight(context: Context) -> Outcome:
         stream_complete=complete,
     )
     return Outcome(reason="Completed", message=_verdict(dataset), resolved=found)
+
+
+def _text_preflight(context: Context) -> Outcome:
+    """The same for a teacher that is learnt by its text: how much there will be is not known yet."""
+    run = context.run
+    teacher_config = _teacher_config(context)
+    text = check_text(context, teacher_config)
+    if text.dataset is None:
+        check_endpoint(run.spec, text.tokenizer)
+    _check_tokenizers(context, text.tokenizer, None)
+    _check_vocabularies(context, text.tokenizer, teacher_config)
+    _check_weights(context, teacher_config)
+    _check_split(context, teacher_config)
+    parameters = _student_parameters(context, text.tokenizer, teacher_config)
+    _check_memory(run, parameters)
+    found = Resolved(
+        inputs_digest=run.inputs_digest,
+        student_parameters=parameters,
+        data_digest=text.data_digest,
+        stream_uri=text.stream_uri,
+        stream_complete=text.dataset is not None,
+    )
+    dataset = text.dataset
+    if dataset is not None:
+        tokens = dataset.packed.take(dataset.split.training).valid_tokens
+        steps = {"total_steps": dataset.total_steps, "training_tokens": tokens}
+        found = found.model_copy(update=steps)
+    return Outcome(reason="Completed", message=text.message, resolved=found)
 
 
 def _verdict(dataset: Dataset) -> str:
@@ -83,7 +108,9 @@ def _teacher_config(context: Context) -> dict[str, Any] | None:
     return read_config(context.open_store(model.uri), "spec.teacher")
 
 
-def _check_tokenizers(context: Context, dataset: Dataset) -> None:
+def _check_tokenizers(
+    context: Context, tokenizer: TextTokenizer, template: ChatTemplate | None
+) -> None:
     """A model knows the ids of one tokenizer, and a teacher's logits one way to write a conversation:
     refuse others, and say what would work. A teacher's text may come of another tokenizer."""
     run = context.run
@@ -96,7 +123,7 @@ def _check_tokenizers(context: Context, dataset: Dataset) -> None:
         if store.head("tokenizer.json") is None:
             continue
         found = load_tokenizer(store, field)
-        if found.digest != dataset.tokenizer.digest:
+        if found.digest != tokenizer.digest:
             needed = (
                 "learning a teacher's logits needs one tokenizer for teacher, student and data"
                 if teacher is not None
@@ -106,14 +133,14 @@ def _check_tokenizers(context: Context, dataset: Dataset) -> None:
                 field,
                 f"the tokenizer of {model.uri} ({found.vocab_size} ids, {found.digest[:12]})",
                 f"it differs from the one of {used_field}, {used_uri} "
-                f"({dataset.tokenizer.vocab_size} ids, {dataset.tokenizer.digest[:12]}): {needed}",
+                f"({tokenizer.vocab_size} ids, {tokenizer.digest[:12]}): {needed}",
             )
         if field == "spec.teacher":
-            _check_template(dataset, model.uri, found.chat_template)
+            _check_template(template, model.uri, found.chat_template)
 
 
 def _check_vocabularies(
-    context: Context, dataset: Dataset, teacher_config: dict[str, Any] | None
+    context: Context, tokenizer: TextTokenizer, teacher_config: dict[str, Any] | None
 ) -> None:
     """A model has a row for each id of the tokenizer; more rows than ids are padding, and are fine."""
     run = context.run
@@ -123,7 +150,7 @@ def _check_vocabularies(
     if run.student_model is not None:
         uri = run.student_model.uri
         models.append(("spec.student", uri, read_config(context.open_store(uri), "spec.student")))
-    ids = dataset.tokenizer.vocab_size
+    ids = tokenizer.vocab_size
     used_field, used_uri = tokenizer_source(run)
     for field, uri, config in models:
         rows = vocabulary_rows(config)
@@ -146,9 +173,8 @@ def _check_weights(context: Context, teacher_config: dict[str, Any] | None) -> N
         check_sample(store, read_config(store, "spec.student"), "spec.student")
 
 
-def _check_template(dataset: Dataset, uri: str, known: str | None) -> None:
+def _check_template(used: ChatTemplate | None, uri: str, known: str | None) -> None:
     """A teacher that was taught conversations in another form says nothing of use about these."""
-    used = dataset.template
     if used is None or known is None or known == used.text:
         return
     raise unreadable(
@@ -194,10 +220,10 @@ def _check_split(context: Context, teacher_config: dict[str, Any] | None) -> Non
 
 
 def _student_parameters(
-    context: Context, dataset: Dataset, teacher_config: dict[str, Any] | None
+    context: Context, tokenizer: TextTokenizer, teacher_config: dict[str, Any] | None
 ) -> int:
     field, keys = _student_config(context, teacher_config)
-    vocab_size = dataset.tokenizer.vocab_size
+    vocab_size = tokenizer.vocab_size
     counted = decoder_parameters(keys, vocab_size, field)
     if counted is not None:
         return counted
@@ -205,7 +231,7 @@ def _student_parameters(
     with quiet_collector():
         from kubedistill_trainer.models import load
 
-    config = load.config_of(keys, vocab_size, field, dataset.packed.sequence_length)
+    config = load.config_of(keys, vocab_size, field, context.run.spec.data.sequence_length)
     return load.parameter_count(load.empty_model(config, field))
 
 

@@ -22,6 +22,7 @@ from kubedistill_trainer.failures import refuse
 from kubedistill_trainer.losses import FeatureMatcher
 from kubedistill_trainer.methods.engine import join_gang, wrap
 from kubedistill_trainer.methods.interruption import Interruption
+from kubedistill_trainer.methods.learn_text import TextTeacher, read_taught
 from kubedistill_trainer.methods.objective import feature_pairs
 from kubedistill_trainer.methods.request import job_request
 from kubedistill_trainer.methods.signal import NoTeacher, Signal, online_teacher, stream_teacher
@@ -35,6 +36,7 @@ from kubedistill_trainer.report.document import Finished, document, files
 from kubedistill_trainer.report.evaluate import evaluate, heldout_perplexity
 from kubedistill_trainer.report.figures import Evaluation
 from kubedistill_trainer.report.table import table
+from kubedistill_trainer.teacher.learn import TaughtText
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +64,8 @@ def run_student(
         control_group=group,
     )
     checkpointer.open()
-    dataset = load_dataset(run, context.open_store)
+    taught = read_taught(context)
+    dataset = load_dataset(run, context.open_store, taught.learnt.conversations if taught else ())
     teacher_folder = _download_teacher(context)
     model = _student_model(context, dataset, teacher_folder)
     objective = spec.distill.objective if spec.distill is not None else None
@@ -74,14 +77,18 @@ def run_student(
     if spec.training.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = wrap(module, spec.training, context.world_size, micro)
-    teacher = _signal(context, dataset, teacher_folder, engine.device, features)
+    teacher = (
+        TextTeacher(taught)
+        if taught
+        else _signal(context, dataset, teacher_folder, engine.device, features)
+    )
     measured = partial(heldout_perplexity, engine, dataset, context.rank, context.world_size, group)
     loop = Loop(
         context, dataset, engine, teacher, checkpointer, board, interruption, group, measured
     )
     try:
         loop.run()
-        return _finish(context, dataset, engine, teacher, board, group, loop)
+        return _finish(context, dataset, engine, teacher, board, group, loop, taught)
     finally:
         teacher.close()
 
@@ -159,6 +166,7 @@ def _finish(
     board: exporter.ProgressBoard,
     group: Any,
     loop: Loop,
+    taught: TaughtText | None = None,
 ) -> Outcome:
     """Evaluate on all ranks, export on rank 0."""
     board.update(phase="Evaluating")
@@ -178,6 +186,7 @@ def _finish(
         loop.history.points,
         loop.watch,
         loop.exported_step,
+        taught,
     )
     content = document(finished)
     for line in table(content):

@@ -33,7 +33,8 @@ def _run(context: Context, board: exporter.ProgressBoard) -> Outcome:
     with quiet_collector():
         import torch
 
-        from kubedistill_trainer.methods import generate, sharding
+        from kubedistill_trainer.data.dataset import learns_text
+        from kubedistill_trainer.methods import generate, own_teacher, sharding
 
     teacher = context.run.spec.teacher
     size = teacher.workers.gpus_per_replica if teacher else 1
@@ -44,10 +45,13 @@ def _run(context: Context, board: exporter.ProgressBoard) -> Outcome:
             "check driver and image, or set DS_ACCELERATOR=cpu to count GPUs without using them",
         )
     group = sharding.join(meeting_file(context.scratch), context.rank, size)
+    text = learns_text(context.run.spec)
     if context.rank > 0:
-        return generate.follow_teacher(context, group)
+        follow = own_teacher.follow_own_teacher if text else generate.follow_teacher
+        return follow(context, group)
     exporter.serve(board)
-    outcome = generate.run_teacher(context, board, group)
+    run = own_teacher.run_own_teacher if text else generate.run_teacher
+    outcome = run(context, board, group)
     sharding.dismiss(group)
     return outcome
 

@@ -87,7 +87,9 @@ def _complete(draft: Draft) -> None:
     model = draft.status.model
     assert model is not None
     figures = ", ".join(f"{m.name} {m.value:.4g}" for m in draft.status.metrics[:_FIGURES_SHOWN])
-    message = f"{model.parameters:,} parameters" + (f"; {figures}" if figures else "")
+    stream = draft.status.teacher_stream
+    learnt = stream.learnt if stream else ""
+    message = "; ".join(filter(None, [f"{model.parameters:,} parameters", learnt, figures]))
     if draft.set(reasons.SUCCEEDED, "True", reasons.COMPLETED, message):
         draft.tell(reasons.COMPLETED, f"the student is at {model.uri}: {message}")
 

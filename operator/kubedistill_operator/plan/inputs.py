@@ -173,6 +173,11 @@ def _text_problems(spec: DistillationJobSpec, refuse: Any) -> None:
         _fields_problem(source, f"data.sources[{index}]", refuse)
     if teacher is not None and teacher.endpoint is not None and spec.student.from_teacher:
         refuse("student.fromTeacher", "a teacher behind an endpoint", "use another start")
+    endpoint = teacher.endpoint if teacher is not None else None
+    if endpoint is not None and endpoint.max_cost is not None and endpoint.price is None:
+        refuse(
+            "teacher.endpoint.price", "nothing", "give it beside `maxCost`: costs are counted by it"
+        )
     if distill is None:
         return
     if text and teacher is not None and teacher.delivery != "Stream":

@@ -20,6 +20,11 @@ def needed(spec: DistillationJobSpec, status: DistillationJobStatus) -> bool:
     return streams and not (status.resolved is not None and status.resolved.stream_complete)
 
 
+def learns_text(spec: DistillationJobSpec) -> bool:
+    """Whether the teacher is learnt by the text that it writes."""
+    return spec.distill is not None and spec.distill.signal != "Logits"
+
+
 def run_teacher(step: Pass) -> bool:
     """Keep the writers going. True when the student may start; False also after a failure."""
     draft, seen, spec = step.draft, step.seen, step.spec
@@ -60,9 +65,8 @@ def take_damage(draft: Draft) -> None:
     """The newest attempt found the stream damaged: nobody starts on it before it is repaired."""
     stream, resolved = draft.status.teacher_stream, draft.status.resolved
     if stream is not None:
-        draft.update(
-            teacher_stream=stream.model_copy(update={"bytes": 0, "tokens": 0, "complete": False})
-        )
+        none = {"bytes": 0, "tokens": 0, "complete": False, "answers": 0}
+        draft.update(teacher_stream=stream.model_copy(update=none))
     if resolved is not None:
         draft.update(resolved=resolved.model_copy(update={"stream_complete": False}))
 
@@ -81,20 +85,38 @@ def _complete(step: Pass) -> bool:
 
 def _take_outcomes(step: Pass, pods: list[PodView]) -> None:
     draft = step.draft
-    for pod in pods:
-        outcome = pod.outcome()
-        if outcome and outcome.progress and outcome.progress.teacher_stream:
-            apply_stream(draft, outcome.progress.teacher_stream)
+    _take_figures(draft, pods)
     stream = draft.status.teacher_stream or TeacherStreamStatus()
     uri = stream.uri or (draft.status.resolved.stream_uri if draft.status.resolved else "")
     draft.update(teacher_stream=stream.model_copy(update={"complete": True, "uri": uri}))
-    message = f"{stream.tokens:,} tokens in {stream.bytes:,} bytes" if stream.tokens else ""
+    message = stream_text(stream)
     if draft.set(reasons.TEACHER_READY, "True", reasons.STREAM_COMPLETE, message):
         draft.tell(reasons.STREAM_COMPLETE, f"the teacher's stream is complete {message}".strip())
 
 
+def _take_figures(draft: Draft, pods: list[PodView]) -> None:
+    """What pods that have ended said of the stream."""
+    for pod in pods:
+        outcome = pod.outcome()
+        if outcome and outcome.progress and outcome.progress.teacher_stream:
+            apply_stream(draft, outcome.progress.teacher_stream)
+
+
+def stream_text(stream: TeacherStreamStatus) -> str:
+    """What a stream holds, and what it cost where that is known."""
+    if stream.answers:
+        cost = "" if stream.cost is None else f", at a cost of {stream.cost:.4g}"
+        return f"{stream.answers:,} answers of {stream.answer_tokens:,} tokens{cost}"
+    return f"{stream.tokens:,} tokens in {stream.bytes:,} bytes" if stream.tokens else ""
+
+
 def _failed(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> None:
+    _take_figures(step.draft, pods)
     verdict = judge([p for p in pods if p.failed], batch_job.failure_message)
+    if verdict.reason == reasons.COST_LIMIT_REACHED:
+        step.draft.set(reasons.TEACHER_READY, "False", verdict.reason, verdict.message)
+        step.draft.fail(verdict.reason, verdict.message)
+        return
     message = f"{verdict.reason}: {verdict.message}"
     step.draft.set(reasons.TEACHER_READY, "False", reasons.TEACHER_FAILED, message)
     step.draft.fail(reasons.TEACHER_FAILED, message)
@@ -108,7 +130,7 @@ def _running(step: Pass, pods: list[PodView]) -> bool:
     if any(p.active and p.phase == "Running" for p in pods):
         draft.look_again(draft.timing.poll)
     known = draft.status.teacher_stream
-    if known is not None and known.tokens > 0:
+    if known is not None and known.tokens > 0 and not learns_text(step.spec):
         if draft.set(
             reasons.TEACHER_READY, "True", reasons.SHARDS_COMMITTED,
             "the student can start on what is there"
@@ -120,6 +142,8 @@ def _running(step: Pass, pods: list[PodView]) -> bool:
     if trouble:
         draft.set(reasons.TEACHER_READY, "False", *trouble)
         draft.summary(*trouble)
+    elif learns_text(step.spec):
+        _generating(step, "the teacher answers; the student starts when all answers are there")
     else:
         _generating(step, "the teacher writes its stream")
     return False

@@ -20,7 +20,13 @@ from kubedistill_operator.resources.pods import (
 _TRIES_PER_PARTITION = 3
 _REPORT_TRIES = 4
 _WRITER_GRACE_SECONDS = 30
-_HOPELESS = sorted({int(ExitCode.BAD_CONFIGURATION), int(ExitCode.UNREADABLE_INPUT)})
+_HOPELESS = sorted(
+    {
+        int(ExitCode.BAD_CONFIGURATION),
+        int(ExitCode.UNREADABLE_INPUT),
+        int(ExitCode.COST_LIMIT),
+    }
+)
 _OURS = sorted(int(code) for code in ExitCode if code not in (ExitCode.SUCCESS, ExitCode.UNKNOWN))
 
 

@@ -25,6 +25,7 @@ from kubedistill_trainer.methods.objective import divergence_of
 from kubedistill_trainer.methods.probe import probe
 from kubedistill_trainer.methods.request import job_request
 from kubedistill_trainer.methods.signal import final_hidden, softcap_of, softcapped
+from kubedistill_trainer.methods.stream_report import StreamReporter
 from kubedistill_trainer.models.folder import download
 from kubedistill_trainer.models.load import dtype_of, load_model
 from kubedistill_trainer.teacher.auto import (
@@ -55,7 +56,6 @@ from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettin
 _log = logging.getLogger(__name__)
 _FOLDER = "teacher"
 _FIRST_SHARD_BYTES = 1 << 20
-_REPORT_SECONDS = 2.0
 _SEED_STRIDE = 1 << 32  # more than a stream has samples
 
 
@@ -210,8 +210,8 @@ def _measure(context: Context, model: Any, dataset: Dataset, question: Question)
     publish_answer(context.storage, question, probe(model, dataset.packed, question, divergence))
 
 
-class _Reporter:
-    """Keeps /progress current; counts what this process committed."""
+class _Reporter(StreamReporter):
+    """Counts what this process committed."""
 
     def __init__(
         self,
@@ -220,11 +220,10 @@ class _Reporter:
         uri: str,
         rows: Sequence[PayloadProbe],
     ) -> None:
-        self._board = board
+        super().__init__(board, self._of_writers)
         self._identity = identity
         self._probe = list(rows)
         self._uri = uri
-        self._last = 0.0
         self._writers: list[StreamWriter] = []
         self._held = False
 
@@ -238,13 +237,8 @@ class _Reporter:
         """Count what this writer has committed, too."""
         self._writers.append(writer)
 
-    def tick(self) -> None:
-        if time.monotonic() - self._last > _REPORT_SECONDS:
-            self.now()
-
-    def now(self, complete: bool = False) -> None:
-        self._last = time.monotonic()
-        status = TeacherStreamStatus(
+    def _of_writers(self, complete: bool) -> TeacherStreamStatus:
+        return TeacherStreamStatus(
             uri=self._uri,
             digest=self._identity.digest(),
             payload=self._identity.payloads[0].kind,
@@ -255,7 +249,6 @@ class _Reporter:
             held=self._held,
             probe=self._probe,
         )
-        self._board.update(teacher_stream=status, last_step_time=time.time())
 
 
 def _write_partition(

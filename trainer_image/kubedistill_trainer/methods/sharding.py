@@ -75,9 +75,21 @@ def lead(model: Any, group: Any) -> None:
     decoder.register_forward_pre_hook(send, with_kwargs=True)
 
 
+def send(message: Any, group: Any) -> None:
+    """Hand the others what `receive` gives them."""
+    dist.broadcast_object_list([message], src=0, group=group)
+
+
+def receive(group: Any) -> Any:
+    """What the first process hands out next; None once it dismisses this one."""
+    message: list[Any] = [None]
+    dist.broadcast_object_list(message, src=0, group=group)
+    return message[0]
+
+
 def dismiss(group: Any) -> None:
     """The others may end."""
-    dist.broadcast_object_list([None], src=0, group=group)
+    send(None, group)
 
 
 @torch.inference_mode()
@@ -85,11 +97,7 @@ def follow(model: Any, group: Any) -> None:
     """Repeat the first process's calls until it dismisses this one."""
     decoder = model.get_decoder()
     layers, device = list(decoder.layers), next(model.parameters()).device
-    while True:
-        message: list[Any] = [None]
-        dist.broadcast_object_list(message, src=0, group=group)
-        if message[0] is None:
-            return
-        numbers, sent = message[0]
+    while (message := receive(group)) is not None:
+        numbers, sent = message
         decoder.layers = torch.nn.ModuleList(layers[n] for n in numbers)
         decoder(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in sent.items()})

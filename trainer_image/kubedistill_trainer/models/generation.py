@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 
 @torch.inference_mode()
@@ -18,6 +26,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """What `model` says after each of `prompts` (token ids, none empty), without the prompt.
 
@@ -34,19 +43,51 @@ def generate(
         # On the left, so that every answer begins at the same place.
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         seen[row, width - len(prompt) :] = 1
-    drawn = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    drawn: dict[str, Any] = {"do_sample": False}
+    if temperature > 0 and seeds is not None:
+        drawn["logits_processor"] = _drawn_by(seeds, temperature, top_p, max_tokens, width)
+    elif temperature > 0:
+        drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         out = model.generate(
             input_ids=ids.to(device),
             attention_mask=seen.to(device),
             max_new_tokens=max_tokens,
-            do_sample=temperature > 0,
             eos_token_id=ends,
             pad_token_id=ends[0],
             **drawn,
         )
     return [_until_end(answer, frozenset(end_ids)) for answer in out[:, width:].tolist()]
+
+
+def _drawn_by(
+    seeds: Sequence[int], temperature: float, top_p: float, max_tokens: int, width: int
+) -> LogitsProcessorList:
+    """What leaves the likeliest token no choice: it is the one that each row's seed draws."""
+    steps: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)]
+    if top_p < 1:
+        steps.append(TopPLogitsWarper(top_p))
+    return LogitsProcessorList([*steps, _Drawn(seeds, max_tokens, width)])
+
+
+class _Drawn(LogitsProcessor):  # type: ignore[misc]
+    """Leaves one token a row: the inverse of its distribution at the row's next random number."""
+
+    def __init__(self, seeds: Sequence[int], max_tokens: int, width: int) -> None:
+        numbers = [np.random.default_rng(seed).random(max_tokens) for seed in seeds]
+        self._numbers_BT = torch.from_numpy(np.stack(numbers)).float()
+        self._width = width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        sums_BV = scores.float().softmax(-1).cumsum(-1)
+        at_B1 = self._numbers_BT[:, input_ids.shape[1] - self._width, None].to(scores.device)
+        # A number that rounding makes 1 draws the last token that has a probability.
+        below_B1 = torch.minimum(
+            at_B1 * sums_BV[:, -1:], sums_BV[:, -1:].nextafter(sums_BV.new_zeros(1))
+        )
+        chosen_B1 = torch.searchsorted(sums_BV, below_B1, right=True)
+        return torch.full_like(scores, float("-inf")).scatter(-1, chosen_B1, 0.0)
 
 
 def _until_end(answer: list[int], ends: frozenset[int]) -> list[int]:

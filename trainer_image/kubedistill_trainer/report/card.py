@@ -10,6 +10,7 @@ from kubedistill_api.runspec import RunSpec
 from kubedistill_api.status import Metric
 
 from kubedistill_trainer.data.dataset import Dataset
+from kubedistill_trainer.report.text import SIGNALS
 
 
 def card(run: RunSpec, dataset: Dataset, metrics: Sequence[Metric], parameters: int) -> str:
@@ -63,6 +64,8 @@ def _method(run: RunSpec) -> str:
 def _method_text(run: RunSpec) -> str:
     if run.spec.distill is None:
         return "fine-tuning on labels"
+    if run.spec.distill.signal in SIGNALS:
+        return f"distillation, {SIGNALS[run.spec.distill.signal]}"
     objective = run.spec.distill.objective
     loss: str = objective.loss
     if loss == "JSD":
@@ -78,9 +81,8 @@ def _method_text(run: RunSpec) -> str:
 
 
 def _teacher_text(run: RunSpec) -> str:
-    endpoint = run.spec.teacher.endpoint if run.spec.teacher else None
-    if endpoint is not None:
-        return f"`{endpoint.model}` at {endpoint.url}"
+    if run.spec.teacher is not None and (endpoint := run.spec.teacher.endpoint) is not None:
+        return f"`{endpoint.model}` at `{endpoint.url}`"
     if run.teacher_model is None:
         return "none"
     made_by = f", made by `{run.teacher_model.job}`" if run.teacher_model.job else ""

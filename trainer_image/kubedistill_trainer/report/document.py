@@ -14,7 +14,7 @@ from kubedistill_api.data import DataSource
 from kubedistill_api.runspec import RunSpec
 from kubedistill_api.status import Metric
 
-from kubedistill_trainer.data.dataset import Dataset
+from kubedistill_trainer.data.dataset import Dataset, learns_text
 from kubedistill_trainer.data.order import Ids
 from kubedistill_trainer.data.packing import IGNORED
 from kubedistill_trainer.methods.history import Point
@@ -23,6 +23,8 @@ from kubedistill_trainer.report import gates
 from kubedistill_trainer.report.card import card, student_text
 from kubedistill_trainer.report.figures import BINS, Calibration, Evaluation, Slice
 from kubedistill_trainer.report.page import page
+from kubedistill_trainer.report.teacher_text import taught_text
+from kubedistill_trainer.teacher.learn import TaughtText
 
 SCHEMA_VERSION = 1
 
@@ -39,6 +41,7 @@ class Finished:
     history: Sequence[Point]
     watch: Watch
     exported_step: int | None
+    taught: TaughtText | None = None
 
 
 def files(finished: Finished, content: dict[str, Any]) -> dict[str, str]:
@@ -59,6 +62,7 @@ def document(finished: Finished) -> dict[str, Any]:
         "job": _job(run),
         "student": {"parameters": finished.parameters, "start": student_text(run)},
         "teacher": _teacher(run),
+        "teacherText": taught_text(run.spec, finished.taught),
         "objective": run.spec.distill.objective.to_wire() if run.spec.distill else None,
         "data": {
             "sources": list(dataset.sources),
@@ -113,7 +117,8 @@ def _teacher(run: RunSpec) -> dict[str, Any] | None:
     teacher = run.spec.teacher
     if teacher is None:
         return None
-    payload = {"payload": teacher.payload} if teacher.delivery == "Stream" else {}
+    kept = "Text" if learns_text(run.spec) else teacher.payload
+    payload = {"payload": kept} if teacher.delivery == "Stream" else {}
     if teacher.endpoint is not None:
         who = {"uri": teacher.endpoint.url, "model": teacher.endpoint.model}
     elif run.teacher_model is not None:

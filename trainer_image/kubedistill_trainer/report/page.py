@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kubedistill_trainer.report import gates, sections
+from kubedistill_trainer.report import gates, sections, teacher_text
 from kubedistill_trainer.report.markup import Markup, join, tag
 
 Section = Callable[[Mapping[str, Any]], Markup | None]
@@ -14,6 +14,7 @@ SECTIONS: tuple[Section, ...] = (
     sections.summary,
     sections.figures,
     gates.section,
+    teacher_text.section,
     sections.trials,
     sections.slices,
     sections.losses,

@@ -7,7 +7,7 @@ from typing import Any
 
 from kubedistill_trainer.report.markup import Child, Markup, join, tag
 from kubedistill_trainer.report.plots import Labels, Series, lines, reliability, swatch
-from kubedistill_trainer.report.text import Row, compared, number, paired, shown
+from kubedistill_trainer.report.text import SIGNALS, Row, compared, number, paired, shown
 
 Document = Mapping[str, Any]
 _METHODS = {"distill": "distillation", "fineTune": "fine-tuning"}
@@ -246,6 +246,9 @@ def _file(file: Document) -> str:
 
 def _method(document: Document) -> str:
     method = _METHODS[document["job"]["method"]]
+    text = document.get("teacherText")
+    if text:
+        return f"{method}, {SIGNALS[text['signal']]}"
     objective = document.get("objective")
     if objective is None:
         return method
@@ -258,6 +261,8 @@ def _method(document: Document) -> str:
 def _teacher(teacher: Document | None) -> str | None:
     if teacher is None:
         return None
+    if "model" in teacher:
+        return f"{teacher['model']} at {teacher['uri']}"
     how = [teacher[name] for name in ("delivery", "payload") if name in teacher]
     text = f"job {teacher['job']}" if teacher.get("job") else str(teacher["uri"])
     if teacher.get("model"):

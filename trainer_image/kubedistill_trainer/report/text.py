@@ -8,6 +8,11 @@ from typing import Any
 
 _MANY = 10_000
 _SHARES = {"accuracy", "confidence", "ece", "teacherEce", "teacherAgreement"}
+SIGNALS = {
+    "Responses": "on the teacher’s answers",
+    "ChainOfThought": "on the teacher’s reasoning and answers",
+}
+"""How a teacher's text is learnt."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from kubedistill_api.status import PayloadProbe
 from pydantic import (
@@ -44,8 +44,21 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class StreamIdentity(_Frozen):
-    """Everything that decides the bytes of a stream; two equal identities share one stream."""
+class Identity(_Frozen):
+    """Everything that decides what a stream says; two equal identities share one stream."""
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical JSON."""
+        return hashlib.sha256(_canonical(self.model_dump(mode="json"))).hexdigest()
+
+    @property
+    def address(self) -> str:
+        """Prefix of the stream under the storage URI."""
+        return f"streams/{self.digest()}"
+
+
+class StreamIdentity(Identity):
+    """Of a teacher's distributions over the packed data: it decides their bytes."""
 
     format_version: int = FORMAT_VERSION
     teacher_digest: Digest
@@ -81,14 +94,12 @@ class StreamIdentity(_Frozen):
                 raise ValueError(f"k {payload.k} exceeds the vocabulary {self.visible_vocab_size}")
         return self
 
-    def digest(self) -> str:
-        """SHA-256 (hex) of the canonical JSON."""
-        return hashlib.sha256(_canonical(self.model_dump(mode="json"))).hexdigest()
 
-    @property
-    def address(self) -> str:
-        """Prefix of the stream under the storage URI."""
-        return f"streams/{self.digest()}"
+class Layout(_Frozen):
+    """A manifest of any stream: the identity, and in how many parts it is written."""
+
+    identity: Identity
+    partitions: int = Field(ge=1, le=65535)
 
 
 class Origin(_Frozen):
@@ -101,11 +112,10 @@ class Origin(_Frozen):
     temperature: float = 1.0
 
 
-class Manifest(_Frozen):
+class Manifest(Layout):
     """`manifest.json`: the identity, and how its samples are laid out."""
 
     identity: StreamIdentity
-    partitions: int = Field(ge=1, le=65535)
     samples: int = Field(ge=1)
     """Samples of the whole stream, 0 … samples − 1."""
     head_sha256: str | None = None
@@ -128,12 +138,15 @@ class Manifest(_Frozen):
         return partition + position * self.partitions
 
 
-def check_identity(found: StreamIdentity, wanted: StreamIdentity) -> None:
+AnyLayout = TypeVar("AnyLayout", bound=Layout)
+
+
+def check_identity(found: Identity, wanted: Identity) -> None:
     """Raise StreamMismatch naming the first field in which the two differ."""
     _check_fields(found, wanted, "")
 
 
-def publish_manifest(store: Store, wanted: Manifest) -> Manifest:
+def publish_manifest(store: Store, wanted: AnyLayout) -> AnyLayout:
     """Write `manifest.json` if there is none; the manifest that holds is returned.
 
     `store` is rooted at the storage URI. A manifest that is already there keeps its `partitions`,
@@ -144,7 +157,7 @@ def publish_manifest(store: Store, wanted: Manifest) -> Manifest:
     try:
         stream.put(MANIFEST_KEY, body, only_if_absent=True)
     except PreconditionFailed:
-        found = read_manifest(store, wanted.identity)
+        found = read_layout(store, wanted.identity, type(wanted))
         if found is None:
             raise
         _check_fields(found, wanted, "", ignore=frozenset({"partitions", "probe", "origin"}))
@@ -153,6 +166,11 @@ def publish_manifest(store: Store, wanted: Manifest) -> Manifest:
 
 
 def read_manifest(store: Store, wanted: StreamIdentity) -> Manifest | None:
+    """The manifest of a stream of distributions, as `read_layout`."""
+    return read_layout(store, wanted, Manifest)
+
+
+def read_layout(store: Store, wanted: Identity, kind: type[AnyLayout]) -> AnyLayout | None:
     """The stream's manifest, None when no writer has come yet.
 
     StreamMismatch when it is another identity's, StreamCorrupt when it cannot be read.
@@ -163,7 +181,7 @@ def read_manifest(store: Store, wanted: StreamIdentity) -> Manifest | None:
     except NotFound:
         return None
     try:
-        found = Manifest.model_validate_json(body)
+        found = kind.model_validate_json(body)
     except ValidationError as error:
         raise StreamCorrupt(stream.uri_of(MANIFEST_KEY), f"not a manifest: {error}") from error
     check_identity(found.identity, wanted)

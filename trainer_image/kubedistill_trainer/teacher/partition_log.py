@@ -21,6 +21,18 @@ from kubedistill_trainer.teacher.errors import StreamCorrupt
 _READS = 3
 
 
+class TextShard(BaseModel):
+    """What a shard of text holds; of an END, all shards of its partition, without `requests`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requests: tuple[tuple[int, int], ...] = ()
+    """[first, last] of each run of requests that it answers."""
+    refused: int = Field(0, ge=0)
+    prompt_tokens: int = Field(0, ge=0)
+    answer_tokens: int = Field(0, ge=0)
+
+
 class LogRecord(BaseModel):
     """One slot. SHARD commits `count` samples, END says that no more will come."""
 
@@ -40,6 +52,8 @@ class LogRecord(BaseModel):
     tokens: int = 0
     version: int = Field(0, ge=0)
     """0 in the log; above it, a shard that replaces the one of this slot (`repairs.py`)."""
+    text: TextShard | None = None
+    """Of a teacher that writes text (`text_writer.py`)."""
     self_hash: str = ""
 
     def sealed(self) -> LogRecord:
@@ -52,7 +66,9 @@ class LogRecord(BaseModel):
         return self.self_hash == self._hash()
 
     def _hash(self) -> str:
-        content = self.model_dump(mode="json", exclude={"self_hash"})
+        # Records of other streams are hashed as they were before there was text.
+        unused = {"self_hash"} if self.text else {"self_hash", "text"}
+        content = self.model_dump(mode="json", exclude=unused)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,0 +1,144 @@
+"""What a server's answers cost, and where it ends: a real server, a real store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from endpoint_kit import Fault, Mind, Server, serving
+from kubedistill_api.exit_codes import ExitCode
+from kubedistill_api.runspec import RunSpec
+from kubedistill_api.status import TeacherStreamStatus
+from kubedistill_trainer.exporter import ProgressBoard
+from kubedistill_trainer.failures import RunFailure
+from kubedistill_trainer.methods.write_text import run_endpoint_teacher
+from kubedistill_trainer.store import Store
+from kubedistill_trainer.teacher.text_reader import read_text, wait_for_text
+from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
+from text_kit import context_of, identity_of, put_prompts, text_job
+
+PROMPTS = 40
+PRICE = {"inputPerMillion": 1000, "outputPerMillion": 4000}
+
+
+@pytest.fixture(scope="module")
+def mind() -> Mind:
+    return Mind.tiny()
+
+
+@pytest.fixture
+def server(mind: Mind) -> Iterator[Server]:
+    with serving(mind) as running:
+        yield running
+
+
+@pytest.fixture
+def store(s3: S3Server) -> Store:  # noqa: F811
+    return s3.store()
+
+
+def job(store: Store, server: Server, replicas: int = 1, **endpoint: Any) -> RunSpec:
+    found = {"url": server.url, "model": "tiny", "concurrency": 2, "price": PRICE, **endpoint}
+    teacher = {"endpoint": found, "workers": {"replicas": replicas}}
+    return text_job(store, put_prompts(store, PROMPTS), teacher=teacher)
+
+
+def teach(run: RunSpec, store: Store, scratch: Path, partition: int = 0) -> TeacherStreamStatus:
+    board = ProgressBoard()
+    try:
+        run_endpoint_teacher(context_of(run, store, scratch, partition), board)
+    finally:
+        stream = board.report.teacher_stream
+    assert stream is not None
+    return stream
+
+
+def asked(server: Server) -> list[str]:
+    return [seen.body["messages"][-1]["content"] for seen in server.paid]
+
+
+def cost(stream: TeacherStreamStatus) -> float:
+    return (stream.prompt_tokens * 1000 + stream.answer_tokens * 4000) / 1e6
+
+
+def test_tokens_and_cost_are_the_servers(store: Store, server: Server, tmp_path: Path) -> None:
+    stream = teach(job(store, server), store, tmp_path)
+    ids = [len(server.mind.prompt(seen.body["messages"])) for seen in server.paid]
+    assert (stream.answers, stream.prompt_tokens) == (PROMPTS, sum(ids))
+    assert stream.cost == pytest.approx(cost(stream)) and stream.cost > 0
+
+
+def test_at_its_limit_nothing_more_is_asked_and_all_is_kept(
+    store: Store, server: Server, tmp_path: Path
+) -> None:
+    whole = teach(job(store.child("whole"), server), store.child("whole"), tmp_path).cost or 0.0
+    server.seen.clear()
+    limit = whole / 2
+    with pytest.raises(RunFailure) as stopped:
+        teach(job(store, server, maxCost=limit), store, tmp_path)
+    assert stopped.value.code == ExitCode.COST_LIMIT
+    paid = len(server.paid)
+    # What was open when the limit was reached is paid for, and kept.
+    assert PROMPTS / 4 < paid < PROMPTS - 5
+    assert f"{paid} of {PROMPTS} answers are there and kept in s3://" in stopped.value.message
+    assert f"of at most {limit:g} by spec.teacher.endpoint.maxCost" in stopped.value.message
+    # What an earlier attempt paid counts: the next one asks for nothing.
+    with pytest.raises(RunFailure):
+        teach(job(store, server, maxCost=limit), store, tmp_path)
+    assert len(server.paid) == paid
+    run = job(store, server, maxCost=2 * whole)
+    stream = teach(run, store, tmp_path)
+    assert len(asked(server)) == len(set(asked(server))) == PROMPTS
+    assert stream.cost == pytest.approx(whole)
+    answers = read_text(wait_for_text(store, identity_of(run, store), stall_seconds=0))
+    assert len(answers) == PROMPTS
+
+
+def test_a_limit_that_the_last_answer_reaches_is_no_failure(
+    store: Store, server: Server, tmp_path: Path
+) -> None:
+    whole = teach(job(store.child("whole"), server), store.child("whole"), tmp_path).cost or 0.0
+    assert teach(job(store, server, maxCost=whole), store, tmp_path).complete
+
+
+def test_what_other_partitions_paid_counts(store: Store, server: Server, tmp_path: Path) -> None:
+    whole = teach(job(store.child("whole"), server), store.child("whole"), tmp_path).cost or 0.0
+    server.seen.clear()
+    run = job(store, server, replicas=2, maxCost=whole / 4)
+    with pytest.raises(RunFailure):
+        teach(run, store, tmp_path, 0)
+    paid = len(server.paid)
+    with pytest.raises(RunFailure) as second:
+        teach(run, store, tmp_path, 1)
+    assert second.value.code == ExitCode.COST_LIMIT
+    assert len(server.paid) == paid
+
+
+def test_a_server_that_gives_up_leaves_what_it_answered(
+    store: Store, server: Server, tmp_path: Path
+) -> None:
+    run = job(store, server, maxRetries=0)
+    server.faults += [None] * 5 + [Fault(500)] * 100
+    with pytest.raises(RunFailure) as failure:
+        teach(run, store, tmp_path)
+    assert failure.value.code == ExitCode.ENDPOINT_UNAVAILABLE
+    server.faults.clear()
+    assert teach(run, store, tmp_path).complete
+    assert len(asked(server)) == len(set(asked(server))) == PROMPTS
+
+
+def test_a_prompt_that_the_server_refuses_is_not_asked_again(
+    store: Store, server: Server, tmp_path: Path
+) -> None:
+    run = job(store, server)
+    body = {"error": {"code": "content_filter", "message": "not this"}}
+    server.faults.append(Fault(400, body=body, where="question 7"))
+    stream = teach(run, store, tmp_path)
+    assert (stream.answers, len(asked(server))) == (PROMPTS, PROMPTS - 1)
+    answers = read_text(wait_for_text(store, identity_of(run, store), stall_seconds=0))
+    [refused] = [n for n, answer in answers.items() if answer.refusal]
+    assert "not this" in answers[refused].refusal
+    assert teach(run, store, tmp_path).complete
+    assert len(asked(server)) == PROMPTS - 1

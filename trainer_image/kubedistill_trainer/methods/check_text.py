@@ -1,0 +1,177 @@
+"""The preflight's part for a teacher that is learnt by its text: prompts, templates, the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kubedistill_api.runspec import RunSpec
+
+from kubedistill_trainer.context import Context
+from kubedistill_trainer.data.conversation import Conversation, Message, Prompt
+from kubedistill_trainer.data.dataset import (
+    Dataset,
+    load_dataset,
+    load_run_tokenizer,
+    tokenizer_source,
+)
+from kubedistill_trainer.data.records import BadRecords
+from kubedistill_trainer.data.sources import field_of, read_corpus
+from kubedistill_trainer.data.template import ChatTemplate, Unrenderable, chat_template
+from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
+from kubedistill_trainer.failures import refuse, unreadable
+from kubedistill_trainer.teacher.errors import StreamDamaged
+from kubedistill_trainer.teacher.learn import learn
+from kubedistill_trainer.teacher.manifest import read_layout
+from kubedistill_trainer.teacher.text_manifest import TextIdentity, TextManifest
+from kubedistill_trainer.teacher.text_reader import read_text
+from kubedistill_trainer.teacher.text_request import (
+    generation_of,
+    instructed,
+    positions_of,
+    question,
+    reasons,
+    teacher_template,
+    text_identity,
+)
+from kubedistill_trainer.teacher.text_view import StreamView
+from kubedistill_trainer.teacher.thought import Thought, written
+
+_PROBE = Thought("what was thought", "what was said")
+
+
+@dataclass(frozen=True)
+class TextChecked:
+    """What was found out. `dataset`: all that will be learnt, where the answers are there already."""
+
+    tokenizer: TextTokenizer
+    data_digest: str
+    stream_uri: str
+    message: str
+    dataset: Dataset | None = None
+
+
+def check_text(context: Context, teacher_config: dict[str, Any] | None) -> TextChecked:
+    """Check prompts and templates, and look whether the answers are there. `teacher_config` is None
+    for a teacher behind an endpoint. InputsRefused for what a person has to mend."""
+    run = context.run
+    corpus = read_corpus(
+        run.spec.data, context.open_store, BadRecords(run.spec.data.max_bad_records)
+    )
+    prompts = corpus.prompts
+    if not prompts:
+        asked = [source.uri for source in run.spec.data.sources if source.origin == "Teacher"]
+        raise unreadable(
+            "spec.data.sources", f"no prompt in {', '.join(asked)}", "give files with prompts"
+        )
+    tokenizer = load_run_tokenizer(run, context.open_store)
+    _check_student(run, prompts, tokenizer)
+    identity = text_identity(run, prompts, context.open_store)
+    too_long = 0
+    if teacher_config is not None and run.teacher_model is not None:
+        too_long = _check_teacher(context, prompts, identity, positions_of(teacher_config))
+    uri = context.storage.child(identity.address).uri
+    taught = _taught(context, identity, prompts, tokenizer)
+    if taught is not None:
+        dataset, message = taught
+        return TextChecked(tokenizer, dataset.digest, uri, message, dataset)
+    message = (
+        f"{len(prompts) * identity.samples:,} answers to {len(prompts):,} prompts are asked for"
+    )
+    if too_long:
+        message += f"; prompts that are too long for the teacher: {too_long:,}"
+    return TextChecked(tokenizer, corpus.digest, uri, message)
+
+
+def _check_student(run: RunSpec, prompts: Sequence[Prompt], tokenizer: TextTokenizer) -> None:
+    """The student's template writes every prompt with an answer, and its reasoning if it is learnt."""
+    field, _ = tokenizer_source(run)
+    template = chat_template(tokenizer, field, run.spec.data.chat_template)
+    settings = run.spec.distill.chain_of_thought if run.spec.distill else None
+    reasoning = reasons(run.spec) and (settings is None or settings.train_on_reasoning)
+    answer = Message("assistant", written(_PROBE, reasoning=reasoning))
+    bad = BadRecords(run.spec.data.max_bad_records)
+    for prompt in prompts:
+        try:
+            rendered = template.rendered(Conversation((*prompt.messages, answer)))
+        except Unrenderable as problem:
+            bad.add(
+                field_of(prompt.source),
+                f"{_place(run, prompt)}: {problem}",
+                "correct the prompt, or give the student another template as spec.data.chatTemplate",
+            )
+            continue
+        if reasoning and _PROBE.reasoning not in rendered.text:
+            raise unreadable(
+                template.field,
+                "a chat template that leaves the reasoning before an answer out",
+                "give spec.data.chatTemplate one that keeps it, or write "
+                "spec.distill.chainOfThought.trainOnReasoning: false",
+            )
+
+
+def _check_teacher(
+    context: Context, prompts: Sequence[Prompt], identity: TextIdentity, positions: int
+) -> int:
+    """The teacher's own template writes every prompt; how many are too long for it."""
+    run, source = context.run, context.run.teacher_model
+    assert source is not None
+    longest = positions - identity.max_tokens
+    if longest <= 0:
+        raise refuse(
+            "spec.distill.generation.maxTokens", str(generation_of(run.spec).max_tokens),
+            f"the teacher has {positions} positions for prompt and answer together: write less",
+        )  # fmt: skip
+    tokenizer = load_tokenizer(context.open_store(source.uri), "spec.teacher")
+    template = teacher_template(tokenizer, source.uri)
+    texts = [_question(run, template, prompt, identity) for prompt in prompts]
+    encodings = tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
+    lengths = [len(encoding.ids) for encoding in encodings]
+    if min(lengths) > longest:
+        raise refuse(
+            "spec.distill.generation.maxTokens", str(identity.max_tokens),
+            f"the shortest prompt has {min(lengths)} tokens, and the teacher {positions} positions "
+            "for prompt and answer together: write less, or give shorter prompts",
+        )  # fmt: skip
+    return sum(length > longest for length in lengths)
+
+
+def _question(run: RunSpec, template: ChatTemplate, prompt: Prompt, identity: TextIdentity) -> str:
+    try:
+        return question(template, instructed(prompt.messages, identity.system_prompt))
+    except Unrenderable as problem:
+        raise unreadable(
+            field_of(prompt.source),
+            f"{_place(run, prompt)}: for the teacher, {problem}",
+            "correct the prompt, or give a teacher whose template takes it",
+        ) from problem
+
+
+def _place(run: RunSpec, prompt: Prompt) -> str:
+    return f"{run.spec.data.sources[prompt.source].uri} line {prompt.line}"
+
+
+def _taught(
+    context: Context, identity: TextIdentity, prompts: Sequence[Prompt], tokenizer: TextTokenizer
+) -> tuple[Dataset, str] | None:
+    """What will be learnt, and how much the filters keep; None while answers are missing.
+
+    Shards that are missing or damaged are asked for again.
+    """
+    manifest = read_layout(context.storage, identity, TextManifest)
+    if manifest is None:
+        return None
+    view = StreamView(context.storage, manifest)
+    view.refresh()
+    view.refresh_repairs()
+    view.ask_for_missing()
+    if not view.ended or view.damaged:
+        return None
+    try:
+        answers = read_text(view)
+    except StreamDamaged:
+        return None
+    learnt = learn(context.run.spec, prompts, answers, tokenizer)
+    dataset = load_dataset(context.run, context.open_store, learnt.conversations)
+    return dataset, f"all inputs fit; {learnt.sentence()}"

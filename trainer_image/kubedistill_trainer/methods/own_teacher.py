@@ -1,0 +1,90 @@
+"""The teacher's folder, loaded to answer in text."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from kubedistill_api.exit_codes import ExitCode
+from kubedistill_api.runspec import Outcome
+
+from kubedistill_trainer import exporter
+from kubedistill_trainer.context import Context
+from kubedistill_trainer.data.tokenizer import load_tokenizer
+from kubedistill_trainer.failures import RunFailure, refuse
+from kubedistill_trainer.methods import sharding
+from kubedistill_trainer.methods.answer import Generate, OwnTeacher
+from kubedistill_trainer.methods.write_text import run_text_teacher
+from kubedistill_trainer.models.folder import download
+from kubedistill_trainer.models.generation import generate
+from kubedistill_trainer.models.load import dtype_of, load_model
+from kubedistill_trainer.teacher.text_manifest import TextManifest
+from kubedistill_trainer.teacher.text_request import teacher_template
+
+_LOAD = "load"
+
+
+def run_own_teacher(context: Context, board: exporter.ProgressBoard, group: Any = None) -> Outcome:
+    """Write this pod's partition of the answers.
+
+    With a `group`, the teacher is split over its processes (`sharding.py`).
+    """
+    return run_text_teacher(context, board, partial(_open, context, group))
+
+
+def follow_own_teacher(context: Context, group: Any) -> Outcome:
+    """Do whatever the first process does with its part of the teacher, until that is done.
+
+    Every process generates the same: the layers' results are summed up over all of them, and the
+    draws are by each request's seed.
+    """
+    if sharding.receive(group) == _LOAD:
+        model = sharding.load_shard(_folder(context), _dtype(context), group).eval()
+        while (batch := sharding.receive(group)) is not None:
+            generate(model, **batch)
+    return Outcome(reason="Completed", message="the first process writes the answers")
+
+
+def _open(context: Context, group: Any, manifest: TextManifest) -> OwnTeacher:
+    source = context.run.teacher_model
+    if source is None:
+        raise refuse("spec.teacher", "nothing", "a teacher pod needs a teacher")
+    store = context.open_store(source.uri)
+    tokenizer = load_tokenizer(store, "spec.teacher")
+    template = teacher_template(tokenizer, source.uri)
+    download(store, _folder(context), "spec.teacher", source.digest)
+    if group is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(_folder(context), "spec.teacher", _dtype(context)).to(device).eval()
+        return OwnTeacher(model, tokenizer, template, manifest.identity)
+    sharding.send(_LOAD, group)
+    model = sharding.load_shard(_folder(context), _dtype(context), group).eval()
+    return OwnTeacher(model, tokenizer, template, manifest.identity, _together(group))
+
+
+def _together(group: Any) -> Generate:
+    """`generate` in all processes of the group at once."""
+
+    def generate_together(model: Any, **batch: Any) -> list[list[int]]:
+        sharding.send(batch, group)
+        try:
+            return generate(model, **batch)
+        except torch.OutOfMemoryError as error:
+            # The others are in the middle of it: there is no trying again with less.
+            raise RunFailure(
+                ExitCode.OUT_OF_MEMORY,
+                "memory ran out while the split teacher answered: raise "
+                "spec.teacher.workers.gpusPerReplica, or lower generation.maxTokens",
+            ) from error
+
+    return generate_together
+
+
+def _folder(context: Context) -> Path:
+    return context.scratch / "teacher"
+
+
+def _dtype(context: Context) -> torch.dtype:
+    return dtype_of(context.run.spec.training.precision)

@@ -1,0 +1,208 @@
+"""The teacher writers of `signal: Responses` and `ChainOfThought`: answers of one partition each."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from kubedistill_api.exit_codes import ExitCode
+from kubedistill_api.runspec import Outcome
+from kubedistill_api.status import TeacherStreamStatus
+
+from kubedistill_trainer import exporter
+from kubedistill_trainer.context import Context
+from kubedistill_trainer.data.conversation import Prompt
+from kubedistill_trainer.data.sources import read_prompts
+from kubedistill_trainer.failures import RunFailure, refuse
+from kubedistill_trainer.methods.stream_report import StreamReporter
+from kubedistill_trainer.store import StoreError
+from kubedistill_trainer.teacher.endpoint import EndpointAnswerer
+from kubedistill_trainer.teacher.learn import status_of
+from kubedistill_trainer.teacher.manifest import publish_manifest
+from kubedistill_trainer.teacher.text import Answerer, TextAnswer, TextRequest
+from kubedistill_trainer.teacher.text_manifest import TextManifest
+from kubedistill_trainer.teacher.text_mend import mend_text
+from kubedistill_trainer.teacher.text_request import generation_of, request_of, text_identity
+from kubedistill_trainer.teacher.text_view import StreamView
+from kubedistill_trainer.teacher.text_writer import TextWriter
+
+_log = logging.getLogger(__name__)
+_LOOK_SECONDS = 5.0
+"""Between two looks at what the other partitions have committed."""
+OpenTeacher = Callable[[TextManifest], Answerer]
+
+
+def run_text_teacher(
+    context: Context, board: exporter.ProgressBoard, open_teacher: OpenTeacher
+) -> Outcome:
+    """Have this pod's partition of the prompts answered. `open_teacher` is called where there is
+    something to ask."""
+    spec = context.run.spec
+    if spec.teacher is None or spec.distill is None:
+        raise refuse("spec.teacher", "nothing", "a teacher pod needs a teacher")
+    board.update(phase="Generating")
+    prompts = read_prompts(spec.data, context.open_store)
+    identity = text_identity(context.run, prompts, context.open_store)
+    replicas = spec.teacher.workers.replicas
+    manifest = publish_manifest(
+        context.storage, TextManifest(identity=identity, partitions=replicas, prompts=len(prompts))
+    )
+    desk = _Desk(context, board, manifest, prompts, open_teacher)
+    try:
+        # A stream that another job laid out in more partitions is written by as many as there are.
+        for partition in range(context.partition, manifest.partitions, replicas):
+            desk.write(partition)
+    finally:
+        desk.close()
+    desk.report.now(complete=True)
+    return Outcome(reason="Completed", message="answers written", progress=board.report)
+
+
+def run_endpoint_teacher(context: Context, board: exporter.ProgressBoard) -> Outcome:
+    """The same, by the server of spec.teacher.endpoint."""
+    spec = context.run.spec
+
+    def open_endpoint(manifest: TextManifest) -> Answerer:
+        endpoint = spec.teacher.endpoint if spec.teacher else None
+        if endpoint is None:
+            raise refuse("spec.teacher", "no endpoint", "a teacher pod needs a teacher")
+        return EndpointAnswerer(endpoint, generation_of(spec))
+
+    return run_text_teacher(context, board, open_endpoint)
+
+
+@dataclass
+class _Desk:
+    """Where prompts are handed out and answers taken in."""
+
+    context: Context
+    board: exporter.ProgressBoard
+    manifest: TextManifest
+    prompts: Sequence[Prompt]
+    open_teacher: OpenTeacher
+    report: StreamReporter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._view = StreamView(self.context.storage, self.manifest)
+        self._looked = float("-inf")
+        self._teacher: Answerer | None = None
+        self.report = StreamReporter(self.board, self._status)
+        endpoint = self.context.run.spec.teacher.endpoint if self.context.run.spec.teacher else None
+        self._price = endpoint.price if endpoint else None
+        self._max_cost = endpoint.max_cost if endpoint else None
+        self._look(repairs=True)
+
+    def write(self, partition: int) -> None:
+        """Answer all of a partition, and again what was damaged of it."""
+        mend_text(self.context.storage, self.manifest, partition, self._asked_again)
+        writer = TextWriter(self.context.storage, self.manifest, partition, pause=self._pause)
+        if writer.ended:
+            return
+        try:
+            while wanted := self._in_order(writer.missing()):
+                self._ask(writer, wanted)
+                writer.commit()
+                if writer.lost:
+                    writer.stand_by()
+            writer.end()
+        except BaseException:
+            # Also when asked to stop: what was answered is paid for.
+            with contextlib.suppress(StoreError):
+                writer.commit()
+                self.report.now()
+            raise
+        self._look()
+        _log.info("partition written", extra={"partition": partition, "answers": writer.committed})
+
+    def close(self) -> None:
+        if self._teacher is not None:
+            self._teacher.close()
+
+    def _ask(self, writer: TextWriter, wanted: Sequence[int]) -> None:
+        """Ask for `wanted` and take what comes, until all are answered, another writer is ahead, or
+        the money is spent. RunFailure (COST_LIMIT) in the last case."""
+        before, spent = writer.committed, False
+
+        def handed_out() -> Iterator[TextRequest]:
+            nonlocal spent
+            for number in wanted:
+                spent = spent or self._spent(writer)
+                if writer.lost or spent:
+                    return
+                yield request_of(self.manifest, self.prompts, number)
+
+        taken = 0
+        for request, answer in self._answers(handed_out()):
+            writer.add(request.prompt * self.manifest.identity.samples + request.sample, answer)
+            taken += 1
+            if writer.committed != before:
+                before = writer.committed
+                self._look()
+            self.report.tick()
+        writer.commit()
+        self._look()
+        if spent and any(writer.missing()):
+            raise self._too_expensive()
+        if not taken and not writer.lost:
+            raise RuntimeError(f"the teacher gave none of {len(wanted)} answers, and no reason")
+
+    def _answers(self, requests: Iterator[TextRequest]) -> Iterator[tuple[TextRequest, TextAnswer]]:
+        if self._teacher is None:
+            self._teacher = self.open_teacher(self.manifest)
+        for request, answer in self._teacher.answers(requests):
+            exporter.TOKENS.labels("teacher").inc(answer.answer_tokens)
+            yield request, answer
+
+    def _asked_again(self, numbers: Sequence[int]) -> dict[int, TextAnswer]:
+        """Answers for a shard that was damaged."""
+        requests = (request_of(self.manifest, self.prompts, n) for n in self._in_order(numbers))
+        samples = self.manifest.identity.samples
+        return {r.prompt * samples + r.sample: answer for r, answer in self._answers(requests)}
+
+    def _in_order(self, numbers: Iterator[int] | Sequence[int]) -> list[int]:
+        """Prompts of like length together: a batch takes as long as its longest."""
+        samples = self.manifest.identity.samples
+
+        def length(number: int) -> int:
+            return sum(len(turn.content) for turn in self.prompts[number // samples].messages)
+
+        return sorted(numbers, key=lambda number: (length(number), number))
+
+    def _spent(self, writer: TextWriter) -> bool:
+        """Whether all that was paid for this stream, by whomever, is as much as may be."""
+        if self._max_cost is None or self._price is None:
+            return False
+        if time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._look()
+        paid = self._view.totals.with_pending(writer.pending)
+        return paid.cost(self._price) >= self._max_cost
+
+    def _too_expensive(self) -> RunFailure:
+        totals, price = self._view.totals, self._price
+        assert price is not None
+        return RunFailure(
+            ExitCode.COST_LIMIT,
+            f"{totals.cost(price):.4g} is spent, of at most {self._max_cost:g} by "
+            f"spec.teacher.endpoint.maxCost: {totals.answers:,} of {self.manifest.requests:,} "
+            f"answers are there and kept in {self._view.stream.uri}; raise maxCost to go on behind "
+            "them, or ask for less",
+        )
+
+    def _look(self, *, repairs: bool = False) -> None:
+        self._view.refresh()
+        if repairs:
+            self._view.refresh_repairs()
+        self._looked = time.monotonic()
+
+    def _pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self.report.tick()
+
+    def _status(self, complete: bool) -> TeacherStreamStatus:
+        if time.monotonic() - self._looked > _LOOK_SECONDS or complete:
+            self._look()
+        done = complete and self._view.ended
+        return status_of(self._view, self.context.run.spec, complete=done)
