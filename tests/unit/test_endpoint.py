@@ -19,6 +19,7 @@ from kubedistill_trainer.teacher.endpoint import EndpointAnswerer
 from kubedistill_trainer.teacher.endpoint_client import Ask, Client, Patience
 from kubedistill_trainer.teacher.endpoint_reply import Reply
 from kubedistill_trainer.teacher.text import TextAnswer, TextRequest
+from prometheus_client import REGISTRY
 
 KEY = "sk-very-secret-0123456789"
 QUICK = Patience(first_wait=0.01, longest_wait=0.05, jitter=0.01)
@@ -308,6 +309,32 @@ def test_what_is_open_is_given_up_at_the_end(server: Server) -> None:
     client.close()
     client.close()
     assert [future.cancelled() for future in futures] == [True, True]
+
+
+def test_what_was_asked_and_paid_is_counted(
+    server: Server, calm: dict[tuple[int, int], TextAnswer]
+) -> None:
+    def counts() -> dict[str, float]:
+        return {
+            label: REGISTRY.get_sample_value(f"distill_endpoint_{name}_total", {key: label}) or 0
+            for name, key, labels in (
+                ("requests", "result", ("answered", "refused", "retried", "failed")),
+                ("tokens", "kind", ("prompt", "answer")),
+            )
+            for label in labels
+        }
+
+    before = counts()
+    server.faults = [None, Fault(500), Fault("half"), None, Fault(400)]
+    asked(endpoint(server, concurrency=1))
+    found = {name: count - before[name] for name, count in counts().items()}
+    # In order: the second prompt is asked for three times, and the third is refused.
+    kept = [answer for (prompt, _), answer in calm.items() if prompt != 2]
+    assert found == {
+        "answered": PROMPTS - 1, "refused": 1, "retried": 2, "failed": 0,
+        "prompt": sum(answer.prompt_tokens for answer in kept),
+        "answer": sum(answer.answer_tokens for answer in kept),
+    }  # fmt: skip
 
 
 def test_the_key_is_sent_and_never_said(
