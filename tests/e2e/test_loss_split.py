@@ -1,7 +1,8 @@
 """Loss and gradients are the same for any split: ranks, accumulation, micro-batches, ZeRO 1, 2 and 3.
 
-The trainer's own loop and engine over gloo, with an online teacher, feature matching and sequences
-of unequal numbers of labels. A process of one rank that takes the whole batch at once is the
+The trainer's own loop and engine over gloo, with an online teacher, all divergences mixed, feature
+matching and sequences of unequal numbers of labels; in the first step the second rank has none at
+all. A process of one rank that takes the whole batch at once is the
 reference. Each process writes what it saw; the tests look at that.
 """
 
@@ -95,6 +96,12 @@ def test_the_comparison_can_fail(seen: dict[str, dict[str, torch.Tensor]]) -> No
     assert any("projections" in name for name in seen[REFERENCE])
 
 
+def test_a_rank_without_a_label_is_among_them() -> None:
+    found = data()
+    halves = found.order.batch(0)[: BATCH // 2], found.order.batch(0)[BATCH // 2 :]
+    assert [found.packed.take(half).valid_tokens > 0 for half in halves] == [True, False]
+
+
 # What the ranks run.
 
 
@@ -183,21 +190,30 @@ def student() -> Any:
     from kubedistill_trainer.methods.student import StudentWithLoss
 
     pairs = [FeaturePair(1, 1, "MSE", 0.5), FeaturePair(2, 3, "Cosine", 0.5)]
-    objective = Objective(temperature=3, soft_weight=0.6)
+    objective = Objective.model_validate(
+        {
+            "temperature": 3, "softWeight": 0.6, "loss": "Mix", "beta": 0.3,
+            "mix": {"forwardKL": 0.5, "reverseKL": 0.3, "jsd": 0.7},
+        }
+    )  # fmt: skip
     return StudentWithLoss(
         llama(32, 2, seed=3), objective, VOCABULARY, FeatureMatcher(pairs, 32, 40)
     )
 
 
 def data() -> Any:
-    """Sequences of documents of unequal lengths: each has another number of labels."""
+    """Sequences of documents of unequal lengths: each has another number of labels.
+
+    Of the first batch the second half, which is the second rank's, has none.
+    """
     from kubedistill_trainer.data.order import Order, Part
-    from kubedistill_trainer.data.packing import pack
+    from kubedistill_trainer.data.packing import IGNORED, pack
 
     draw = np.random.default_rng(5)
     lengths = draw.integers(2, 30, size=60)
     packed = pack([draw.integers(0, VOCABULARY, size=n) for n in lengths], LENGTH)
     order = Order([Part(np.arange(len(packed)))], BATCH, seed=1)
+    packed.labels[order.batch(0)[BATCH // 2 :]] = IGNORED
     return SimpleNamespace(total_steps=3, order=order, packed=packed)
 
 

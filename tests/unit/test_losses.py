@@ -64,13 +64,20 @@ def test_a_large_vocabulary_at_high_temperature_keeps_its_digits(teacher: str) -
     check(c, teacher, 1e-5, torch.float32, temperature=20.0, soft_weight=1.0)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 20.0])
-def test_a_vocabulary_as_large_and_as_padded_as_real_ones(temperature: float) -> None:
-    c = case(tokens=8, vocab=151_936, rows=152_064)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
+@pytest.mark.parametrize("weight", [0.6, 1.0])
+@pytest.mark.parametrize(
+    ("teacher", "seed"), [("hidden", 0), ("hidden", 1), ("sparse", 1), ("none", 1)]
+)
+def test_a_vocabulary_as_large_and_as_padded_as_real_ones(
+    teacher: str, seed: int, weight: float, temperature: float
+) -> None:
+    """What rounding does to the sum of a row of 151,936 must not get into q − p."""
+    c = case(tokens=8, vocab=151_936, rows=152_064, seed=seed)
     c.head[151_936:] = 9
     c.teacher.head_VH[151_936:] = 9
     check(
-        c, "hidden", 1e-5, torch.float32, temperature=temperature, soft_weight=0.6,
+        c, teacher, 1e-5, torch.float32, temperature=temperature, soft_weight=weight,
         vocab_size=151_936,
     )  # fmt: skip
 

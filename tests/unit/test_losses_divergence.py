@@ -53,6 +53,15 @@ def test_a_large_vocabulary_at_high_temperature_keeps_its_digits(name: str) -> N
 
 
 @each
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_a_vocabulary_as_large_as_real_ones(name: str, temperature: float) -> None:
+    check(
+        case(tokens=8, vocab=151_936), "hidden", 1e-5, torch.float32, temperature=temperature,
+        soft_weight=0.6, divergence=DIVERGENCES[name],
+    )  # fmt: skip
+
+
+@each
 def test_all_tokens_kept_is_the_dense_loss(name: str) -> None:
     c = case(vocab=97)
     options = {"temperature": 2.0, "soft_weight": 0.5, "divergence": DIVERGENCES[name]}

@@ -192,6 +192,16 @@ def _sliced(*rows: tuple[int, float, float]) -> Sums:
     return sums
 
 
+def test_a_student_that_is_not_a_number_has_no_perplexity(group: Any) -> None:
+    """The bound on the loss is for the unlikely, and must not make a figure of NaN."""
+    engine = Engine()
+    engine.table[:] = math.nan
+    assert math.isnan(heldout_perplexity(engine, dataset(), 0, 1, group))
+    engine.table[:] = 0
+    engine.table[:, 0] = 1e6
+    assert heldout_perplexity(engine, dataset(), 0, 1, group) == pytest.approx(math.exp(50))
+
+
 def test_the_weakest_by_perplexity_and_by_ratio_differ() -> None:
     found = _sliced((500, 3.0, 2.9), (600, 2.0, 1.0), (700, 1.0, 0.9)).evaluation(("a", "b", "c"))
     weakest = found.weakest()

@@ -4,53 +4,77 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from kubedistill_api.exit_codes import ExitCode
+from kubedistill_api.job import EarlyStopping
+from kubedistill_api.runspec import Outcome
 from kubedistill_api.status import ModelStatus
 from kubedistill_trainer import run
 from kubedistill_trainer.exporter import ProgressBoard
+from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.methods.signal import NoTeacher
+from kubedistill_trainer.methods.watch import Look, Watch
+from kubedistill_trainer.report.figures import Evaluation
 from report_kit import evaluation, finished
+
+NAN = float("nan")
+
+
+@dataclass
+class End:
+    """How a run ended, and what was exported."""
+
+    outcome: Outcome
+    exported: dict[str, Any]
+
+
+@pytest.fixture
+def end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., End]:
+    """`_finish` with nothing but the export and the evaluation put in its place."""
+
+    def finish(found: Evaluation | None = None, **parts: Any) -> End:
+        exported: dict[str, Any] = {}
+
+        def export(model: Any, weights: Any, tokenizer: Any, documents: Any, *rest: Any) -> Any:
+            exported.update(documents)
+            return ModelStatus(uri="s3://m/d", digest="d", parameters=6)
+
+        monkeypatch.setattr(run, "export", export)
+        monkeypatch.setattr(run, "evaluate", lambda *arguments: found or evaluation())
+        monkeypatch.setattr(run, "gather_weights", lambda engine: {"w": torch.zeros(2, 3)})
+        done = finished(steps=30)
+        done.dataset.tokenizer.files = {}
+        context = SimpleNamespace(
+            run=done.run, rank=0, world_size=1, scratch=tmp_path, models_store=None
+        )
+        fields = {
+            "initial_perplexity": 88.4,
+            "history": SimpleNamespace(points=done.history),
+            "watch": done.watch,
+            "exported_step": 20,
+        }
+        loop = SimpleNamespace(**fields | parts)
+        engine = SimpleNamespace(module=SimpleNamespace(model=None))
+        board, nobody = ProgressBoard(), NoTeacher()
+        ended: Any = run._finish(context, done.dataset, engine, nobody, board, None, loop)  # type: ignore[arg-type]
+        return End(ended, exported)
+
+    return finish
 
 
 def test_the_report_lies_beside_the_model_and_its_table_in_the_log(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    end: Callable[..., End], caplog: pytest.LogCaptureFixture
 ) -> None:
-    exported: dict[str, Any] = {}
-
-    def export(model: Any, weights: Any, tokenizer: Any, documents: Any, *rest: Any) -> Any:
-        exported.update(documents)
-        return ModelStatus(uri="s3://m/d", digest="d", parameters=6)
-
-    monkeypatch.setattr(run, "export", export)
-    monkeypatch.setattr(run, "evaluate", lambda *arguments: evaluation())
-    monkeypatch.setattr(run, "gather_weights", lambda engine: {"w": torch.zeros(2, 3)})
-    done = finished(steps=30)
-    done.dataset.tokenizer.files = {}
-    context = SimpleNamespace(
-        run=done.run, rank=0, world_size=1, scratch=tmp_path, models_store=None
-    )
-    loop = SimpleNamespace(
-        initial_perplexity=88.4,
-        history=SimpleNamespace(points=done.history),
-        watch=done.watch,
-        exported_step=20,
-    )
-    engine = SimpleNamespace(module=SimpleNamespace(model=None))
     caplog.set_level(logging.INFO)
-    outcome = run._finish(
-        context,
-        done.dataset,
-        engine,
-        NoTeacher(),
-        ProgressBoard(),
-        None,
-        loop,  # type: ignore[arg-type]
-    )
+    found = end()
+    outcome, exported = found.outcome, found.exported
     report = json.loads(exported["report.json"])
     assert "<title>small-chain-medium" in exported["report.html"]
     assert report["student"]["parameters"] == 6
@@ -61,3 +85,41 @@ def test_the_report_lies_beside_the_model_and_its_table_in_the_log(
     assert {"ece", "teacherEce", "initialPerplexity"} <= set(report["metrics"])
     names = [message.split()[0] for message in caplog.messages]
     assert names[:2] == ["figure", "perplexity"] and "highest" in names
+
+
+def test_the_weakest_files_go_into_the_status(end: Callable[..., End]) -> None:
+    found = end()
+    weakest = json.loads(found.exported["report.json"])["weakest"]
+    assert {w.metric: (w.source, w.tokens) for w in found.outcome.weakest} == {
+        name: (part["source"], part["tokens"]) for name, part in weakest.items()
+    }
+    assert set(weakest) == {"perplexity", "perplexityRatio"}
+
+
+def _with(**figures: float) -> Evaluation:
+    whole = evaluation()
+    return replace(whole, figures={**whole.figures, **figures})
+
+
+def test_a_student_that_is_not_a_number_is_not_exported(end: Callable[..., End]) -> None:
+    with pytest.raises(RunFailure, match=r"held-out perplexity .* is not a number") as failed:
+        end(_with(perplexity=NAN))
+    assert failed.value.code == ExitCode.UNKNOWN
+
+
+def test_a_figure_that_is_not_a_number_is_left_out(end: Callable[..., End]) -> None:
+    """The API server takes numbers only: with a NaN among them no status could be written."""
+    found = end(_with(teacherKL=NAN, perplexityRatio=float("inf")))
+    names = {metric.name for metric in found.outcome.metrics}
+    assert "perplexity" in names
+    assert not names & {"teacherKL", "perplexityRatio"}
+
+
+def test_looks_that_were_not_finite_are_not_in_the_report(end: Callable[..., End]) -> None:
+    looks = (Look(step=10, loss=NAN), Look(step=20, loss=2.0), Look(step=30, loss=NAN))
+    report = json.loads(
+        end(watch=Watch(EarlyStopping(interval_steps=10), looks)).exported["report.json"]
+    )
+    assert [look["step"] for look in report["earlyStopping"]["looks"]] == [20]
+    blind = end(watch=Watch(EarlyStopping(interval_steps=10), looks[:1]), exported_step=30)
+    assert json.loads(blind.exported["report.json"])["earlyStopping"] is None

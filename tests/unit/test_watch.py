@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from kubedistill_trainer.methods.schedule import learning_rate
 from kubedistill_trainer.methods.watch import Watch
 from loop_kit import Commits, gang, loop  # noqa: F401
 
+NAN = float("nan")
 RULE = EarlyStopping(interval_steps=2, patience=2, min_delta=0.1)
 
 
@@ -27,6 +29,14 @@ RULE = EarlyStopping(interval_steps=2, patience=2, min_delta=0.1)
         ([3.0, 2.95, 2.91], 2, True),
         ([3.0, 2.95, 2.89], 6, False),
         ([3.0, 2.0, 2.5, 1.8], 8, False),
+        # What is not a number is no look to go back to.
+        ([NAN], None, False),
+        ([NAN, 3.0], 4, False),
+        ([float("inf"), 3.0], 4, False),
+        ([NAN, 3.0, 3.5, 3.6], 4, True),
+        ([3.0, NAN, 2.0], 6, False),
+        ([3.0, NAN, NAN], 2, True),
+        ([NAN, NAN], None, True),
     ],
 )
 def test_the_rule(losses: list[float], best: int | None, stopped: bool) -> None:
@@ -35,8 +45,12 @@ def test_the_rule(losses: list[float], best: int | None, stopped: bool) -> None:
         step = 2 * (index + 1)
         assert watch.record(step, loss) == (watch.best_step == step)
     assert (watch.best_step, watch.stopped) == (best, stopped)
-    again = Watch.from_cursor(RULE, json.loads(json.dumps(watch.to_cursor())))
-    assert (again.looks, again.stopped) == (watch.looks, stopped)
+    # A commit's JSON is strict.
+    again = Watch.from_cursor(RULE, json.loads(json.dumps(watch.to_cursor(), allow_nan=False)))
+    assert [look.step for look in again.looks] == [look.step for look in watch.looks]
+    assert (again.best_step, again.stopped) == (best, stopped)
+    kept = [(look.step, look.loss) for look in watch.looks if math.isfinite(look.loss)]
+    assert [(look.step, look.loss) for look in again.looks if math.isfinite(look.loss)] == kept
 
 
 @pytest.mark.parametrize("cursor", [None, "x", [[1]], [["a", 2]], {"steps": 1}])
@@ -75,6 +89,28 @@ def test_training_ends_and_goes_back_to_the_best_step() -> None:
     again = loop(commits, **stopping)
     assert again.run() == 8
     assert commits.loaded == [None, 4, None, 4]
+
+
+@pytest.mark.usefixtures("gang")
+def test_a_first_look_that_is_not_a_number_is_not_gone_back_to() -> None:
+    commits, heldout = Commits(), iter((NAN, 5.0, 6.0, 7.0, 8.0))
+    run = loop(
+        commits, heldout=lambda: next(heldout), earlyStopping={"intervalSteps": 2, "patience": 2}
+    )
+    assert run.run() == 8
+    assert run.watch.best_step == run.exported_step == 4
+    assert commits.loaded == [None, 4]
+
+
+@pytest.mark.usefixtures("gang")
+def test_a_start_that_is_not_a_number_does_not_stop_the_commits() -> None:
+    """A commit's JSON knows no NaN."""
+    commits = Commits()
+    run = loop(commits, heldout=lambda: NAN)
+    run._context.run.spec.student.config = None  # type: ignore[misc]
+    assert run.run() == 10
+    assert math.isnan(run.initial_perplexity or 0)
+    assert len(commits.cursors) == 3
 
 
 @pytest.mark.usefixtures("gang")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.objective import Objective
 from kubedistill_api.runspec import Outcome
 from kubedistill_api.status import Metric, WeakestSlice
@@ -18,7 +20,7 @@ from kubedistill_trainer.checkpoint import Checkpointer
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset, learns_text, load_dataset
 from kubedistill_trainer.data.order import micro_batch_size
-from kubedistill_trainer.failures import refuse
+from kubedistill_trainer.failures import RunFailure, refuse
 from kubedistill_trainer.losses import FeatureMatcher
 from kubedistill_trainer.methods.engine import join_gang, wrap
 from kubedistill_trainer.methods.interruption import Interruption
@@ -39,6 +41,8 @@ from kubedistill_trainer.report.table import table
 from kubedistill_trainer.teacher.learn import TaughtText
 
 _log = logging.getLogger(__name__)
+_VITAL = "perplexity"
+"""The figure without which a student is worth nothing."""
 
 
 def run_student(
@@ -215,10 +219,24 @@ def _finish(
 
 
 def _publish(found: Evaluation, initial: float | None) -> list[Metric]:
-    """The figures for the status, which are this process's metrics from now on."""
+    """The figures for the status, which are this process's metrics from now on.
+
+    RunFailure for a student whose perplexity is no number.
+    """
     metrics = found.metrics
     if initial is not None:
         metrics.append(Metric(name="initialPerplexity", value=initial))
+    broken = [metric.name for metric in metrics if not math.isfinite(metric.value)]
+    if _VITAL in broken:
+        raise RunFailure(
+            ExitCode.UNKNOWN,
+            "the held-out perplexity after the last step is not a number: training has diverged; "
+            "lower spec.training.learningRate",
+        )
+    if broken:
+        # The API server would refuse a status with them in it.
+        _log.warning("figures that are no numbers are left out: %s", ", ".join(broken))
+        metrics = [metric for metric in metrics if metric.name not in broken]
     for metric in metrics:
         exporter.EVALUATION.labels(metric.name).set(metric.value)
         if metric.name == "teacherAgreement":

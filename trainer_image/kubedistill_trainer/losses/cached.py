@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kubedistill_trainer.losses.buckets import of_buckets, teacher_buckets
-from kubedistill_trainer.losses.divergence import normalise
+from kubedistill_trainer.losses.divergence import normalise, softmax
 from kubedistill_trainer.losses.types import Divergence, TeacherSampled, TeacherSparse
 
 _TINY = 1e-30
@@ -60,7 +60,7 @@ def sampled_kl(u_RV: Tensor, teacher: TeacherSampled, out_RV: Tensor) -> SoftTer
 
     Its gradient q − p̂ is unbiased, as p̂ enters linearly; its value is not: of p̂'s own entropy.
     """
-    torch.softmax(u_RV, -1, out=out_RV)
+    softmax(u_RV, out_RV)
     log_z_R1 = log_normaliser(u_RV, out_RV, teacher.ids_NK)
     share_RK = teacher.shares_NK.double()
     log_q_RK = u_RV.gather(-1, teacher.ids_NK).double() - log_z_R1
@@ -97,7 +97,7 @@ def sparse_divergence(
     little mass is left. With K = V there is no tail and it is the full divergence.
     """
     ids_RK, count = teacher.ids_NK, teacher.ids_NK.shape[-1]
-    torch.softmax(u_RV, -1, out=out_RV)
+    softmax(u_RV, out_RV)
     log_z_R1 = log_normaliser(u_RV, out_RV, ids_RK)
     u_RK = u_RV.gather(-1, ids_RK).double()
     log_p, log_pt_R1 = teacher_buckets(teacher, temperature)

@@ -19,7 +19,10 @@ WORKSPACE_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 _BLOCK_BYTES = 1 << 20
 """One fp32 temporary, per core: a block stays in the cache from the first pass to the last."""
 _TILE_ROWS = 8192
-"""Rows of the LM head whose half-precision gradient is widened at a time."""
+"""Rows of the LM head whose half-precision gradient is widened at a time, or whose product with few
+tokens is."""
+_FEW_TOKENS = 32
+"""On a CPU the product of fewer tokens with a long head is added up one by one, and loses digits."""
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -100,7 +103,7 @@ class ChunkRunner:
             ]
         )
         if self._grad_hidden_NH is not None:
-            self._grad_hidden_NH[rows_C] = (z_CV @ self._head_VH).to(self._wide)
+            self._grad_hidden_NH[rows_C] = self._to_hidden(z_CV)
         if self._grad_head_VH is not None:
             self._add_to_head(z_CV, hidden_CH)
 
@@ -126,6 +129,16 @@ class ChunkRunner:
         if device != "cpu":
             return chunk, chunk
         return chunk, min(chunk, max(1, _BLOCK_BYTES // (vocab * wide)))
+
+    def _to_hidden(self, grad_CV: Tensor) -> Tensor:
+        """grad_CV · head [C, H] in the wide type."""
+        if len(grad_CV) >= _FEW_TOKENS or grad_CV.device.type != "cpu":
+            return (grad_CV @ self._head_VH).to(self._wide)
+        total_CH = self._head_VH.new_zeros(len(grad_CV), self._head_VH.shape[1], dtype=self._wide)
+        for start in range(0, len(self._head_VH), _TILE_ROWS):
+            tile = slice(start, start + _TILE_ROWS)
+            total_CH += grad_CV[:, tile] @ self._head_VH[tile]
+        return total_CH
 
     def _add_to_head(self, grad_CV: Tensor, hidden_CH: Tensor) -> None:
         """grad_head += grad_CVᵀ · hidden_CH; the product of half types is widened tile by tile."""

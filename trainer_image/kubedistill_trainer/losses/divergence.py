@@ -4,8 +4,13 @@ Letters: z the student's logits, T the temperature, q = softmax(z / T), p the te
 at T, y the label, R the tokens of the block. Everything here is fp32 (fp64 for fp64 inputs) over the
 vocabulary and fp64 for the few numbers a token has.
 
-**One exponential a softmax.** `torch.softmax` gives e^(x − max) / Z without a second pass for the
+**One exponential a softmax.** `softmax` gives e^(x − max) / Z without a second pass for the
 logarithm; its own greatest entry is 1 / Z, hence log Z = max x − log max softmax(x).
+
+**Rows whose sum is 1.** torch adds up the exponentials of a row a lane at a time, in fp32: with
+150,000 entries Z is off by 2e-5. That scales all of q, and where q − p is multiplied by the head most
+of q cancels and the error does not. So long rows are divided by their sum, which `torch.sum` takes by
+pairs.
 
 **KL as a Bregman sum.** KL = Σ_v [p_v (log p_v − log q_v) − p_v + q_v]. The last two terms sum to 0
 on paper; on a machine they make every term ≥ 0 and cancel the rounding of both log Z to first order.
@@ -22,6 +27,8 @@ from torch import Tensor
 from kubedistill_trainer.losses.types import Divergence
 
 GREATEST_LOG_RATIO = 40.0
+_LONG_ROW = 4096
+"""From here on a row of softmax is divided by its sum."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,17 @@ class Scratch:
         return Scratch(self.a_RV[:rows], self.b_RV[:rows], self.c_RV[:rows])
 
 
+def softmax(x_RV: Tensor, out_RV: Tensor) -> Tensor:
+    """out_RV = softmax(x_RV), whose rows add up to 1 within a few roundings however long they are."""
+    torch.softmax(x_RV, -1, out=out_RV)
+    if x_RV.shape[-1] < _LONG_ROW:
+        return out_RV
+    return out_RV.div_(out_RV.sum(-1, keepdim=True))
+
+
 def normalise(x_RV: Tensor, out_RV: Tensor, max_R1: Tensor | None = None) -> Tensor:
     """out_RV = softmax(x_RV); log Σ exp(x) [R, 1] in fp64. `max_R1`: x's row maximum, if known."""
-    torch.softmax(x_RV, -1, out=out_RV)
+    softmax(x_RV, out_RV)
     max_R1 = x_RV.amax(-1, keepdim=True) if max_R1 is None else max_R1
     return max_R1.double() - out_RV.amax(-1, keepdim=True).double().log()
 

@@ -11,7 +11,7 @@ from kubedistill_trainer.losses.cached import (
     sampled_kl,
     sparse_divergence,
 )
-from kubedistill_trainer.losses.divergence import Scratch, dense_divergence
+from kubedistill_trainer.losses.divergence import Scratch, dense_divergence, softmax
 from kubedistill_trainer.losses.types import (
     Objective,
     Teacher,
@@ -122,7 +122,7 @@ class Pointwise:
             q_RV = scratch.b_RV
             # dense_divergence has left it there for T = 1.
             if self._objective.temperature != 1 or not isinstance(self._teacher, TeacherHidden):
-                torch.softmax(z_RV, -1, out=q_RV)
+                softmax(z_RV, q_RV)
             log_z_R1 = log_normaliser(z_RV, q_RV, labels_R1)
         self.sums[1] += (log_z_R1 - z_RV.gather(-1, labels_R1)).sum()
 

@@ -261,7 +261,8 @@ class Loop:
     def _commit(self, step: int) -> None:
         with exporter.CHECKPOINT_DURATION.labels("save").time():
             cursor: dict[str, JsonValue] = {"step": step, _HISTORY: self.history.to_cursor()}
-            if self.initial_perplexity is not None:
+            # JSON knows no NaN.
+            if self.initial_perplexity is not None and math.isfinite(self.initial_perplexity):
                 cursor[_INITIAL] = self.initial_perplexity
             if self.watch.looks:
                 cursor[_WATCH] = self.watch.to_cursor()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 from kubedistill_api.job import EarlyStopping
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
-_ROWS = TypeAdapter(list[tuple[int, float]])
+_ROWS = TypeAdapter(list[tuple[int, float | None]])
 
 
 class Look(BaseModel):
-    """The mean held-out loss a token, in nats, after `step` optimizer steps."""
+    """The mean held-out loss a token, in nats, after `step` optimizer steps.
+
+    One that is not finite is worse than any other, and never the best.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     step: int
@@ -36,21 +41,25 @@ class Watch:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the last look that improved on all before it by more than `minDelta`."""
+        """The step of the last look that improved on all before it by more than `minDelta`.
+
+        None while no look was finite.
+        """
         best = self._best()
         return None if best is None else self.looks[best].step
 
     @property
     def stopped(self) -> bool:
         """Whether the loss has not improved for `patience` looks."""
-        best = self._best()
-        if self._rule is None or best is None:
+        if self._rule is None:
             return False
-        return len(self.looks) - 1 - best >= self._rule.patience
+        best = self._best()
+        in_vain = len(self.looks) if best is None else len(self.looks) - 1 - best
+        return in_vain >= self._rule.patience
 
     def to_cursor(self) -> JsonValue:
-        """JSON for a commit's cursor."""
-        return [[look.step, look.loss] for look in self.looks]
+        """JSON for a commit's cursor, which knows no NaN and no infinity: null stands for both."""
+        return [[look.step, look.loss if math.isfinite(look.loss) else None] for look in self.looks]
 
     @staticmethod
     def from_cursor(rule: EarlyStopping | None, value: JsonValue) -> Watch:
@@ -59,12 +68,16 @@ class Watch:
             rows = _ROWS.validate_python(value)
         except ValidationError:
             rows = []
-        looks = tuple(Look(step=step, loss=loss) for step, loss in rows)
+        looks = tuple(
+            Look(step=step, loss=math.nan if loss is None else loss) for step, loss in rows
+        )
         return Watch(rule, looks)
 
     def _best(self) -> int | None:
         best: int | None = None
         for index, look in enumerate(self.looks):
+            if not math.isfinite(look.loss):
+                continue
             delta = self._rule.min_delta if self._rule is not None else 0.0
             if best is None or look.loss < self.looks[best].loss - delta:
                 best = index

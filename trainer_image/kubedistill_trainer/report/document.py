@@ -183,13 +183,14 @@ def _point(point: Point) -> dict[str, Any]:
 
 
 def _early_stopping(watch: Watch, exported: int | None) -> dict[str, Any] | None:
-    """The looks at the held-out loss; None where nobody looked."""
-    if not watch.looks:
-        return None
+    """The looks at the held-out loss that were finite; None where there was none."""
     looks = [
         {"step": look.step, "loss": look.loss, "perplexity": math.exp(look.loss)}
         for look in watch.looks
+        if math.isfinite(look.loss)
     ]
+    if not looks:
+        return None
     return {
         "looks": looks,
         "bestStep": watch.best_step,

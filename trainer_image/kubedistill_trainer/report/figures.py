@@ -174,4 +174,5 @@ def _figures(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def _perplexity(mean_nll: float) -> float:
-    return math.exp(min(_GREATEST_NLL, mean_nll))
+    # In this order: of a NaN, which is no figure, min() would make one.
+    return math.exp(_GREATEST_NLL if mean_nll > _GREATEST_NLL else mean_nll)
