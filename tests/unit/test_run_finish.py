@@ -123,3 +123,13 @@ def test_looks_that_were_not_finite_are_not_in_the_report(end: Callable[..., End
     assert [look["step"] for look in report["earlyStopping"]["looks"]] == [20]
     blind = end(watch=Watch(EarlyStopping(interval_steps=10), looks[:1]), exported_step=30)
     assert json.loads(blind.exported["report.json"])["earlyStopping"] is None
+
+
+def test_the_report_says_that_a_student_learns_by_heart(end: Callable[..., End]) -> None:
+    looks = (Look(step=10, loss=2.0), Look(step=20, loss=2.25))
+    exported = end(watch=Watch(EarlyStopping(interval_steps=10), looks)).exported
+    found = json.loads(exported["report.json"])["earlyStopping"]["overfitting"]
+    assert (found["sinceStep"], found["heldOutRise"]) == (10, 0.25)
+    assert (
+        "Overfitting: since step 10 the held-out loss has risen by 0.25" in exported["report.html"]
+    )

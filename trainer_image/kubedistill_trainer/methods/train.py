@@ -25,6 +25,7 @@ from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.methods.history import History
 from kubedistill_trainer.methods.interruption import Interruption
+from kubedistill_trainer.methods.overfitting import overfitting
 from kubedistill_trainer.methods.schedule import learning_rate
 from kubedistill_trainer.methods.signal import Signal
 from kubedistill_trainer.methods.watch import Watch
@@ -143,6 +144,8 @@ class Loop:
         exporter.EVALUATION.labels("perplexity").set(perplexity)
         best = self.watch.record(step, math.log(perplexity))
         _log.info("held out", extra={"step": step, "perplexity": perplexity, "best": best})
+        if found := overfitting(self.watch.looks, self.history.points):
+            _log.warning("overfitting: %s", found.sentence(), extra={"step": step})
         return best
 
     def _take_best(self, step: int) -> None:

@@ -18,6 +18,7 @@ from kubedistill_trainer.data.dataset import Dataset, learns_text
 from kubedistill_trainer.data.order import Ids
 from kubedistill_trainer.data.packing import IGNORED
 from kubedistill_trainer.methods.history import Point
+from kubedistill_trainer.methods.overfitting import Overfitting, overfitting
 from kubedistill_trainer.methods.watch import Watch
 from kubedistill_trainer.report import gates
 from kubedistill_trainer.report.card import card, student_text
@@ -91,7 +92,7 @@ def document(finished: Finished) -> dict[str, Any]:
             for name, part in found.weakest().items()
         },
         "history": [_point(point) for point in finished.history],
-        "earlyStopping": _early_stopping(finished.watch, finished.exported_step),
+        "earlyStopping": _early_stopping(finished),
         # Of a trial it is filled in when all trials have ended.
         "sweep": None,
         "inputs": {
@@ -182,8 +183,10 @@ def _point(point: Point) -> dict[str, Any]:
     }
 
 
-def _early_stopping(watch: Watch, exported: int | None) -> dict[str, Any] | None:
+def _early_stopping(finished: Finished) -> dict[str, Any] | None:
     """The looks at the held-out loss that were finite; None where there was none."""
+    watch = finished.watch
+    found = overfitting(watch.looks, finished.history)
     looks = [
         {"step": look.step, "loss": look.loss, "perplexity": math.exp(look.loss)}
         for look in watch.looks
@@ -194,6 +197,16 @@ def _early_stopping(watch: Watch, exported: int | None) -> dict[str, Any] | None
     return {
         "looks": looks,
         "bestStep": watch.best_step,
-        "exportedStep": exported,
+        "exportedStep": finished.exported_step,
         "stopped": watch.stopped,
+        "overfitting": _overfitting(found) if found else None,
+    }
+
+
+def _overfitting(found: Overfitting) -> dict[str, Any]:
+    return {
+        "sinceStep": found.since_step,
+        "heldOutRise": found.held_out_rise,
+        "trainingFall": found.training_fall,
+        "sentence": found.sentence(),
     }

@@ -169,6 +169,8 @@ def held_out(document: Document) -> Markup | None:
     told = f"Best after step {best:,}, {taken}; training ended after step {last:,}" + (
         ", for it no longer fell." if found["stopped"] else "."
     )
+    if apart := found.get("overfitting"):
+        told += f" Overfitting: {apart['sentence']}."
     course = [(float(look["step"]), float(look["perplexity"])) for look in looks]
     labels = Labels("Held-out perplexity", told, "optimizer step", "perplexity")
     body = [
