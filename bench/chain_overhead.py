@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import Measure, arguments, note, report
+from kit.common import Measure, arguments, note, report
 
 # A benchmark is started by its path alone: the dev cluster and the demo's text are found from here.
 ROOT = Path(__file__).resolve().parents[1]

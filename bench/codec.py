@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from common import Measure, arguments, interleaved, note, report, student, training_step
+from kit.common import Measure, arguments, interleaved, note, report, student, training_step
 from kubedistill_trainer.losses import Teacher, TeacherHidden
 from kubedistill_trainer.methods.signal import joined_sampled, joined_sparse
 from kubedistill_trainer.teacher.codec import decode_outputs, encode_outputs

@@ -24,7 +24,7 @@ from functools import partial
 from statistics import median
 
 import torch
-from common import Measure, arguments, interleaved, note, paired_ratio, peak_bytes, report
+from kit.common import Measure, arguments, interleaved, note, paired_ratio, peak_bytes, report
 from kubedistill_trainer.losses import TeacherHidden, distillation_loss, fused
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax

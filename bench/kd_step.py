@@ -16,7 +16,7 @@ from functools import partial
 from statistics import median
 
 import torch
-from common import (
+from kit.common import (
     Measure,
     arguments,
     interleaved,

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Measure, arguments, note, report
+from kit.common import Measure, arguments, note, report
 from kubedistill_api.status import PayloadProbe
 from kubedistill_trainer.data.packing import Packed, encode, pack
 from kubedistill_trainer.losses import FORWARD_KL, TeacherSampled, TeacherSparse

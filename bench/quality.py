@@ -6,7 +6,7 @@ differs between seeds is the student's start and the order of the data; within a
 start alike and see the same batches. Steps are the trainer's own (`StudentWithLoss`, its schedule and
 its order of data) without DeepSpeed. The teacher's states are made once and kept in memory, which is
 what an online teacher would give again in each epoch; "stream" writes them to a SeaweedFS server and
-reads them back as the trainer does, with the payload Hidden (`quality_stream.py`).
+reads them back as the trainer does, with the payload Hidden (`kit/stream.py`).
 
 Which temperature the schema has for a default is judged by what is found here.
 
@@ -26,8 +26,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from brown import documents
-from common import Measure, arguments, note, report
+from kit.brown import documents
+from kit.common import Measure, arguments, note, report
+from kit.stream import Open, streamed
 from kubedistill_api.job import Training
 from kubedistill_api.objective import Objective
 from kubedistill_trainer.data.order import Order, Part, Split, split
@@ -37,7 +38,6 @@ from kubedistill_trainer.methods.objective import feature_pairs
 from kubedistill_trainer.methods.schedule import learning_rate
 from kubedistill_trainer.methods.signal import hidden_states
 from kubedistill_trainer.methods.student import StudentWithLoss
-from quality_stream import Open, streamed
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
