@@ -44,6 +44,8 @@ def put(store: Store, tensors: Tensors, config: dict[str, Any] = CONFIG) -> None
         content = save({name: tensors[name].contiguous() for name in part})
         store.put(f"model-{index + 1:05}-of-00002.safetensors", content)
     store.put("config.json", json.dumps(config).encode())
+    files = {name: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(names)}
+    store.put("model.safetensors.index.json", json.dumps({"weight_map": files}).encode())
 
 
 def zero(*names: str) -> Callable[[Tensors], object]:
@@ -153,6 +155,26 @@ def test_a_model_that_does_not_say_its_vocabulary(store: Store) -> None:
 def test_a_folder_without_weights(store: Store) -> None:
     store.put("config.json", b"{}")
     with pytest.raises(InputsRefused, match="pickled weights are never loaded"):
+        weights.check_sample(store, CONFIG, "spec.teacher")
+
+
+def test_a_file_that_the_index_names_is_missing(store: Store) -> None:
+    put(store, model())
+    store.delete(["model-00002-of-00002.safetensors"])
+    with pytest.raises(InputsRefused) as refused:
+        weights.check_sample(store, CONFIG, "spec.teacher")
+    [problem] = refused.value.problems
+    assert problem.found == (
+        f"no model-00002-of-00002.safetensors in {store.uri}, of 2 that "
+        "model.safetensors.index.json names"
+    )
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"weight_map": 1}'])
+def test_an_index_that_is_none(store: Store, content: bytes) -> None:
+    put(store, model())
+    store.put("model.safetensors.index.json", content)
+    with pytest.raises(InputsRefused, match=r"no safetensors in .*index\.json"):
         weights.check_sample(store, CONFIG, "spec.teacher")
 
 

@@ -18,7 +18,7 @@ from kubedistill_trainer.data.order import Order, Part, split
 from kubedistill_trainer.data.packing import IGNORED, Fit, pack_conversations
 from kubedistill_trainer.data.template import Encoded
 from kubedistill_trainer.failures import InputsRefused
-from kubedistill_trainer.preflight import _check_tokenizers, _verdict
+from kubedistill_trainer.preflight import _check_tokenizers, _teacher_config, _verdict
 
 PAIRS = {"uri": "s3://data/pairs.jsonl", "promptField": "q", "responseField": "a"}
 TEXT = {"uri": "s3://data/text.jsonl"}
@@ -341,6 +341,25 @@ def test_a_teacher_of_text_may_have_another_tokenizer() -> None:
             bucket, ASKED, **{**TEXTS, "student": {"model": {"uri": STUDENT}}},
             student_model=STUDENT,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers"])
+def test_a_teacher_whose_config_does_not_say_its_size_is_refused(key: str) -> None:
+    """GPT-2 has other names for them, and its blocks are no `layers` either."""
+    bucket = _bucket()
+    config = {"model_type": "m", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 2}
+    bucket.put("teacher", {"config.json": json.dumps(config).encode()})
+    context: Any = type(
+        "Context", (), {"run": job(TEXT, **LOGITS), "open_store": staticmethod(bucket.open)}
+    )
+    assert _teacher_config(context) == config
+    del config[key]
+    bucket.put("teacher", {"config.json": json.dumps(config).encode()})
+    with pytest.raises(InputsRefused) as refused:
+        _teacher_config(context)
+    [problem] = refused.value.problems
+    assert problem.field == "spec.teacher"
+    assert problem.found == f"no {key} in s3://data/teacher/config.json"
 
 
 def _without_merges() -> bytes:

@@ -31,6 +31,8 @@ from kubedistill_trainer.teacher.request import resolved
 
 _OVERHEAD_BYTES = 600 << 20
 """Interpreter, torch and DeepSpeed in a process."""
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+"""Of a teacher's config: what its stream, its head and its layers are counted by."""
 
 
 def run_preflight(context: Context) -> Outcome:
@@ -105,7 +107,19 @@ def _teacher_config(context: Context) -> dict[str, Any] | None:
     model = context.run.teacher_model
     if model is None:
         return None
-    return read_config(context.open_store(model.uri), "spec.teacher")
+    store = context.open_store(model.uri)
+    config = read_config(store, "spec.teacher")
+    spec = context.run.spec
+    if learns_text(spec) and spec.student.from_teacher is None:
+        return config
+    for key in _SIZES:
+        if not isinstance(config.get(key), int):
+            raise unreadable(
+                "spec.teacher",
+                f"no {key} in {store.uri_of('config.json')}",
+                "give a teacher built like Llama (Mistral, Qwen, Gemma 2, …), whose config says it",
+            )
+    return config
 
 
 def _check_tokenizers(

@@ -55,22 +55,31 @@ def load_model(
 ) -> Model:
     """A model from a local folder; safetensors only, no code of the folder is run.
 
-    With a tensor-parallel `plan` this process's part of it.
+    With a tensor-parallel `plan` this process's part of it. InputsRefused for a folder that lacks
+    weights: transformers would draw random ones.
     """
     split = {"distributed_config": DistributedConfig(tp_plan=plan)} if plan else {}
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
             **split,
         )
     except Exception as error:
         raise unreadable(
             field, f"{type(error).__name__}: {error}", "give a model that transformers loads"
         ) from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise unreadable(
+            field, f"no weights for {missing[0]}{others}", "upload all of the model's files"
+        )
+    return model
 
 
 def config_of_folder(folder: Path, field: str) -> Any:

@@ -36,6 +36,7 @@ _LAYER_MATRICES = 16
 _CHUNK_BYTES = 32 << 20
 _LAYER = re.compile(r"\.(\d+)\.")
 _SUFFIX = ".safetensors"
+_INDEX = "model.safetensors.index.json"
 
 Verdict = Literal["zero", "not finite", "sound"]
 ReadRange = Callable[[int, int], bytes]
@@ -87,8 +88,10 @@ def check_sample(store: Store, config: Mapping[str, Any], field: str) -> None:
     some 256 KiB of each. InputsRefused (unreadable) names `field`, the folder and the tensor.
     """
     tensors: list[Tensor] = []
-    for info in store.list(""):
-        if info.key.endswith(_SUFFIX) and "/" not in info.key:
+    files = [info for info in store.list("") if "/" not in info.key]
+    _check_index(store, {info.key for info in files}, field)
+    for info in files:
+        if info.key.endswith(_SUFFIX):
             with _naming(field, store.uri_of(info.key)):
                 read = partial(store.get_range, info.key)
                 tensors += read_header(info.key, info.size_bytes, read)
@@ -100,6 +103,22 @@ def check_sample(store: Store, config: Mapping[str, Any], field: str) -> None:
         for tensor in sample_of(tensors, rows)
     ]
     _refuse_dead(verdicts, rows, field, store.uri)
+
+
+def _check_index(store: Store, files: set[str], field: str) -> None:
+    """A model of several files names them all in one."""
+    if _INDEX not in files:
+        return
+    with _naming(field, store.uri_of(_INDEX)):
+        named = set(json.loads(store.get(_INDEX))["weight_map"].values())
+    missing = sorted(named - files)
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise unreadable(
+            field,
+            f"no {missing[0]}{others} in {store.uri}, of {len(named)} that {_INDEX} names",
+            "upload all of the model's files",
+        )
 
 
 def check_files(folder: Path, field: str, uri: str) -> None:
