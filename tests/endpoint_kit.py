@@ -80,9 +80,9 @@ class Mind:
     context: int = 512
 
     @classmethod
-    def tiny(cls, seed: int = 0) -> Mind:
+    def tiny(cls, seed: int = 0, tokenizer: TextTokenizer | None = None) -> Mind:
         """Random weights; says what nobody taught it, and always the same."""
-        tokenizer = data_kit.tokenizer()
+        tokenizer = tokenizer or data_kit.tokenizer()
         torch.manual_seed(seed)
         config = AutoConfig.for_model(
             "llama", vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
@@ -140,6 +140,7 @@ class Server:
         self.knows_token_ids = True
         self.tokenizes = True
         self.only_max_completion_tokens = False
+        self.knows_seed = True
         self.limit: tuple[int, float] | None = None
         """(requests, seconds): more than that in that time are refused with `Retry-After`."""
         self.faults: list[Fault | None] = []
@@ -233,6 +234,9 @@ class Server:
                 400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
                 "'max_completion_tokens' instead.", "unsupported_parameter", "max_tokens",
             )  # fmt: skip
+        if not self.knows_seed and "seed" in seen.body:
+            wrong = {"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Not permitted"}
+            return web.json_response({"detail": [wrong]}, status=422)
         if self.limit is not None:
             count, seconds = self.limit
             recent = [s for s in self.seen if s.paid and s.came > seen.came - seconds]

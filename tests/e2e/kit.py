@@ -104,9 +104,11 @@ class Team(Bench):
                 }
         return found
 
-    def example(self, path: Path) -> list[dict[str, Any]]:
-        """The documents of an example, with this cluster's store in place of its own."""
+    def example(self, path: Path, endpoint: str = "") -> list[dict[str, Any]]:
+        """The documents of an example, with this cluster's store in place of its own, and
+        `endpoint` in that of its teacher's server."""
         text = re.sub(r"http://s3\.example:8333", self.handle.s3.endpoint, path.read_text())
+        text = re.sub(r"http://vllm\.example:8000/v1", endpoint, text)
         return list(yaml.safe_load_all(text))
 
     def ends(self, name: str, *reasons: str, resource: str = "dj") -> dict[str, Any]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from endpoint_kit import Server, serving
 from operator_kit import wait_for
 
+from e2e.endpoint import small_mind
 from e2e.kit import SLOW_SECONDS, Team
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2 * SLOW_SECONDS)]
@@ -17,7 +20,14 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yam
 
 
 @pytest.fixture(scope="module")
-def applied(team: Team) -> dict[str, list[dict[str, Any]]]:
+def server() -> Iterator[Server]:
+    """The endpoint that an example's teacher is behind."""
+    with serving(small_mind()) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def applied(team: Team, server: Server) -> dict[str, list[dict[str, Any]]]:
     """All examples at once, once the teachers that they name are in their places."""
     tiny = team.tuned("tiny", training={"maxSteps": 4}, workers={"nodes": 1})
     team.apply(tiny, team.conversing("tiny-chat"))
@@ -26,7 +36,8 @@ def applied(team: Team) -> dict[str, list[dict[str, Any]]]:
         model = team.objects(team.ends(teacher, "Completed")["model"]["uri"])
         for name, body in model.items():
             client.put_object(Bucket=bucket, Key=f"models/{teacher}/{name}", Body=body)
-    documents = {path.name: team.example(path) for path in EXAMPLES}
+    team.kubectl("create", "secret", "generic", "vllm", "--from-literal=API_KEY=sk-1")
+    documents = {path.name: team.example(path, server.url) for path in EXAMPLES}
     # Backwards, so that students are there before their teachers.
     team.apply(*[one for several in documents.values() for one in reversed(several)])
     return documents

@@ -20,12 +20,13 @@ from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
 from kubedistill_trainer.failures import refuse, unreadable
 from kubedistill_trainer.imports import quiet_collector
 from kubedistill_trainer.methods.check_text import check_text
+from kubedistill_trainer.methods.request import job_request
 from kubedistill_trainer.models.folder import read_config
 from kubedistill_trainer.models.sizes import check_layers, decoder_parameters
 from kubedistill_trainer.store import preflight as check_store
-from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.endpoint_preflight import check_endpoint
-from kubedistill_trainer.teacher.request import resolved, stream_request
+from kubedistill_trainer.teacher.endpoint_scores import longest_piece
+from kubedistill_trainer.teacher.request import resolved
 
 _OVERHEAD_BYTES = 600 << 20
 """Interpreter, torch and DeepSpeed in a process."""
@@ -38,14 +39,14 @@ def run_preflight(context: Context) -> Outcome:
     if learns_text(run.spec):
         return _text_preflight(context)
     dataset = load_dataset(run, context.open_store)
-    check_endpoint(run.spec, dataset.tokenizer)
+    check_endpoint(run.spec, dataset.tokenizer, longest_piece(dataset.packed))
     teacher_config = _teacher_config(context)
     _check_tokenizers(context, dataset.tokenizer, dataset.template)
     _check_features(context, dataset, teacher_config)
     _check_split(context, teacher_config)
     parameters = _student_parameters(context, dataset.tokenizer, teacher_config)
     _check_memory(run, parameters)
-    stream_uri, complete = _stream(context, dataset, teacher_config)
+    stream_uri, complete = _stream(context, dataset)
     found = Resolved(
         inputs_digest=run.inputs_digest,
         student_parameters=parameters,
@@ -251,27 +252,21 @@ def _check_memory(run: RunSpec, parameters: int) -> None:
         )
 
 
-def _stream(
-    context: Context, dataset: Dataset, teacher_config: dict[str, Any] | None
-) -> tuple[str, bool]:
+def _stream(context: Context, dataset: Dataset) -> tuple[str, bool]:
     """(URI of the stream, whether all of it is there); StreamMismatch for a foreign one.
 
     What is missing of a stream is asked for, so that the teacher writes it before anybody needs it.
     With `payload: Auto` the URI is known once a teacher has measured: until then it is empty.
     """
-    spec, model = context.run.spec, context.run.teacher_model
-    if spec.teacher is None or spec.distill is None or model is None or teacher_config is None:
-        return "", False
-    if spec.teacher.delivery != "Stream":
+    spec = context.run.spec
+    if spec.teacher is None or spec.distill is None or spec.teacher.delivery != "Stream":
         return "", False
     from kubedistill_trainer.teacher.manifest import read_manifest
     from kubedistill_trainer.teacher.partition_log import PartitionLog
     from kubedistill_trainer.teacher.repairs import Repairs, head_is_sound
 
-    request = stream_request(
-        spec, dataset, teacher_digest(model, context.open_store(model.uri)), teacher_config
-    )
-    found = resolved(request, context.storage)
+    asked = job_request(context.run, dataset, context.open_store)
+    found = resolved(asked.request, context.storage)
     if found is None:
         return "", False
     identity = found.identity

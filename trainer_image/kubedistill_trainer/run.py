@@ -16,7 +16,7 @@ from kubedistill_api.status import Metric
 from kubedistill_trainer import exporter
 from kubedistill_trainer.checkpoint import Checkpointer
 from kubedistill_trainer.context import Context
-from kubedistill_trainer.data.dataset import Dataset, load_dataset
+from kubedistill_trainer.data.dataset import Dataset, learns_text, load_dataset
 from kubedistill_trainer.data.order import micro_batch_size
 from kubedistill_trainer.failures import refuse
 from kubedistill_trainer.losses import FeatureMatcher
@@ -24,20 +24,19 @@ from kubedistill_trainer.methods.engine import join_gang, wrap
 from kubedistill_trainer.methods.interruption import Interruption
 from kubedistill_trainer.methods.learn_text import TextTeacher, read_taught
 from kubedistill_trainer.methods.objective import feature_pairs
+from kubedistill_trainer.methods.request import job_request
 from kubedistill_trainer.methods.signal import NoTeacher, Signal, online_teacher, stream_teacher
 from kubedistill_trainer.methods.student import StudentWithLoss
 from kubedistill_trainer.methods.train import Loop
 from kubedistill_trainer.models import load
 from kubedistill_trainer.models.export import export, gather_weights
-from kubedistill_trainer.models.folder import download, read_config
+from kubedistill_trainer.models.folder import download
 from kubedistill_trainer.models.sizes import check_layers
 from kubedistill_trainer.report.document import Finished, document, files
 from kubedistill_trainer.report.evaluate import evaluate, heldout_perplexity
 from kubedistill_trainer.report.figures import Evaluation
 from kubedistill_trainer.report.table import table
-from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.learn import TaughtText
-from kubedistill_trainer.teacher.request import stream_request
 
 _log = logging.getLogger(__name__)
 
@@ -147,18 +146,16 @@ def _signal(
     device: torch.device,
     features: FeatureMatcher | None,
 ) -> Signal:
-    spec, model = context.run.spec, context.run.teacher_model
-    if spec.distill is None or spec.teacher is None or model is None:
+    spec = context.run.spec
+    if spec.distill is None or spec.teacher is None or learns_text(spec):
         return NoTeacher()
     if spec.teacher.delivery == "Online" and teacher_folder is not None:
         layers = features.teacher_layers if features else ()
         dtype = load.dtype_of(spec.training.precision)
         return online_teacher(teacher_folder, dtype, device, layers)
-    store = context.open_store(model.uri)
-    config = read_config(store, "spec.teacher")
-    request = stream_request(spec, dataset, teacher_digest(model, store), config)
+    asked = job_request(context.run, dataset, context.open_store)
     temperature = spec.distill.objective.temperature
-    return stream_teacher(context, dataset, request, config, temperature, device)
+    return stream_teacher(context, dataset, asked.request, asked.config, temperature, device)
 
 
 def _finish(

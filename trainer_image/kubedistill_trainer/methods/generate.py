@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from kubedistill_api.quantity import to_bytes
 from kubedistill_api.runspec import Outcome
 from kubedistill_api.status import PayloadProbe, TeacherStreamStatus
+from kubedistill_api.teacher import Endpoint
 
 from kubedistill_trainer import exporter
 from kubedistill_trainer.context import Context
@@ -21,9 +23,10 @@ from kubedistill_trainer.losses.types import FORWARD_KL
 from kubedistill_trainer.methods import sharding
 from kubedistill_trainer.methods.objective import divergence_of
 from kubedistill_trainer.methods.probe import probe
+from kubedistill_trainer.methods.request import job_request
 from kubedistill_trainer.methods.signal import final_hidden, softcap_of, softcapped
 from kubedistill_trainer.methods.stream_report import StreamReporter
-from kubedistill_trainer.models.folder import download, read_config
+from kubedistill_trainer.models.folder import download
 from kubedistill_trainer.models.load import dtype_of, load_model
 from kubedistill_trainer.teacher.auto import (
     Question,
@@ -32,19 +35,22 @@ from kubedistill_trainer.teacher.auto import (
     table,
 )
 from kubedistill_trainer.teacher.budget import Budget
-from kubedistill_trainer.teacher.digest import teacher_digest
+from kubedistill_trainer.teacher.endpoint_client import Client
+from kubedistill_trainer.teacher.endpoint_probe import find_way
+from kubedistill_trainer.teacher.endpoint_scores import ScoredData, Scorer, longest_piece
 from kubedistill_trainer.teacher.head import publish_head
-from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity, publish_manifest
+from kubedistill_trainer.teacher.manifest import Manifest, Origin, StreamIdentity, publish_manifest
 from kubedistill_trainer.teacher.mend import mend
 from kubedistill_trainer.teacher.metrics import STREAM_HELD
 from kubedistill_trainer.teacher.payload import (
     Hidden,
+    Sparse,
     TeacherOutputs,
     sampled_of_logits,
     sparse_of_logits,
 )
-from kubedistill_trainer.teacher.payload_spec import HiddenSpec, SampledSpec
-from kubedistill_trainer.teacher.request import resolved, stream_request
+from kubedistill_trainer.teacher.payload_spec import HiddenSpec, SampledSpec, SparseSpec
+from kubedistill_trainer.teacher.request import resolved
 from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
 
 _log = logging.getLogger(__name__)
@@ -59,19 +65,16 @@ def run_teacher(context: Context, board: exporter.ProgressBoard, group: Any = No
     With a `group`, the teacher is split over its processes (`sharding.py`).
     """
     spec, model_source = context.run.spec, context.run.teacher_model
-    if spec.teacher is None or spec.distill is None or model_source is None:
+    if spec.teacher is None or spec.distill is None:
         raise refuse("spec.teacher", "nothing", "a teacher pod needs a teacher")
     board.update(phase="Generating")
-    store = context.open_store(model_source.uri)
     dataset = load_dataset(context.run, context.open_store)
-    request = stream_request(
-        spec,
-        dataset,
-        teacher_digest(model_source, store),
-        read_config(store, "spec.teacher"),
-    )
+    request, _ = job_request(context.run, dataset, context.open_store)
+    if spec.teacher.endpoint is not None and isinstance(request, StreamIdentity):
+        return _score(context, board, dataset, request, spec.teacher.endpoint)
+    assert model_source is not None
     found = resolved(request, context.storage)
-    folder = context.scratch / _FOLDER
+    store, folder = context.open_store(model_source.uri), context.scratch / _FOLDER
     download(store, folder, "spec.teacher", model_source.digest)
     model = _model(context, group)
     if found is None and isinstance(request, Question):
@@ -87,23 +90,98 @@ def run_teacher(context: Context, board: exporter.ProgressBoard, group: Any = No
         head = publish_head(
             context.storage, identity, model.get_output_embeddings().weight, context.scratch
         )
-    manifest = publish_manifest(
-        context.storage,
-        Manifest(
-            identity=identity,
-            partitions=spec.teacher.workers.replicas,
-            samples=len(dataset.packed),
-            head_sha256=head,
-            probe=rows,
-        ),
+    manifest = Manifest(
+        identity=identity,
+        partitions=spec.teacher.workers.replicas,
+        samples=len(dataset.packed),
+        head_sha256=head,
+        probe=rows,
     )
-    uri = context.storage.child(identity.address).uri
-    report = _Reporter(board, identity, uri, rows)
+    return _write(context, board, dataset, manifest, _Model(model, dataset, identity))
+
+
+def _score(
+    context: Context,
+    board: exporter.ProgressBoard,
+    dataset: Dataset,
+    identity: StreamIdentity,
+    endpoint: Endpoint,
+) -> Outcome:
+    """Write this pod's partition of what a server's model finds likeliest."""
+    payload, teacher = identity.payloads[0], context.run.spec.teacher
+    assert teacher is not None and isinstance(payload, SparseSpec)
+    with contextlib.closing(Client(endpoint)) as client:
+        longest = longest_piece(dataset.packed)
+        way = find_way(client, payload.k, dataset.tokenizer, longest)
+        manifest = Manifest(
+            identity=identity,
+            partitions=teacher.workers.replicas,
+            samples=len(dataset.packed),
+            origin=Origin(url=client.url, model=client.model, way=way),
+        )
+        scorer = Scorer(client, payload.k, dataset.tokenizer.vocab_size, way)
+        ahead = endpoint.concurrency
+        data = ScoredData(scorer, dataset.packed, payload.k, dataset.tokenizer.vocab_size, ahead)
+        return _write(context, board, dataset, manifest, _Server(data))
+
+
+def _write(
+    context: Context,
+    board: exporter.ProgressBoard,
+    dataset: Dataset,
+    wanted: Manifest,
+    source: _Source,
+) -> Outcome:
+    """Write what `source` says into this pod's partition of the stream."""
+    manifest = publish_manifest(context.storage, wanted)
+    uri = context.storage.child(manifest.identity.address).uri
+    report = _Reporter(board, manifest.identity, uri, wanted.probe)
     # A stream that another job laid out in more partitions is written by as many as there are.
-    for partition in range(context.partition, manifest.partitions, spec.teacher.workers.replicas):
-        _write_partition(context, manifest, partition, dataset, model, report)
+    for partition in range(context.partition, manifest.partitions, wanted.partitions):
+        _write_partition(context, manifest, partition, dataset, source, report)
     report.now(complete=True)
     return Outcome(reason="Completed", message="stream written", progress=board.report)
+
+
+class _Source(Protocol):
+    """A teacher as its writer sees it."""
+
+    def expect(self, samples: range) -> None:
+        """Samples that are written next, in this order, as far as anybody knows."""
+
+    def outputs(self, sample: int) -> TeacherOutputs:
+        """What the stream keeps of the data's `sample`-th sequence."""
+
+
+class _Model:
+    """A model in this process."""
+
+    def __init__(self, model: Any, dataset: Dataset, identity: StreamIdentity) -> None:
+        self._model = model
+        self._dataset = dataset
+        self._identity = identity
+
+    def expect(self, samples: range) -> None:
+        """It is asked for one sequence at a time."""
+
+    def outputs(self, sample: int) -> TeacherOutputs:
+        sequence = self._dataset.packed.take([sample])
+        return teacher_outputs(self._model, self._identity, sequence, sample)
+
+
+class _Server:
+    """A model behind a server."""
+
+    def __init__(self, data: ScoredData) -> None:
+        self._data = data
+
+    def expect(self, samples: range) -> None:
+        self._data.expect(samples)
+
+    def outputs(self, sample: int) -> TeacherOutputs:
+        found = self._data.scores(sample)
+        ids, log_probs = torch.from_numpy(found.ids), torch.from_numpy(found.log_probs)
+        return TeacherOutputs(sparse=Sparse(ids, log_probs, torch.zeros(len(ids), 1), (1.0,)))
 
 
 def follow_teacher(context: Context, group: Any) -> Outcome:
@@ -177,8 +255,8 @@ def _write_partition(
     context: Context,
     manifest: Manifest,
     partition: int,
-    dataset: Any,
-    model: Any,
+    dataset: Dataset,
+    source: _Source,
     report: _Reporter,
 ) -> None:
     settings = WriterSettings(first_shard_bytes=_FIRST_SHARD_BYTES)
@@ -190,8 +268,7 @@ def _write_partition(
         report.tick()
 
     def made(sample: int) -> tuple[Any, TeacherOutputs]:
-        sequence = dataset.packed.take([sample])
-        outputs = teacher_outputs(model, manifest.identity, sequence, sample)
+        outputs = source.outputs(sample)
         exporter.TOKENS.labels("teacher").inc(manifest.identity.sequence_length)
         return dataset.packed.tokens[sample], outputs
 
@@ -215,6 +292,7 @@ def _write_partition(
         report.follow(writer)
         committed = writer.committed()
         for sample in writer.samples():
+            source.expect(range(sample, manifest.samples, manifest.partitions))
             writer.write(sample, *made(sample))
             if writer.committed() > committed:
                 committed = writer.committed()

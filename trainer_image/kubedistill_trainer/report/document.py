@@ -112,18 +112,18 @@ def _job(run: RunSpec) -> dict[str, Any]:
 
 
 def _teacher(run: RunSpec) -> dict[str, Any] | None:
-    teacher, model = run.spec.teacher, run.teacher_model
+    teacher = run.spec.teacher
     if teacher is None:
         return None
+    kind = "Text" if learns_text(run.spec) else teacher.payload
+    payload = {"payload": kind} if teacher.delivery == "Stream" else {}
     if teacher.endpoint is not None:
-        return {"uri": teacher.endpoint.url, "model": teacher.endpoint.model, "payload": "Text"}
-    if model is None:
+        who = {"uri": teacher.endpoint.url, "model": teacher.endpoint.model}
+    elif run.teacher_model is not None:
+        who = run.teacher_model.to_wire()
+    else:
         return None
-    text = learns_text(run.spec)
-    payload = (
-        {"payload": "Text" if text else teacher.payload} if teacher.delivery == "Stream" else {}
-    )
-    return {**model.to_wire(), "delivery": teacher.delivery, **payload}
+    return {**who, "delivery": teacher.delivery, **payload}
 
 
 def _amount(dataset: Dataset, samples: Ids) -> dict[str, int]:

@@ -265,6 +265,8 @@ def _teacher(teacher: Document | None) -> str | None:
         return f"{teacher['model']} at {teacher['uri']}"
     how = [teacher[name] for name in ("delivery", "payload") if name in teacher]
     text = f"job {teacher['job']}" if teacher.get("job") else str(teacher["uri"])
+    if teacher.get("model"):
+        text = f"{teacher['model']} at {text}"
     return f"{text} ({', '.join(how)})"
 
 

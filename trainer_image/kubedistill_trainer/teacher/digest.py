@@ -6,6 +6,7 @@ import hashlib
 import json
 
 from kubedistill_api.runspec import ResolvedModel
+from kubedistill_api.teacher import Endpoint
 
 from kubedistill_trainer.store import Store
 
@@ -21,3 +22,12 @@ def teacher_digest(model: ResolvedModel, store: Store) -> str:
         return model.digest
     facts = sorted((info.key, info.size_bytes, info.etag) for info in store.list(""))
     return "etags-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def endpoint_digest(endpoint: Endpoint) -> str:
+    """Digest that pins a teacher behind a server: of the address and the name, all that is known.
+
+    A server that begins to serve another model under the same name is not told apart.
+    """
+    facts = [endpoint.url.rstrip("/"), endpoint.model]
+    return "endpoint-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import islice
@@ -13,6 +14,7 @@ from kubedistill_api.teacher import Endpoint
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.teacher.endpoint_client import Ask, Client, Patience
 from kubedistill_trainer.teacher.endpoint_reply import (
+    SEED,
     Again,
     PromptRefused,
     Reply,
@@ -23,6 +25,7 @@ from kubedistill_trainer.teacher.endpoint_reply import (
 from kubedistill_trainer.teacher.metrics import ENDPOINT_TOKENS
 from kubedistill_trainer.teacher.text import TextAnswer, TextRequest
 
+_log = logging.getLogger(__name__)
 CHAT = "chat/completions"
 
 
@@ -36,6 +39,7 @@ class EndpointAnswerer:
         self._client = Client(endpoint, patience)
         self._open = endpoint.concurrency
         self._length = "max_tokens"
+        self._seeded = True
 
     def answers(self, requests: Iterable[TextRequest]) -> Iterator[tuple[TextRequest, TextAnswer]]:
         """See `Answerer`. What was paid for before a failure is given out before it is raised."""
@@ -71,7 +75,14 @@ class EndpointAnswerer:
         self._client.close()
 
     def _ask(self, request: TextRequest) -> Ask[TextAnswer]:
-        return Ask(CHAT, self._read, lambda: self._body(request), adapt=self._adapt)
+        sent: dict[str, Any] = {}
+
+        def body() -> dict[str, Any]:
+            sent.clear()
+            sent.update(self._body(request))
+            return sent
+
+        return Ask(CHAT, self._read, body, adapt=lambda refused: self._adapt(refused, sent))
 
     def _body(self, request: TextRequest) -> dict[str, Any]:
         return {
@@ -80,15 +91,23 @@ class EndpointAnswerer:
             self._length: self._generation.max_tokens,
             "temperature": self._generation.temperature,
             "top_p": self._generation.top_p,
-            "seed": request.seed,
+            **({SEED: request.seed} if self._seeded else {}),
         }
 
-    def _adapt(self, refused: SettingRefused) -> bool:
-        """OpenAI's newer models know `max_tokens` by another name only, and say so."""
-        if refused.setting != "max_tokens" or "max_completion_tokens" not in refused.said:
+    def _adapt(self, refused: SettingRefused, sent: dict[str, Any]) -> bool:
+        """OpenAI's newer models know `max_tokens` by another name only, and say so; some servers
+        know no seed."""
+        if refused.setting not in sent:
             return False
-        self._length = "max_completion_tokens"
-        return True
+        if refused.setting == SEED:
+            if self._seeded:
+                _log.warning("the server knows no seed: its draws are not repeated")
+            self._seeded = False
+            return True
+        if refused.setting == "max_tokens" and "max_completion_tokens" in refused.said:
+            self._length = "max_completion_tokens"
+            return True
+        return False
 
     def _read(self, reply: Reply) -> TextAnswer:
         answer = read_answer(reply, self._client.model, self._client.url)

@@ -24,6 +24,7 @@ from kubedistill_trainer.failures import RunFailure, refuse
 from kubedistill_trainer.teacher.endpoint_pace import Pace, asked_wait
 from kubedistill_trainer.teacher.endpoint_reply import (
     FIELD,
+    SEED,
     Again,
     PromptRefused,
     Reply,
@@ -108,6 +109,8 @@ class Client:
         with self._stack:
             if not self._http.is_closed:
                 self._portal.call(self._http.aclose)
+                # Else the thread is waited for, and it for a server that may say nothing for hours.
+                self._portal.call(self._portal.stop, True)
 
     async def _asked(self, ask: Ask[T]) -> T:
         tries = AsyncRetrying(
@@ -149,6 +152,8 @@ class Client:
         except SettingRefused as refused:
             if ask.adapt(refused):
                 raise Again("refused", f"a refusal of {refused.setting}") from refused
+            if refused.setting == SEED:
+                raise PromptRefused(refused.said) from refused
             raise
 
     async def _reply(self, ask: Ask[Any]) -> Reply:

@@ -11,7 +11,9 @@ from kubedistill_trainer.data.tokenizer import TextTokenizer
 from kubedistill_trainer.failures import refuse
 from kubedistill_trainer.teacher.endpoint import EndpointAnswerer
 from kubedistill_trainer.teacher.endpoint_client import Ask, Client, Patience
+from kubedistill_trainer.teacher.endpoint_probe import find_way
 from kubedistill_trainer.teacher.endpoint_reply import FIELD, Again, Reply, same_model
+from kubedistill_trainer.teacher.request import score_width
 from kubedistill_trainer.teacher.text import TextRequest
 
 _RETRIES = 3
@@ -21,11 +23,16 @@ _SHOWN = 10
 
 
 def check_endpoint(
-    spec: DistillationJobSpec, tokenizer: TextTokenizer, patience: Patience | None = None
+    spec: DistillationJobSpec,
+    tokenizer: TextTokenizer,
+    longest_text: int = 0,
+    patience: Patience | None = None,
 ) -> None:
-    """Nothing where the teacher has no endpoint, or all is well; costs a token.
+    """Nothing where the teacher has no endpoint, or all is well.
 
-    InputsRefused, or RunFailure where the endpoint cannot be reached.
+    `longest_text`: tokens of the longest that is scored, for `signal: Logits`. Costs a token of an
+    answer, or what scoring such a text costs. InputsRefused, or RunFailure where the endpoint
+    cannot be reached.
     """
     if spec.teacher is None or spec.teacher.endpoint is None or spec.distill is None:
         return
@@ -34,6 +41,9 @@ def check_endpoint(
     client = Client(endpoint, patience)
     try:
         _check_listed(client)
+        if spec.distill.signal == "Logits":
+            find_way(client, score_width(spec.teacher, tokenizer), tokenizer, longest_text)
+            return
     finally:
         client.close()
     _check_answer(endpoint, spec.distill.generation or Generation(), patience)

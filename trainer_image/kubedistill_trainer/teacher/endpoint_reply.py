@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kubedistill_trainer.failures import InputsRefused, refuse
 
 FIELD = "spec.teacher.endpoint"
+SEED = "seed"
+"""Not every server knows it, and one can do without."""
 _FOUND_LIMIT = 300
 _PASSING = frozenset({408, 409, 421, 423, 425, 429})
 _ABOUT_REQUEST = frozenset({400, 413, 415, 422, 451})
@@ -20,10 +22,12 @@ _SETTINGS = {
     "max_completion_tokens": "spec.distill.generation.maxTokens",
     "temperature": "spec.distill.generation.temperature",
     "top_p": "spec.distill.generation.topP",
+    SEED: "spec.teacher.endpoint.url",
     "prompt_logprobs": "spec.teacher.topK",
     "logprobs": "spec.teacher.topK",
 }
-_TOO_LONG = re.compile(r"context.{0,10}(length|window|limit|size)|too long|too many tokens", re.I)
+_ABOUT_SEED = re.compile(rf"\b{SEED}\b")
+TOO_LONG = re.compile(r"context.{0,10}(length|window|limit|size)|too long|too many tokens", re.I)
 _VERSION = re.compile(r"[-@:]v?\d{3,8}(-\d{2}-\d{2})?(-preview)?")
 
 
@@ -141,7 +145,9 @@ def check_status(reply: Reply, url: str, model: str, wait_seconds: float | None)
 
 
 def _of_request(said: Complaint, found: str, url: str) -> Exception:
-    if said.setting in _SETTINGS and not _TOO_LONG.search(said.message):
+    if said.setting == SEED or (not said.setting and _ABOUT_SEED.search(said.message)):
+        said = replace(said, setting=SEED)
+    if said.setting in _SETTINGS and not TOO_LONG.search(said.message):
         field = _SETTINGS[said.setting]
         refusal = refuse(field, f"{url} does not take {said.setting} ({found})", "write another")
         return SettingRefused(refusal, said.setting, said.message)

@@ -68,7 +68,8 @@ class StreamIdentity(Identity):
     """Rows of the teacher's LM head, padding included."""
     visible_vocab_size: int = Field(ge=1)
     """Ids that the student knows too; the teacher's entries from here on count as −inf."""
-    hidden_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=0)
+    """0 where it is not known, as of a teacher behind a server."""
     dataset_digest: Digest
     packing_digest: Digest
     sequence_length: int = Field(ge=1)
@@ -101,6 +102,16 @@ class Layout(_Frozen):
     partitions: int = Field(ge=1, le=65535)
 
 
+class Origin(_Frozen):
+    """The server that a stream's log-probabilities come from; they are its own at `temperature`."""
+
+    url: str
+    model: str
+    way: str
+    """What it was asked for: `prompt_logprobs` or `echo`."""
+    temperature: float = 1.0
+
+
 class Manifest(Layout):
     """`manifest.json`: the identity, and how its samples are laid out."""
 
@@ -111,6 +122,8 @@ class Manifest(Layout):
     """Names `head/<sha256>.safetensors`; set when a payload is Hidden."""
     probe: tuple[PayloadProbe, ...] = ()
     """What `payload: Auto` measured before it chose this payload."""
+    origin: Origin | None = None
+    """None for a teacher that ran in pods of its own."""
 
     def partition_of(self, sample: int) -> int:
         """The partition that holds `sample`."""
@@ -136,8 +149,8 @@ def check_identity(found: Identity, wanted: Identity) -> None:
 def publish_manifest(store: Store, wanted: AnyLayout) -> AnyLayout:
     """Write `manifest.json` if there is none; the manifest that holds is returned.
 
-    `store` is rooted at the storage URI. A manifest that is already there keeps its `partitions`
-    and `probe`; StreamMismatch when its identity, samples or head differ.
+    `store` is rooted at the storage URI. A manifest that is already there keeps its `partitions`,
+    `probe` and `origin`; StreamMismatch when its identity, samples or head differ.
     """
     stream = store.child(wanted.identity.address)
     body = _canonical(wanted.model_dump(mode="json"))
@@ -147,7 +160,7 @@ def publish_manifest(store: Store, wanted: AnyLayout) -> AnyLayout:
         found = read_layout(store, wanted.identity, type(wanted))
         if found is None:
             raise
-        _check_fields(found, wanted, "", ignore=frozenset({"partitions", "probe"}))
+        _check_fields(found, wanted, "", ignore=frozenset({"partitions", "probe", "origin"}))
         return found
     return wanted
 

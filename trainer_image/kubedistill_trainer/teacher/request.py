@@ -9,6 +9,7 @@ from kubedistill_api.status import PayloadProbe
 from kubedistill_api.teacher import Teacher
 
 from kubedistill_trainer.data.dataset import Dataset
+from kubedistill_trainer.data.tokenizer import TextTokenizer
 from kubedistill_trainer.failures import refuse
 from kubedistill_trainer.store.client import Store
 from kubedistill_trainer.teacher.auto import Question, read_answer, refusal
@@ -42,7 +43,7 @@ def stream_request(
     teacher, objective = spec.teacher, spec.distill.objective if spec.distill else None
     if teacher is None or objective is None:
         raise refuse("spec.teacher", "nothing", "a stream needs a teacher and an objective")
-    payload = _payload(teacher, objective.temperature, dataset.tokenizer.vocab_size)
+    payload = _payload(teacher, objective.temperature, dataset.tokenizer)
     identity = _identity(payload, dataset, teacher_digest, teacher_config)
     if teacher.payload != "Auto":
         return identity
@@ -68,6 +69,11 @@ def resolved(request: StreamIdentity | Question, store: Store) -> Resolution | N
     if answer.chosen is None:
         raise refusal(request, answer)
     return Resolution(request.with_payload(answer.chosen), answer.rows)
+
+
+def score_width(teacher: Teacher, tokenizer: TextTokenizer) -> int:
+    """Log-probabilities a token that a Sparse stream holds."""
+    return min(teacher.top_k, tokenizer.vocab_size)
 
 
 def _identity(
@@ -102,10 +108,10 @@ def _temperatures(teacher: Teacher, temperature: float) -> tuple[float, ...]:
     return tuple(sorted({temperature, *teacher.temperatures}))
 
 
-def _payload(teacher: Teacher, temperature: float, vocab_size: int) -> PayloadSpec:
+def _payload(teacher: Teacher, temperature: float, tokenizer: TextTokenizer) -> PayloadSpec:
     if teacher.payload in ("Hidden", "Auto"):
         return HiddenSpec()
     if teacher.payload == "Sampled":
         return SampledSpec(draws=teacher.draws, temperature=temperature)
     grid = tuple(sorted({1.0, *_temperatures(teacher, temperature)}))
-    return SparseSpec(k=min(teacher.top_k, vocab_size), temperatures=grid)
+    return SparseSpec(k=score_width(teacher, tokenizer), temperatures=grid)
