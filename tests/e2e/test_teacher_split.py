@@ -15,10 +15,14 @@ import torch
 from devcluster.s3 import S3Server
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import ResolvedModel
+from kubedistill_trainer.data.template import EXAMPLE
 from kubedistill_trainer.store import Store
 from kubedistill_trainer.teacher.manifest import Manifest
 from kubedistill_trainer.teacher.payload import TeacherOutputs
 from kubedistill_trainer.teacher.stream_reader import StreamReader
+from kubedistill_trainer.teacher.text import TextAnswer
+from kubedistill_trainer.teacher.text_manifest import TextManifest
+from kubedistill_trainer.teacher.text_reader import read_text, wait_for_text
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from e2e.gang import Trainer, put_inputs
@@ -97,12 +101,18 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 def _put_teacher(access: Any, folder: Path) -> None:
+    import corpus
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    # So that it can be asked: the tokenizer of the data, and a template.
+    for name, body in corpus.tokenizer_files(512).items():
+        (folder / name).write_bytes(body)
+    (folder / "chat_template.jinja").write_text(EXAMPLE)
     client = access.client()
     for path in folder.iterdir():
         client.put_object(
@@ -132,6 +142,34 @@ def test_a_split_teacher_measures_its_payloads(bench: Bench) -> None:
         same = (one.sparse.token_ids == other.sparse.token_ids).all(-1)
         assert float(same.float().mean()) > 0.98
         assert torch.allclose(one.sparse.log_z, other.sparse.log_z, atol=1e-3)
+
+
+def _answers(bench: Bench, name: str, gpus: int) -> dict[int, TextAnswer]:
+    bucket = f"s3://{bench.server.access.bucket}"
+    prompts = {"uri": f"{bucket}/data/sums.jsonl", "origin": "Teacher", "promptField": "question"}
+    generation = {"maxTokens": 6, "samples": 2, "temperature": 0.5}
+    spec = bench.trainer.spec(
+        distill={"signal": "Responses", "generation": generation},
+        teacher={"model": {"uri": bench.model.uri}, "workers": {"gpusPerReplica": gpus}},
+        student={"fromTeacher": {"layers": 1}},
+        data={"sources": [prompts]},
+        storage={"uri": f"{bucket}/{name}"},
+    )
+    result = bench.trainer.run("teacher", spec, name=name, teacher=bench.model)
+    assert result.codes == [0], result.log
+    store = Store(spec.storage.uri, endpoint=spec.storage.endpoint)
+    [manifest] = [k.key for k in store.list("streams/") if k.key.endswith("manifest.json")]
+    layout = TextManifest.model_validate_json(store.get(manifest))
+    return read_text(wait_for_text(store, layout.identity, stall_seconds=0))
+
+
+def test_a_split_teacher_says_the_same(bench: Bench) -> None:
+    whole, split = (_answers(bench, f"text-{gpus}", gpus) for gpus in (1, 2))
+    assert len(whole) == len(split) == 128
+    assert len({answer.text for answer in whole.values()}) > 64
+    # Sums are made in another order: now and then a draw falls on the other side.
+    same = sum(whole[n] == split[n] for n in whole)
+    assert same >= 120
 
 
 def test_the_death_of_one_process_ends_the_other(bench: Bench) -> None:

@@ -17,7 +17,7 @@ from kubedistill_trainer.methods.write_text import run_endpoint_teacher
 from kubedistill_trainer.store import Store
 from kubedistill_trainer.teacher.text_reader import read_text, wait_for_text
 from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
-from text_kit import context_of, identity_of, put_prompts, text_job
+from text_kit import context_of, identity_of, put_prompts, text_job, view_of
 
 PROMPTS = 40
 PRICE = {"inputPerMillion": 1000, "outputPerMillion": 4000}
@@ -142,3 +142,20 @@ def test_a_prompt_that_the_server_refuses_is_not_asked_again(
     assert "not this" in answers[refused].refusal
     assert teach(run, store, tmp_path).complete
     assert len(asked(server)) == PROMPTS - 1
+
+
+def test_damage_is_not_repaired_beyond_the_limit(
+    store: Store, server: Server, tmp_path: Path
+) -> None:
+    run = job(store, server)
+    whole = teach(run, store, tmp_path).cost or 0.0
+    view = view_of(run, store)
+    assert view is not None
+    view.repairs[0].ask(view.logs[0].shards[0], "missing")
+    view.stream.delete([view.logs[0].shards[0].key])
+    with pytest.raises(RunFailure) as failure:
+        teach(job(store, server, maxCost=whole), store, tmp_path)
+    assert failure.value.code == ExitCode.COST_LIMIT
+    assert len(server.paid) == PROMPTS
+    stream = teach(job(store, server, maxCost=2 * whole), store, tmp_path)
+    assert stream.complete and (stream.cost or 0.0) > whole

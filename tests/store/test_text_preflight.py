@@ -222,3 +222,26 @@ def test_every_rank_learns_the_same_in_the_same_order(store: Store, tmp_path: Pa
     assert first is not None and first == second
     asked = [talk.messages[0].content for _, talk in first.learnt.conversations]
     assert asked == [f"What is {n}?" for n in range(40)]
+
+
+def test_a_prompt_that_is_bad_for_the_student_counts_as_often_as_it_is_answered(
+    store: Store, tmp_path: Path
+) -> None:
+    turns = {"promptField": None, "messagesField": "turns"}
+    records = [{"turns": [USER]}] * 30 + [{"turns": [USER, USER]}]
+    generation = {"samples": 2, "temperature": 1.0, "maxTokens": 16}
+    distill = {"signal": "Responses", "generation": generation}
+
+    def allowing(bad: int) -> RunSpec:
+        data = {"maxBadRecords": bad}
+        return job(
+            store, *records, source=turns, student=data_kit.STRICT, distill=distill, data=data
+        )
+
+    assert "line 31" in refusal(allowing(1), store)
+    run = allowing(2)
+    run_preflight(context_of(run, store, tmp_path))
+    write(run, store, tmp_path)
+    # All that will be learnt is read here, and counted again.
+    resolved = run_preflight(context_of(run, store, tmp_path)).resolved
+    assert resolved is not None and resolved.stream_complete

@@ -121,3 +121,21 @@ def test_all_that_ends_an_answer(mind: Mind) -> None:
     chat = ChatTemplate(mind.tokenizer, data_kit.TURNS, "spec.teacher")
     marker = mind.tokenizer.tokenizer.token_to_id("<|im_end|>")
     assert end_ids(mind.model, mind.tokenizer, chat) == {mind.tokenizer.end_of_text, marker}
+
+
+def test_special_tokens_are_not_said_but_for_those_around_reasoning(mind: Mind) -> None:
+    own = data_kit.tokenizer()
+    own.tokenizer.add_special_tokens(["<think>", "</think>"])
+    script = own.tokenizer.encode(
+        "<|im_start|><think>it is so</think>2<|im_start|>", add_special_tokens=False
+    ).ids
+
+    def scripted(model: Any, prompts: Any, **settings: Any) -> Any:
+        return [script for _ in prompts]
+
+    chat = ChatTemplate(own, data_kit.TURNS, "spec.teacher")
+    identity = IDENTITY.model_copy(update={"max_tokens": 99})
+    answerer = OwnTeacher(mind.model, own, chat, identity, scripted)
+    [answer] = said(answerer, REQUESTS[:1]).values()
+    assert answer.text == "<think>it is so</think>2"
+    assert answer.answer_tokens == len(script) + 1

@@ -56,7 +56,9 @@ def test_the_document_says_what_was_learnt_and_what_it_took() -> None:
     assert (text["generation"]["samples"], text["generation"]["maxTokens"]) == (3, 512)
     assert text["withoutReasoning"] == 3
     assert text["stream"] == {"uri": "s3://runs/streams/abc", "digest": "abc", "bytes": 4000}
-    assert found["teacher"] == {"uri": "http://vllm:8000/v1", "model": "big", "payload": "Text"}
+    assert found["teacher"] == {
+        "uri": "http://vllm:8000/v1", "model": "big", "delivery": "Stream", "payload": "Text",
+    }  # fmt: skip
 
 
 def test_responses_have_no_filters_of_reasoning() -> None:
@@ -90,5 +92,5 @@ def card_text(signal: str) -> str:
 def test_the_card_names_signal_and_teacher() -> None:
     text = card_text("Responses")
     assert "distillation, on the teacher’s answers" in text
-    assert "`big` at `http://vllm:8000/v1`" in text
+    assert "`big` at http://vllm:8000/v1" in text
     assert "`s3://data/q.jsonl`, answered by the teacher" in text

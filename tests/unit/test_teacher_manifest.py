@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from kubedistill_trainer.teacher.manifest import (
     publish_manifest,
     read_manifest,
 )
+from kubedistill_trainer.teacher.partition_log import LogRecord, TextShard
 from kubedistill_trainer.teacher.payload_spec import HiddenSpec, SparseSpec
 from kubedistill_trainer.teacher.repairs import head_is_sound
 from teacher_builders import GRID, HIDDEN, VOCABULARY, MemoryStore, identity, manifest
@@ -147,3 +150,17 @@ def test_the_head_is_stored_once_and_verified(tmp_path: Path) -> None:
         load_head(store, known, tmp_path / "c")
     with pytest.raises(StreamMismatch, match="shape of the teacher's LM head"):
         publish_head(store, identity(), weight[1:], tmp_path)
+
+
+def test_records_without_text_are_hashed_as_before_there_was_text() -> None:
+    """What older writers committed is still taken for intact."""
+    fields = {
+        "kind": "SHARD", "partition": 1, "slot": 2, "nonce": "n", "count": 3, "key": "k",
+        "size_bytes": 4, "sha256": "s", "first_sample": 5, "last_sample": 9, "tokens": 6, "version": 0,
+    }  # fmt: skip
+    seal = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    old = LogRecord.model_validate({**fields, "self_hash": seal})
+    assert old.intact
+    text = old.model_copy(update={"text": TextShard(answer_tokens=6)}).sealed()
+    assert text.intact and text.self_hash != seal
+    assert not text.model_copy(update={"text": TextShard(answer_tokens=7)}).intact

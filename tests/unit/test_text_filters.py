@@ -97,7 +97,7 @@ def test_a_majority_for_the_wrong_answer_teaches_nothing() -> None:
     [
         ([], 3, 0.5, None), (["a"], 1, 1.0, "a"), (["a", "a", "b"], 3, 2 / 3, "a"),
         (["a", "a", "a"], 5, 0.6, "a"), (["a", "a", "a"], 5, 0.61, None),
-        (["a", "b"], 2, 0.1, None), (["a", "b"], 2, 0.0, True),
+        (["a", "b"], 2, 0.1, None), (["b", "a", "b"], 3, 0.1, "b"),
     ],
 )  # fmt: skip
 def test_the_majority(votes: list[str], samples: int, share: float, winner: Any) -> None:

@@ -16,6 +16,7 @@ from kubedistill_trainer.models.generation import generate
 from kubedistill_trainer.teacher.text import TextAnswer, TextRequest
 from kubedistill_trainer.teacher.text_manifest import TextIdentity
 from kubedistill_trainer.teacher.text_request import positions_of, question
+from kubedistill_trainer.teacher.thought import CLOSE, OPEN
 
 _log = logging.getLogger(__name__)
 _ROWS = 32
@@ -46,6 +47,7 @@ class OwnTeacher:
         self._identity = identity
         self._ends = end_ids(model, tokenizer, template)
         self._positions = positions_of(model.config.to_dict())
+        self._unsaid = unsaid_ids(tokenizer)
         self._rows = _ROWS
 
     def answers(self, requests: Iterable[TextRequest]) -> Iterator[tuple[TextRequest, TextAnswer]]:
@@ -110,12 +112,19 @@ class OwnTeacher:
     def _answer(self, prompt: Sequence[int], said: list[int]) -> TextAnswer:
         # One that ends has room left for its end: `generate` gives answers without it.
         finished = len(said) < self._identity.max_tokens
+        words = [token for token in said if token not in self._unsaid]
         return TextAnswer(
-            text=self._tokenizer.tokenizer.decode(said),
+            text=self._tokenizer.tokenizer.decode(words, skip_special_tokens=False),
             finished=finished,
             prompt_tokens=len(prompt),
             answer_tokens=len(said) + finished,
         )
+
+
+def unsaid_ids(tokenizer: TextTokenizer) -> frozenset[int]:
+    """Special tokens, which are no part of what is said; those that mark reasoning are."""
+    added = tokenizer.tokenizer.get_added_tokens_decoder().items()
+    return frozenset(i for i, t in added if t.special and t.content not in (OPEN, CLOSE))
 
 
 def end_ids(model: Any, tokenizer: TextTokenizer, template: ChatTemplate) -> frozenset[int]:

@@ -56,9 +56,8 @@ def check_text(context: Context, teacher_config: dict[str, Any] | None) -> TextC
     """Check prompts and templates, and look whether the answers are there. `teacher_config` is None
     for a teacher behind an endpoint. InputsRefused for what a person has to mend."""
     run = context.run
-    corpus = read_corpus(
-        run.spec.data, context.open_store, BadRecords(run.spec.data.max_bad_records)
-    )
+    bad = BadRecords(run.spec.data.max_bad_records)
+    corpus = read_corpus(run.spec.data, context.open_store, bad)
     prompts = corpus.prompts
     if not prompts:
         asked = [source.uri for source in run.spec.data.sources if source.origin == "Teacher"]
@@ -66,7 +65,7 @@ def check_text(context: Context, teacher_config: dict[str, Any] | None) -> TextC
             "spec.data.sources", f"no prompt in {', '.join(asked)}", "give files with prompts"
         )
     tokenizer = load_run_tokenizer(run, context.open_store)
-    _check_student(run, prompts, tokenizer)
+    _check_student(run, prompts, tokenizer, bad)
     identity = text_identity(run, prompts, context.open_store)
     too_long = 0
     if teacher_config is not None and run.teacher_model is not None:
@@ -84,23 +83,29 @@ def check_text(context: Context, teacher_config: dict[str, Any] | None) -> TextC
     return TextChecked(tokenizer, corpus.digest, uri, message)
 
 
-def _check_student(run: RunSpec, prompts: Sequence[Prompt], tokenizer: TextTokenizer) -> None:
-    """The student's template writes every prompt with an answer, and its reasoning if it is learnt."""
+def _check_student(
+    run: RunSpec, prompts: Sequence[Prompt], tokenizer: TextTokenizer, bad: BadRecords
+) -> None:
+    """The student's template writes every prompt with an answer, and its reasoning if it is learnt.
+
+    A prompt that it refuses is as bad as all of its answers will be.
+    """
     field, _ = tokenizer_source(run)
     template = chat_template(tokenizer, field, run.spec.data.chat_template)
     settings = run.spec.distill.chain_of_thought if run.spec.distill else None
     reasoning = reasons(run.spec) and (settings is None or settings.train_on_reasoning)
     answer = Message("assistant", written(_PROBE, reasoning=reasoning))
-    bad = BadRecords(run.spec.data.max_bad_records)
     for prompt in prompts:
         try:
             rendered = template.rendered(Conversation((*prompt.messages, answer)))
         except Unrenderable as problem:
-            bad.add(
-                field_of(prompt.source),
-                f"{_place(run, prompt)}: {problem}",
-                "correct the prompt, or give the student another template as spec.data.chatTemplate",
-            )
+            for _ in range(generation_of(run.spec).samples):
+                bad.add(
+                    field_of(prompt.source),
+                    f"{_place(run, prompt)}: {problem}",
+                    "correct the prompt, or give the student another template as "
+                    "spec.data.chatTemplate",
+                )
             continue
         if reasoning and _PROBE.reasoning not in rendered.text:
             raise unreadable(

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.runspec import Outcome
@@ -22,6 +21,7 @@ from kubedistill_trainer.store import StoreError
 from kubedistill_trainer.teacher.endpoint import EndpointAnswerer
 from kubedistill_trainer.teacher.learn import status_of
 from kubedistill_trainer.teacher.manifest import publish_manifest
+from kubedistill_trainer.teacher.partition_log import TextShard
 from kubedistill_trainer.teacher.text import Answerer, TextAnswer, TextRequest
 from kubedistill_trainer.teacher.text_manifest import TextManifest
 from kubedistill_trainer.teacher.text_mend import mend_text
@@ -74,31 +74,35 @@ def run_endpoint_teacher(context: Context, board: exporter.ProgressBoard) -> Out
     return run_text_teacher(context, board, open_endpoint)
 
 
-@dataclass
 class _Desk:
     """Where prompts are handed out and answers taken in."""
 
-    context: Context
-    board: exporter.ProgressBoard
-    manifest: TextManifest
-    prompts: Sequence[Prompt]
-    open_teacher: OpenTeacher
-    report: StreamReporter = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._view = StreamView(self.context.storage, self.manifest)
-        self._looked = float("-inf")
+    def __init__(
+        self,
+        context: Context,
+        board: exporter.ProgressBoard,
+        manifest: TextManifest,
+        prompts: Sequence[Prompt],
+        open_teacher: OpenTeacher,
+    ) -> None:
+        self._context = context
+        self._manifest = manifest
+        self._prompts = prompts
+        self._open_teacher = open_teacher
         self._teacher: Answerer | None = None
-        self.report = StreamReporter(self.board, self._status)
-        endpoint = self.context.run.spec.teacher.endpoint if self.context.run.spec.teacher else None
+        endpoint = context.run.spec.teacher.endpoint if context.run.spec.teacher else None
         self._price = endpoint.price if endpoint else None
         self._max_cost = endpoint.max_cost if endpoint else None
+        self._view = StreamView(context.storage, manifest)
+        self._looked = float("-inf")
         self._look(repairs=True)
+        self.report = StreamReporter(board, self._status)
 
     def write(self, partition: int) -> None:
         """Answer all of a partition, and again what was damaged of it."""
-        mend_text(self.context.storage, self.manifest, partition, self._asked_again)
-        writer = TextWriter(self.context.storage, self.manifest, partition, pause=self._pause)
+        if mend_text(self._context.storage, self._manifest, partition, self._asked_again):
+            self._look(repairs=True)
+        writer = TextWriter(self._context.storage, self._manifest, partition, pause=self._pause)
         if writer.ended:
             return
         try:
@@ -129,14 +133,14 @@ class _Desk:
         def handed_out() -> Iterator[TextRequest]:
             nonlocal spent
             for number in wanted:
-                spent = spent or self._spent(writer)
+                spent = spent or self._spent(writer.pending)
                 if writer.lost or spent:
                     return
-                yield request_of(self.manifest, self.prompts, number)
+                yield request_of(self._manifest, self._prompts, number)
 
         taken = 0
         for request, answer in self._answers(handed_out()):
-            writer.add(request.prompt * self.manifest.identity.samples + request.sample, answer)
+            writer.add(request.prompt * self._manifest.identity.samples + request.sample, answer)
             taken += 1
             if writer.committed != before:
                 before = writer.committed
@@ -151,33 +155,36 @@ class _Desk:
 
     def _answers(self, requests: Iterator[TextRequest]) -> Iterator[tuple[TextRequest, TextAnswer]]:
         if self._teacher is None:
-            self._teacher = self.open_teacher(self.manifest)
+            self._teacher = self._open_teacher(self._manifest)
         for request, answer in self._teacher.answers(requests):
             exporter.TOKENS.labels("teacher").inc(answer.answer_tokens)
             yield request, answer
 
     def _asked_again(self, numbers: Sequence[int]) -> dict[int, TextAnswer]:
-        """Answers for a shard that was damaged."""
-        requests = (request_of(self.manifest, self.prompts, n) for n in self._in_order(numbers))
-        samples = self.manifest.identity.samples
+        """Answers for a shard that was damaged. RunFailure (COST_LIMIT) where they are too dear."""
+        if self._spent(TextShard()):
+            raise self._too_expensive()
+        requests = (request_of(self._manifest, self._prompts, n) for n in self._in_order(numbers))
+        samples = self._manifest.identity.samples
         return {r.prompt * samples + r.sample: answer for r, answer in self._answers(requests)}
 
     def _in_order(self, numbers: Iterator[int] | Sequence[int]) -> list[int]:
         """Prompts of like length together: a batch takes as long as its longest."""
-        samples = self.manifest.identity.samples
+        samples = self._manifest.identity.samples
 
         def length(number: int) -> int:
-            return sum(len(turn.content) for turn in self.prompts[number // samples].messages)
+            return sum(len(turn.content) for turn in self._prompts[number // samples].messages)
 
         return sorted(numbers, key=lambda number: (length(number), number))
 
-    def _spent(self, writer: TextWriter) -> bool:
-        """Whether all that was paid for this stream, by whomever, is as much as may be."""
+    def _spent(self, pending: TextShard) -> bool:
+        """Whether all that was paid for this stream, by whomever, is as much as may be; `pending` is
+        not committed yet."""
         if self._max_cost is None or self._price is None:
             return False
         if time.monotonic() - self._looked > _LOOK_SECONDS:
             self._look()
-        paid = self._view.totals.with_pending(writer.pending)
+        paid = self._view.totals.with_pending(pending)
         return paid.cost(self._price) >= self._max_cost
 
     def _too_expensive(self) -> RunFailure:
@@ -186,7 +193,7 @@ class _Desk:
         return RunFailure(
             ExitCode.COST_LIMIT,
             f"{totals.cost(price):.4g} is spent, of at most {self._max_cost:g} by "
-            f"spec.teacher.endpoint.maxCost: {totals.answers:,} of {self.manifest.requests:,} "
+            f"spec.teacher.endpoint.maxCost: {totals.answers:,} of {self._manifest.requests:,} "
             f"answers are there and kept in {self._view.stream.uri}; raise maxCost to go on behind "
             "them, or ask for less",
         )
@@ -205,4 +212,4 @@ class _Desk:
         if time.monotonic() - self._looked > _LOOK_SECONDS or complete:
             self._look()
         done = complete and self._view.ended
-        return status_of(self._view, self.context.run.spec, complete=done)
+        return status_of(self._view, self._context.run.spec, complete=done)

@@ -81,8 +81,9 @@ def _method_text(run: RunSpec) -> str:
 
 
 def _teacher_text(run: RunSpec) -> str:
-    if run.spec.teacher is not None and (endpoint := run.spec.teacher.endpoint) is not None:
-        return f"`{endpoint.model}` at `{endpoint.url}`"
+    endpoint = run.spec.teacher.endpoint if run.spec.teacher else None
+    if endpoint is not None:
+        return f"`{endpoint.model}` at {endpoint.url}"
     if run.teacher_model is None:
         return "none"
     made_by = f", made by `{run.teacher_model.job}`" if run.teacher_model.job else ""

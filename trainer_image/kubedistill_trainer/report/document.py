@@ -118,8 +118,8 @@ def _teacher(run: RunSpec) -> dict[str, Any] | None:
     teacher = run.spec.teacher
     if teacher is None:
         return None
-    kept = "Text" if learns_text(run.spec) else teacher.payload
-    payload = {"payload": kept} if teacher.delivery == "Stream" else {}
+    kind = "Text" if learns_text(run.spec) else teacher.payload
+    payload = {"payload": kind} if teacher.delivery == "Stream" else {}
     if teacher.endpoint is not None:
         who = {"uri": teacher.endpoint.url, "model": teacher.endpoint.model}
     elif run.teacher_model is not None:

@@ -263,8 +263,6 @@ def _method(document: Document) -> str:
 def _teacher(teacher: Document | None) -> str | None:
     if teacher is None:
         return None
-    if "model" in teacher:
-        return f"{teacher['model']} at {teacher['uri']}"
     how = [teacher[name] for name in ("delivery", "payload") if name in teacher]
     text = f"job {teacher['job']}" if teacher.get("job") else str(teacher["uri"])
     if teacher.get("model"):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import TypeAlias
 
 from kubedistill_trainer.teacher.thought import after_marker
 
+Key: TypeAlias = "Fraction | str"
 _BOXED = "\\boxed{"
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
@@ -36,7 +38,7 @@ def same(answer: str, expected: str) -> bool:
     return bool(numbers) and number(numbers[-1]) == wanted
 
 
-def key(answer: str) -> Fraction | str:
+def key(answer: str) -> Key:
     """What two answers share that say the same: a number, or a text without its trimmings."""
     text = _plain(final(answer))
     value = number(text)

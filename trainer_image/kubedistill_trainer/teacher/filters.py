@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 from kubedistill_api.generation import ChainOfThought
 
 from kubedistill_trainer.data.conversation import Conversation, Message, Prompt
-from kubedistill_trainer.teacher.equality import key, same
+from kubedistill_trainer.teacher.equality import Key, key, same
 from kubedistill_trainer.teacher.text import TextAnswer
 from kubedistill_trainer.teacher.thought import Thought, thought_of, written
 
@@ -76,9 +75,9 @@ def thoughts(
             for one, thought in zip(said, split, strict=True)
             if not _unusable(one) and thought.answer
         ]
-        agreed = majority(votes, samples, settings.min_agreement)
+        winner = majority(votes, samples, settings.min_agreement)
         for one, thought in zip(said, split, strict=True):
-            reason = _unusable(one) or _unlearnt(thought, prompt, agreed, settings, tokens)
+            reason = _unusable(one) or _unlearnt(thought, prompt, winner, settings, tokens)
             if reason:
                 dropped[reason] += 1
                 continue
@@ -88,17 +87,13 @@ def thoughts(
     return Learnt(tuple(kept), len(answers), dropped, unreasoned)
 
 
-def majority(
-    votes: Sequence[Fraction | str], samples: int, share: float
-) -> Fraction | str | bool | None:
-    """The answer that is learnt: that of more samples than any other and of at least `share` of all
-    `samples`. None where there is no such answer, as with a tie; True, for any, with `share` 0."""
-    if share == 0:
-        return True
+def majority(votes: Sequence[Key], samples: int, share: float) -> Key | None:
+    """The answer of more samples than any other, and of at least `share` of all `samples`; None where
+    there is no such answer, as with a tie."""
     ranked = Counter(votes).most_common(2)
     if not ranked or (len(ranked) > 1 and ranked[0][1] == ranked[1][1]):
         return None
-    # In whole numbers: 0.6 of 5 samples are 3, whatever floats make of it.
+    # Rounded: 0.6 of 5 samples are 3, whatever floats make of it.
     return ranked[0][0] if ranked[0][1] >= round(share * samples, 9) else None
 
 
@@ -111,7 +106,7 @@ def _unusable(said: TextAnswer) -> str:
 def _unlearnt(
     thought: Thought,
     prompt: Prompt,
-    agreed: Fraction | str | bool | None,
+    winner: Key | None,
     settings: ChainOfThought,
     tokens: TokenCount,
 ) -> str:
@@ -119,7 +114,7 @@ def _unlearnt(
         return "empty"
     if settings.check_answer and prompt.answer and not same(thought.answer, prompt.answer):
         return "wrong"
-    if agreed is not True and key(thought.answer) != agreed:
+    if settings.min_agreement > 0 and key(thought.answer) != winner:
         return "disagreeing"
     bounded = settings.min_reasoning_tokens > 0 or settings.max_reasoning_tokens is not None
     length = tokens(thought.reasoning) if bounded else 0
