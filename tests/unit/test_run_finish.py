@@ -14,7 +14,7 @@ from kubedistill_api.status import ModelStatus
 from kubedistill_trainer import run
 from kubedistill_trainer.exporter import ProgressBoard
 from kubedistill_trainer.methods.signal import NoTeacher
-from report_kit import evaluation, finished
+from report_kit import comparison, evaluation, finished
 
 
 def test_the_report_lies_beside_the_model_and_its_table_in_the_log(
@@ -22,11 +22,13 @@ def test_the_report_lies_beside_the_model_and_its_table_in_the_log(
 ) -> None:
     exported: dict[str, Any] = {}
 
-    def export(model: Any, weights: Any, tokenizer: Any, documents: Any, *rest: Any) -> Any:
+    def publish(folder: Any, documents: Any, parameters: int, store: Any) -> Any:
         exported.update(documents)
-        return ModelStatus(uri="s3://m/d", digest="d", parameters=6)
+        return ModelStatus(uri="s3://m/d", digest="d", parameters=parameters)
 
-    monkeypatch.setattr(run, "export", export)
+    monkeypatch.setattr(run, "write_folder", lambda *arguments: 6)
+    monkeypatch.setattr(run, "publish_folder", publish)
+    monkeypatch.setattr(run, "compare", lambda *arguments: comparison())
     monkeypatch.setattr(run, "evaluate", lambda *arguments: evaluation())
     monkeypatch.setattr(run, "gather_weights", lambda engine: {"w": torch.zeros(2, 3)})
     done = finished(steps=30)
@@ -40,7 +42,7 @@ def test_the_report_lies_beside_the_model_and_its_table_in_the_log(
         watch=done.watch,
         exported_step=20,
     )
-    engine = SimpleNamespace(module=SimpleNamespace(model=None))
+    engine = SimpleNamespace(module=SimpleNamespace(model=None), device="cpu")
     caplog.set_level(logging.INFO)
     outcome = run._finish(
         context,
@@ -48,6 +50,7 @@ def test_the_report_lies_beside_the_model_and_its_table_in_the_log(
         engine,
         NoTeacher(),
         ProgressBoard(),
+        None,  # type: ignore[arg-type]
         None,
         loop,  # type: ignore[arg-type]
     )
@@ -57,7 +60,8 @@ def test_the_report_lies_beside_the_model_and_its_table_in_the_log(
     assert len(report["history"]) == 30
     assert report["earlyStopping"]["bestStep"] == 20
     assert "Best after step 20, which is what was exported" in exported["report.html"]
+    assert report["tasks"]["byTask"][2]["teacherAccuracy"] == 14 / 32
     assert {m.name: m.value for m in outcome.metrics} == report["metrics"]
     assert {"ece", "teacherEce", "initialPerplexity"} <= set(report["metrics"])
     names = [message.split()[0] for message in caplog.messages]
-    assert names[:2] == ["figure", "perplexity"] and "highest" in names
+    assert names[:2] == ["figure", "perplexity"] and "highest" in names and "weakest" in names

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.objective import Objective
 from kubedistill_api.runspec import Outcome
 from kubedistill_api.status import Metric
@@ -18,7 +20,8 @@ from kubedistill_trainer.checkpoint import Checkpointer
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset, load_dataset
 from kubedistill_trainer.data.order import micro_batch_size
-from kubedistill_trainer.failures import refuse
+from kubedistill_trainer.evaluation.speak import Tick
+from kubedistill_trainer.failures import RunFailure, refuse
 from kubedistill_trainer.losses import FeatureMatcher
 from kubedistill_trainer.methods.engine import join_gang, wrap
 from kubedistill_trainer.methods.interruption import Interruption
@@ -27,9 +30,10 @@ from kubedistill_trainer.methods.signal import NoTeacher, Signal, online_teacher
 from kubedistill_trainer.methods.student import StudentWithLoss
 from kubedistill_trainer.methods.train import Loop
 from kubedistill_trainer.models import load
-from kubedistill_trainer.models.export import export, gather_weights
+from kubedistill_trainer.models.export import gather_weights, publish_folder, write_folder
 from kubedistill_trainer.models.folder import download, read_config
 from kubedistill_trainer.models.sizes import check_layers
+from kubedistill_trainer.report.compare import Comparison, compare
 from kubedistill_trainer.report.document import Finished, document, files
 from kubedistill_trainer.report.evaluate import evaluate, heldout_perplexity
 from kubedistill_trainer.report.figures import Evaluation
@@ -82,7 +86,7 @@ def run_student(
     )
     try:
         loop.run()
-        return _finish(context, dataset, engine, teacher, board, group, loop)
+        return _finish(context, dataset, engine, teacher, board, interruption, group, loop)
     finally:
         teacher.close()
 
@@ -160,18 +164,23 @@ def _finish(
     engine: Any,
     teacher: Signal,
     board: exporter.ProgressBoard,
+    interruption: Interruption,
     group: Any,
     loop: Loop,
 ) -> Outcome:
-    """Evaluate on all ranks, export on rank 0."""
+    """Evaluate on the held-out text on all ranks; ask, report and export on rank 0."""
     board.update(phase="Evaluating")
     found = evaluate(engine, teacher, dataset, context.rank, context.world_size, group)
-    metrics = _publish(found, loop.initial_perplexity)
-    board.update(phase="Exporting")
     weights = gather_weights(engine)
     if weights is None:
         return Outcome(reason="Completed", message="rank 0 exports")
-    parameters = sum(tensor.numel() for tensor in weights.values())
+    folder = context.scratch / "export"
+    parameters = write_folder(engine.module.model, weights, dataset.tokenizer.files, folder)
+    del weights
+    tick = _tick(board, interruption)
+    compared = compare(context, dataset, folder, teacher, engine.device, tick)
+    metrics = _publish(found, loop.initial_perplexity, compared)
+    board.update(phase="Exporting")
     finished = Finished(
         context.run,
         dataset,
@@ -181,18 +190,12 @@ def _finish(
         loop.history.points,
         loop.watch,
         loop.exported_step,
+        compared,
     )
     content = document(finished)
     for line in table(content):
         _log.info(line)
-    status = export(
-        engine.module.model,
-        weights,
-        dataset.tokenizer.files,
-        files(finished, content),
-        context.scratch,
-        context.models_store,
-    )
+    status = publish_folder(folder, files(finished, content), parameters, context.models_store)
     board.update(phase="Done")
     _log.info("model exported", extra={"uri": status.uri})
     return Outcome(
@@ -204,9 +207,23 @@ def _finish(
     )
 
 
-def _publish(found: Evaluation, initial: float | None) -> list[Metric]:
+def _tick(board: exporter.ProgressBoard, interruption: Interruption) -> Tick:
+    """Shows that the evaluation goes on, and ends it when the pod is to stop: the next attempt
+    finds the last step committed."""
+
+    def tick() -> None:
+        board.update(last_step_time=time.time())
+        if interruption.asked:
+            raise RunFailure(
+                ExitCode.GRACEFUL_CHECKPOINT, "asked to stop while the student was evaluated"
+            )
+
+    return tick
+
+
+def _publish(found: Evaluation, initial: float | None, compared: Comparison) -> list[Metric]:
     """The figures for the status, which are this process's metrics from now on."""
-    metrics = found.metrics
+    metrics = found.metrics + compared.metrics
     if initial is not None:
         metrics.append(Metric(name="initialPerplexity", value=initial))
     for metric in metrics:

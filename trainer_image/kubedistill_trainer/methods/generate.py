@@ -16,6 +16,7 @@ from kubedistill_api.status import PayloadProbe, TeacherStreamStatus
 from kubedistill_trainer import exporter
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset, load_dataset
+from kubedistill_trainer.evaluation.teacher import measure_teacher
 from kubedistill_trainer.failures import refuse
 from kubedistill_trainer.losses.types import FORWARD_KL
 from kubedistill_trainer.methods import sharding
@@ -103,6 +104,7 @@ def run_teacher(context: Context, board: exporter.ProgressBoard, group: Any = No
     for partition in range(context.partition, manifest.partitions, spec.teacher.workers.replicas):
         _write_partition(context, manifest, partition, dataset, model, report)
     report.now(complete=True)
+    measure_teacher(context, model, dataset.tokenizer, report.tick, split=group is not None)
     return Outcome(reason="Completed", message="stream written", progress=board.report)
 
 

@@ -19,7 +19,9 @@ from kubedistill_trainer.data.order import Ids
 from kubedistill_trainer.data.packing import IGNORED
 from kubedistill_trainer.methods.history import Point
 from kubedistill_trainer.methods.watch import Watch
+from kubedistill_trainer.report import abilities
 from kubedistill_trainer.report.card import card, student_text
+from kubedistill_trainer.report.compare import Comparison
 from kubedistill_trainer.report.figures import BINS, Calibration, Evaluation, Slice
 from kubedistill_trainer.report.page import page
 
@@ -38,11 +40,14 @@ class Finished:
     history: Sequence[Point]
     watch: Watch
     exported_step: int | None
+    compared: Comparison
 
 
 def files(finished: Finished, content: dict[str, Any]) -> dict[str, str]:
     """What is laid beside the model; `content` as of `document`."""
-    model_card = card(finished.run, finished.dataset, finished.metrics, finished.parameters)
+    model_card = card(
+        finished.run, finished.dataset, finished.metrics, finished.parameters, finished.compared
+    )
     return {
         "MODEL_CARD.md": model_card,
         "report.json": json.dumps(content, indent=2) + "\n",
@@ -51,7 +56,10 @@ def files(finished: Finished, content: dict[str, Any]) -> dict[str, str]:
 
 
 def document(finished: Finished) -> dict[str, Any]:
-    """The content of report.json. Nothing in it depends on the time or on the machine."""
+    """The content of report.json.
+
+    Nothing in it depends on time or machine but `performance`, which is measured on one.
+    """
     run, dataset, found = finished.run, finished.dataset, finished.evaluation
     return {
         "schemaVersion": SCHEMA_VERSION,
@@ -83,7 +91,9 @@ def document(finished: Finished) -> dict[str, Any]:
         "weakest": {
             name: {"source": part.name, "tokens": part.tokens}
             for name, part in found.weakest().items()
-        },
+        }
+        | _weakest_task(finished.compared),
+        **abilities.parts(finished.compared),
         "history": [_point(point) for point in finished.history],
         "earlyStopping": _early_stopping(finished.watch, finished.exported_step),
         # Of a trial it is filled in when all trials have ended.
@@ -95,6 +105,11 @@ def document(finished: Finished) -> dict[str, Any]:
             "version": version("kubedistill"),
         },
     }
+
+
+def _weakest_task(compared: Comparison) -> dict[str, Any]:
+    worst = abilities.weakest_task(compared)
+    return {"task": worst} if worst else {}
 
 
 def _job(run: RunSpec) -> dict[str, Any]:

@@ -6,18 +6,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kubedistill_trainer.report import sections
+from kubedistill_trainer.report import ability_sections, sections
 from kubedistill_trainer.report.markup import Markup, join, tag
 
 Section = Callable[[Mapping[str, Any]], Markup | None]
 SECTIONS: tuple[Section, ...] = (
     sections.summary,
     sections.figures,
+    ability_sections.tasks,
+    ability_sections.questions,
+    ability_sections.performance,
+    ability_sections.suites,
     sections.trials,
     sections.slices,
     sections.losses,
     sections.held_out,
     sections.calibration,
+    ability_sections.not_measured,
     sections.inputs,
 )
 """In the order of the page. A section whose data is not there gives None, and is not shown."""

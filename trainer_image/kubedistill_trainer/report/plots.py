@@ -12,6 +12,8 @@ from kubedistill_trainer.report.text import number
 WIDTH = 560
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 16, 34, 58
 _LARGEST_DOT, _SMALLEST_DOT = 10.0, 3.0
+_BAR_LEFT, _BAR_RIGHT, _BAR_TOP = 8, 110, 22
+_BAR_HEIGHT, _BAR_GAP, _NAME_GAP, _ROW_GAP = 18, 4, 9, 26
 _TICKS = 5
 _TICK_SPACING = 34
 
@@ -71,6 +73,36 @@ def reliability(labels: Labels, series: Sequence[Series], height: int = 400) -> 
     largest = max((share for one in series for share in one.weights), default=1.0)
     drawn = [join(*_dots(one, largest, x, y)) for one in series]
     return _frame(labels, height, _axes(x, y), diagonal, *drawn)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Values under one name, each with the class that colours it and the words that say it."""
+
+    name: str
+    values: Sequence[tuple[str, float, str]]
+
+
+def bars(labels: Labels, rows: Sequence[Bar], greatest: float) -> Markup:
+    """Horizontal bars from 0 to `greatest`, their names above them; `labels.x` is the axis."""
+    place, drawn = float(_BAR_TOP), []
+    x = Axis(labels.x, 0.0, greatest, _BAR_LEFT, WIDTH - _BAR_RIGHT)
+    for row in rows:
+        drawn.append(_text(row.name, _BAR_LEFT, place, "start"))
+        place += _NAME_GAP
+        for style, value, told in row.values:
+            width = max(1.0, x.place(min(value, greatest)) - _BAR_LEFT)
+            drawn.append(
+                tag(
+                    "rect", tag("title", f"{row.name}, {style}: {told}"),
+                    x=_BAR_LEFT, y=place, width=width, height=_BAR_HEIGHT, class_=f"bar {style}",
+                )
+            )  # fmt: skip
+            middle = place + _BAR_HEIGHT / 2
+            drawn.append(_text(told, _BAR_LEFT + width + 6, middle, "start", dy="0.35em"))
+            place += _BAR_HEIGHT + _BAR_GAP
+        place += _ROW_GAP
+    return _frame(labels, int(place), *drawn)
 
 
 def swatch(style: str) -> Markup:
