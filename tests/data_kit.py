@@ -70,7 +70,7 @@ class _Folder:
 
     def get(self, name: str) -> bytes:
         if self._prefix + name not in self._objects:
-            raise NotFound(name)
+            raise NotFound("get", self.uri_of(name), "it is not there")
         return self._objects[self._prefix + name]
 
     def head(self, name: str) -> int | None:

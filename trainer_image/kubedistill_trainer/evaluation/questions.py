@@ -127,7 +127,7 @@ def normalised(text: str) -> str:
     plain = "".join(c for c in plain if not unicodedata.combining(c))
     # 3,000 is 3000, and 3.5 stays what it is.
     plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", plain)
-    words = re.findall(r"(?<!\w)-\d+(?:\.\d+)?|\d+(?:\.\d+)?|[^\W\d_]+", plain)
+    words = re.findall(r"(?<!\w)-?\d+(?:\.\d+)?(?!\w)|[^\W_]+", plain)
     return " ".join(word for word in words if word not in _ARTICLES)
 
 
