@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.status import ModelStatus
 from kubedistill_trainer import run
 from kubedistill_trainer.exporter import ProgressBoard
+from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.methods.signal import NoTeacher
 from report_kit import comparison, evaluation, finished
 
@@ -65,3 +67,15 @@ def test_the_report_lies_beside_the_model_and_its_table_in_the_log(
     assert {"ece", "teacherEce", "initialPerplexity"} <= set(report["metrics"])
     names = [message.split()[0] for message in caplog.messages]
     assert names[:2] == ["figure", "perplexity"] and "highest" in names and "weakest" in names
+
+
+def test_the_evaluation_shows_that_it_goes_on_and_ends_when_the_pod_is_to_stop() -> None:
+    board, interruption = ProgressBoard(), SimpleNamespace(asked=False)
+    tick = run._tick(board, interruption)  # type: ignore[arg-type]
+    assert board.report.last_step_time is None
+    tick()
+    assert board.report.last_step_time is not None
+    interruption.asked = True
+    with pytest.raises(RunFailure) as stopped:
+        tick()
+    assert stopped.value.code == ExitCode.GRACEFUL_CHECKPOINT

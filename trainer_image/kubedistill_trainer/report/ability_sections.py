@@ -14,7 +14,7 @@ from kubedistill_trainer.report.layout import (
     section,
 )
 from kubedistill_trainer.report.markup import Markup, tag
-from kubedistill_trainer.report.plots import Bar, Labels, bars
+from kubedistill_trainer.report.plots import Bar, Labels, bar_swatch, bars
 from kubedistill_trainer.report.text import Row, asked, measured, number, shown
 
 _GROUPS = {"simple": "simple", "multiStep": "multi-step"}
@@ -37,8 +37,9 @@ def tasks(document: Document) -> Markup | None:
     for row in rows:
         weak = row["task"] == weakest.get("task")
         badge = tag("span", "fewest right", class_="badge") if weak else None
-        name = tag("th", tag("span", row["task"], class_="uri"), badge, scope="row")
-        cells = [_group(row), number(row["examples"]), shown("accuracy", row["accuracy"])]
+        group = tag("span", _group(row), class_="what")
+        name = tag("th", row["task"], group, badge, scope="row", class_="named")
+        cells = [number(row["examples"]), shown("accuracy", row["accuracy"])]
         if taught:
             cells.append(shown("accuracy", row["teacherAccuracy"]))
         body.append(
@@ -47,7 +48,7 @@ def tasks(document: Document) -> Markup | None:
     told = f"Made-up tasks whose answers can be checked. {_PROMPTING.get(found['prompting'], '')}"
     if weakest:
         told += " More data like the marked task is what the next run needs most."
-    columns = ["Task", "Group", "Examples", "Student", *(["Teacher"] if taught else [])]
+    columns = ["Task", "Examples", "Student", *(["Teacher"] if taught else [])]
     return section(
         "Tasks",
         tag("p", told, class_="lead"),
@@ -100,21 +101,23 @@ def performance(document: Document) -> Markup | None:
     if not rows:
         return None
     taught = any(row.teacher is not None for row in rows)
-    columns = ["Measure", "Student", *(["Teacher", "Student ÷ teacher"] if taught else [])]
+    columns = ["Measure", "Student", *(["Teacher", "Ratio"] if taught else [])]
     ratios = _ratios(document)
     body = []
     for row, ratio in zip(rows, ratios, strict=True):
         cells = [shown(row.name, row.student)]
         if taught:
             cells += [shown(row.name, row.teacher), number(ratio)]
-        name = tag("th", row.title, tag("span", row.what, class_="what"), scope="row")
+        name = tag(
+            "th", row.title, tag("span", row.what, class_="what"), scope="row", class_="named"
+        )
         body.append(tag("tr", name, *(tag("td", cell) for cell in cells)))
     return section(
         "Speed and size",
         tag("p", _measured_how(found), class_="lead") if found else None,
         beside(
-            _speed_plot(rows, taught), data_table("Speed and size", headings(*columns), body)
-        ) if found else data_table("Speed and size", headings(*columns), body),
+            _speed_plot(rows, taught), data_table("Times and sizes", headings(*columns), body)
+        ) if found else data_table("Sizes", headings(*columns), body),
     )  # fmt: skip
 
 
@@ -156,7 +159,7 @@ def _task_plot(rows: Sequence[Document], taught: bool) -> Markup:
         drawn.append(Bar(f"{row['task']} ({_group(row)})", values))
     labels = Labels("Right answers", "Share of right answers by task.", "share", "")
     legend = {"student": "student", "teacher": "teacher"} if taught else {"student": "student"}
-    return figure("Share of right answers", bars(labels, drawn, 1.0), legend)
+    return figure("Share of right answers", bars(labels, drawn, 1.0), legend, sample=bar_swatch)
 
 
 def _speed_plot(rows: Sequence[Row], taught: bool) -> Markup:
@@ -169,7 +172,9 @@ def _speed_plot(rows: Sequence[Row], taught: bool) -> Markup:
         drawn.append(Bar(row.title, values))
     labels = Labels("Tokens a second", "Tokens a second by batch.", "tokens a second", "")
     legend = {"student": "student", "teacher": "teacher"} if taught else {"student": "student"}
-    return figure("Tokens a second", bars(labels, drawn, greatest or 1.0), legend)
+    return figure(
+        "Tokens a second", bars(labels, drawn, greatest or 1.0), legend, sample=bar_swatch
+    )
 
 
 def _ratios(document: Document) -> list[float | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kubedistill_trainer.report.markup import Child, Markup, tag
@@ -20,8 +20,15 @@ def beside(plots: Markup, table: Markup) -> Markup:
     return tag("div", tag("div", plots), table, class_="beside")
 
 
-def figure(title: str, plot: Markup, legend: Mapping[str, str], ideal: bool = False) -> Markup:
-    entries = [tag("li", swatch(style), name) for style, name in legend.items()]
+def figure(
+    title: str,
+    plot: Markup,
+    legend: Mapping[str, str],
+    ideal: bool = False,
+    sample: Callable[[str], Markup] = swatch,
+) -> Markup:
+    """A plot with its title and the names of its styles, each beside a `sample`."""
+    entries = [tag("li", sample(style), name) for style, name in legend.items()]
     if ideal:
         entries.append(tag("li", swatch("ideal"), "perfectly calibrated"))
     names = tag("ul", *entries, class_="legend") if entries else None

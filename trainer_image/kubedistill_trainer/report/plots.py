@@ -12,7 +12,7 @@ from kubedistill_trainer.report.text import number
 WIDTH = 560
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 16, 34, 58
 _LARGEST_DOT, _SMALLEST_DOT = 10.0, 3.0
-_BAR_LEFT, _BAR_RIGHT, _BAR_TOP = 8, 110, 22
+_BAR_LEFT, _BAR_RIGHT, _BAR_TOP = 8, 110, 24
 _BAR_HEIGHT, _BAR_GAP, _NAME_GAP, _ROW_GAP = 18, 4, 9, 26
 _TICKS = 5
 _TICK_SPACING = 34
@@ -102,13 +102,19 @@ def bars(labels: Labels, rows: Sequence[Bar], greatest: float) -> Markup:
             drawn.append(_text(told, _BAR_LEFT + width + 6, middle, "start", dy="0.35em"))
             place += _BAR_HEIGHT + _BAR_GAP
         place += _ROW_GAP
-    return _frame(labels, int(place), *drawn)
+    return _frame(labels, int(place - _ROW_GAP + _BAR_GAP), *drawn)
 
 
 def swatch(style: str) -> Markup:
     """A line's sample, for a legend."""
     line = tag("polyline", points="2,7 30,7", class_=f"line {style}")
     return tag("svg", line, viewBox="0 0 32 14", class_="swatch", aria_hidden="true")
+
+
+def bar_swatch(style: str) -> Markup:
+    """A bar's sample, for a legend."""
+    bar = tag("rect", x=9, y=0, width=14, height=14, class_=f"bar {style}")
+    return tag("svg", bar, viewBox="0 0 32 14", class_="swatch", aria_hidden="true")
 
 
 def ticks(low: float, high: float, most: int = _TICKS) -> list[float]:
