@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from devcluster.s3 import S3Server
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import ResolvedModel
+from operator_kit import wait_for
 
 from e2e.gang import Trainer, llama, model_of, put_inputs
 
@@ -22,6 +25,7 @@ ASKED = {"tasks": ["chain_sum", "gcd"], "examples": 3, "maxAnswerTokens": 6, "la
 
 @dataclass(frozen=True)
 class Bench:
+    folder: Path
     trainer: Trainer
     server: S3Server
     teacher: ResolvedModel
@@ -65,7 +69,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
             name="teacher",
         )  # fmt: skip
         assert made.codes == [0], made.log
-        yield Bench(trainer, server, model_of(made, "teacher"))
+        yield Bench(folder, trainer, server, model_of(made, "teacher"))
     finally:
         server.stop()
 
@@ -132,6 +136,28 @@ def test_where_a_stream_was_there_and_nobody_asked_its_teacher_the_report_says_s
     assert "no figures of it are in the store" in report["notMeasured"]["teacher"]
     assert report["tasks"]["byTask"][0]["teacherAccuracy"] is None
     assert "teacherSimpleAccuracy" not in report["metrics"]
+
+
+def test_a_student_that_is_to_stop_while_it_is_asked_is_asked_again(bench: Bench) -> None:
+    spec = bench.spec(
+        fineTune={}, distill=None, teacher=None, student={"config": llama(32, 2)},
+        workers={"nodes": 1}, evaluation={**ASKED, "examples": 60},
+    )  # fmt: skip
+
+    def strike(pid: int) -> None:
+        log = bench.folder / "stopped-student-1-0" / "log"
+        wait_for(lambda: b"asking the student" in log.read_bytes(), "nobody asks", 600)
+        os.kill(pid, signal.SIGTERM)
+
+    stopped = bench.trainer.run("student", spec, name="stopped", strike=strike)
+    assert stopped.codes == [int(ExitCode.GRACEFUL_CHECKPOINT)], stopped.log
+    assert stopped.outcomes[0].message == "asked to stop while the student was evaluated"
+    assert stopped.outcomes[0].model is None
+    result = bench.trainer.run("student", spec, name="stopped", attempt=2)
+    assert result.codes == [0], result.log
+    assert result.outcomes[0].progress is not None
+    assert result.outcomes[0].progress.resumed_from_step == 2
+    assert "simpleAccuracy" in {metric.name for metric in result.outcomes[0].metrics}
 
 
 def test_unknown_tasks_and_missing_questions_are_refused_before_anything_is_trained(

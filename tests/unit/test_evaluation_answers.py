@@ -232,6 +232,10 @@ def test_a_template_that_refuses_a_question_says_so() -> None:
         talked.encode("3?", (), TO_SOLVE)
 
 
+def test_a_template_that_does_not_parse_costs_nothing() -> None:
+    assert asking(tokenizer("{% for"), "spec.teacher").one_line
+
+
 def test_settings_have_small_defaults() -> None:
     wire = Evaluation().to_wire()
     assert json.loads(json.dumps(wire))["examples"] == 32

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_kit import TURNS, tokenizer
+from data_kit import TURNS, Bucket, tokenizer
+from kubedistill_api.evaluation import Evaluation, Questions
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_trainer.evaluation.gym import Solved, load_task
-from kubedistill_trainer.evaluation.measure import Plan, measure
+from kubedistill_trainer.evaluation.measure import Plan, measure, plan_of
 from kubedistill_trainer.evaluation.prompts import TO_RECALL, Asking, asking
 from kubedistill_trainer.evaluation.questions import SHOTS, Question, QuestionSet
 from kubedistill_trainer.evaluation.speak import Said, end_ids, speak
@@ -184,6 +185,24 @@ def test_a_part_that_fails_is_named_and_the_others_are_there(model: Any) -> None
     found = measure(model, refuses, plan(latency=True), nothing)
     assert found.questions is None and found.performance is not None
     assert list(found.problems) == ["questions"] and "not today" in found.problems["questions"]
+
+
+def test_what_has_gone_since_the_preflight_is_a_problem_and_costs_no_training(model: Any) -> None:
+    settings = Evaluation(
+        tasks=["chain_sum", "no_such_task"], examples=2, latency=False,
+        questions=Questions(uri="s3://data/gone.jsonl"),
+    )  # fmt: skip
+    made = plan_of(settings, Bucket().open)
+    assert [task.name for task in made.tasks] == ["chain_sum"] and made.questions is None
+    found = measure(model, asking(tokenizer(None), "spec.teacher"), made, nothing)
+    assert [task.examples for task in found.tasks] == [2]
+    assert "no such object s3://data/gone.jsonl" in found.problems["questions"]
+    assert "no_such_task" in found.problems
+
+
+def test_no_examples_ask_nothing() -> None:
+    made = plan_of(Evaluation(examples=0), Bucket().open)
+    assert (made.tasks, made.questions, made.problems) == ((), None, {})
 
 
 def test_whoever_is_to_stop_stops_at_the_next_token(model: Any) -> None:

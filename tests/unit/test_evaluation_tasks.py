@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from kubedistill_api.evaluation import DEFAULT_TASKS
+from kubedistill_trainer.evaluation import gym
 from kubedistill_trainer.evaluation.gym import (
     SHOTS,
     check_tasks,
@@ -89,7 +90,7 @@ def test_groups(name: str, group: str) -> None:
 
 def test_an_unknown_task_is_refused_with_what_is_near() -> None:
     with pytest.raises(InputsRefused) as refused:
-        check_tasks(["chain_sum", "gsm_symbolik", "zzzz"], "spec.evaluation.tasks")
+        check_tasks(["chain_sum", "gsm_symbolik", "zzzz"], 4, "spec.evaluation.tasks")
     near, nothing_near = refused.value.problems
     assert (near.field, near.found) == ("spec.evaluation.tasks[1]", "'gsm_symbolik'")
     assert "such as gsm_symbolic" in near.expected
@@ -100,9 +101,18 @@ def test_an_unknown_task_is_refused_with_what_is_near() -> None:
 def test_what_the_image_cannot_make_is_not_offered(name: str) -> None:
     assert name not in known_tasks()
     with pytest.raises(InputsRefused):
-        check_tasks([name], "spec.evaluation.tasks")
+        check_tasks([name], 4, "spec.evaluation.tasks")
+
+
+def test_a_task_that_the_library_fails_to_make_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str, examples: int) -> None:
+        raise RuntimeError(f"no {examples}")
+
+    monkeypatch.setattr(gym, "load_task", fails)
+    with pytest.raises(InputsRefused, match=r"tasks\[0\]: found gcd, which .* RuntimeError: no 4"):
+        check_tasks(["gcd"], 4, "spec.evaluation.tasks")
 
 
 def test_tasks_that_the_library_has_pass() -> None:
-    check_tasks(["spell_backward", "sudoku", *DEFAULT_TASKS], "spec.evaluation.tasks")
+    check_tasks(["spell_backward", "sudoku", *DEFAULT_TASKS], 4, "spec.evaluation.tasks")
     assert len(load_task("sudoku", 1).questions) == 1

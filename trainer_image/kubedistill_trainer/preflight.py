@@ -232,7 +232,7 @@ def _check_memory(run: RunSpec, parameters: int) -> None:
 def _check_evaluation(context: Context) -> None:
     """Tasks that do not exist and questions that cannot be read, before anything is trained."""
     settings = context.run.spec.evaluation
-    check_tasks(settings.tasks, "spec.evaluation.tasks")
+    check_tasks(settings.tasks, settings.examples, "spec.evaluation.tasks")
     check_suites(settings.lm_eval)
     read_questions(settings.questions, context.open_store, settings.examples)
 

@@ -91,18 +91,30 @@ def group_of(name: str) -> Group:
     return "simple" if name in _SIMPLE else "multiStep"
 
 
-def check_tasks(names: Sequence[str], field: str) -> None:
-    """InputsRefused for names that the library does not have, with those that are near."""
+def check_tasks(names: Sequence[str], examples: int, field: str) -> None:
+    """InputsRefused for names that the library does not have, with those that are near, and for
+    tasks of which it cannot make so many examples."""
     if set(names) <= set(DEFAULT_TASKS):
         return  # known without the seconds that an import takes
     known = known_tasks()
-    problems = [
-        Problem(field=f"{field}[{index}]", found=repr(name), expected=_instead(name, known))
-        for index, name in enumerate(names)
-        if name not in known
-    ]
+    problems = []
+    for index, name in enumerate(names):
+        where = f"{field}[{index}]"
+        if name not in known:
+            problems.append(Problem(field=where, found=repr(name), expected=_instead(name, known)))
+        elif (fault := _fault(name, examples)) is not None:
+            problems.append(Problem(field=where, found=fault, expected="take another task"))
     if problems:
         raise InputsRefused(problems)
+
+
+def _fault(name: str, examples: int) -> str | None:
+    """Why a task cannot be made, if it cannot."""
+    try:
+        load_task(name, examples)
+    except Exception as error:  # each task of the library fails in its own way
+        return f"{name}, which fails with {type(error).__name__}: {error}"
+    return None
 
 
 def known_tasks() -> tuple[str, ...]:

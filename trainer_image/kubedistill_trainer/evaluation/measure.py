@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
@@ -28,26 +28,40 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked: the same of student and teacher."""
+    """What is asked: the same of student and teacher. `problems`: what cannot be, and why."""
 
     tasks: tuple[Task, ...]
     questions: QuestionSet | None
     max_answer_tokens: int
     latency: bool
+    problems: dict[str, str] = field(default_factory=dict)
 
 
 def plan_of(settings: Evaluation, open_store: OpenStore) -> Plan:
-    """Make the examples, read the questions. InputsRefused where the file cannot be read."""
-    asked = settings.examples > 0
-    names = dict.fromkeys(settings.tasks) if asked else {}
-    return Plan(
-        tasks=tuple(load_task(name, settings.examples) for name in names),
-        questions=(
-            read_questions(settings.questions, open_store, settings.examples) if asked else None
-        ),
-        max_answer_tokens=settings.max_answer_tokens,
-        latency=settings.latency,
-    )
+    """Make the examples, read the questions.
+
+    The preflight has refused what cannot be made or read. What has gone since is a problem of the
+    plan: it must not cost a finished training. StoreError where the store does not answer.
+    """
+    problems: dict[str, str] = {}
+    asked, tasks = None, []
+    for name in dict.fromkeys(settings.tasks) if settings.examples else ():
+        try:
+            tasks.append(load_task(name, settings.examples))
+        except Exception as error:  # each task of the library fails in its own way
+            problems[name] = _told(error)
+    if settings.examples:
+        try:
+            asked = read_questions(settings.questions, open_store, settings.examples)
+        except RunFailure as error:
+            problems["questions"] = _told(error)
+    return Plan(tuple(tasks), asked, settings.max_answer_tokens, settings.latency, problems)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, RunFailure):
+        return error.message[:_LONGEST_PROBLEM]
+    return f"{type(error).__name__}: {error}"[:_LONGEST_PROBLEM]
 
 
 def measure(model: Any, asking: Asking, plan: Plan, tick: Tick) -> Abilities:
@@ -57,7 +71,7 @@ def measure(model: Any, asking: Asking, plan: Plan, tick: Tick) -> Abilities:
     what it took is worth more than a figure.
     """
     voice = _Voice(model, asking, plan.max_answer_tokens, tick)
-    problems: dict[str, str] = {}
+    problems = dict(plan.problems)
 
     def attempt(name: str, part: Callable[[], Part]) -> Part | None:
         try:
@@ -66,7 +80,7 @@ def measure(model: Any, asking: Asking, plan: Plan, tick: Tick) -> Abilities:
             raise
         except Exception as error:
             _log.exception("%s are not measured", name)
-            problems[name] = f"{type(error).__name__}: {error}"[:_LONGEST_PROBLEM]
+            problems[name] = _told(error)
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
             return None

@@ -1,7 +1,8 @@
-"""From a question to what a model reads, and from what it says to its answer. Pure."""
+"""From a question to what a model reads, and from what it says to its answer."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from kubedistill_trainer.data.conversation import Message
 from kubedistill_trainer.data.template import ChatTemplate
 from kubedistill_trainer.data.tokenizer import TextTokenizer
 from kubedistill_trainer.evaluation.gym import Solved
+from kubedistill_trainer.failures import InputsRefused
 
+_log = logging.getLogger(__name__)
 TO_SOLVE = "End with a line that holds the final answer alone, in the form `Answer: …`."
 TO_RECALL = "Answer with a name, a word or a number, and nothing else."
 _MARK = re.compile(r"(?:final )?answer(?: is)?\s*[:=]|(?:final )?answer is\b", re.IGNORECASE)
@@ -46,9 +49,18 @@ class Asking:
 
 
 def asking(tokenizer: TextTokenizer, field: str) -> Asking:
-    """By the tokenizer's chat template where it has one; `field` is for its faults."""
+    """By the tokenizer's chat template where it has one that parses; `field` it comes from.
+
+    Training on plain text never looked at the template: one that does not parse costs no training.
+    """
     text = tokenizer.chat_template
-    return Asking(tokenizer, None if text is None else ChatTemplate(tokenizer, text, field))
+    if text is None:
+        return Asking(tokenizer, None)
+    try:
+        return Asking(tokenizer, ChatTemplate(tokenizer, text, field))
+    except InputsRefused as refused:
+        _log.warning("asked by examples, not by the chat template: %s", refused.message)
+        return Asking(tokenizer, None)
 
 
 def plain(question: str, shots: Sequence[Solved]) -> str:

@@ -65,6 +65,7 @@ def compare(
     """
     spec = context.run.spec
     plan = plan_of(spec.evaluation, context.open_store)
+    _log.info("asking the student", extra={"tasks": [task.name for task in plan.tasks]})
     model = load_model(folder, "the exported student", dtype_of(spec.training.precision))
     model = model.to(device).eval()
     student = measure(model, asking(dataset.tokenizer, "spec.data.tokenizer"), plan, tick)
