@@ -39,13 +39,17 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     uv sync --frozen --no-dev --extra operator --no-editable
 
 FROM source AS trainer-environment
+# `lm-eval`: with the tasks of lm-eval (spec.evaluation.lmEval).
+ARG TRAINER_EXTRAS=
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv sync --frozen --no-dev --extra trainer --no-install-project
+    uv sync --frozen --no-dev --extra trainer --no-install-project \
+    ${TRAINER_EXTRAS:+--extra ${TRAINER_EXTRAS}}
 COPY crds/kubedistill_api crds/kubedistill_api
 COPY operator/kubedistill_operator operator/kubedistill_operator
 COPY trainer_image/kubedistill_trainer trainer_image/kubedistill_trainer
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv sync --frozen --no-dev --extra trainer --no-editable
+    uv sync --frozen --no-dev --extra trainer --no-editable \
+    ${TRAINER_EXTRAS:+--extra ${TRAINER_EXTRAS}}
 
 FROM ${PYTHON_IMAGE}${PYTHON_DIGEST:+@${PYTHON_DIGEST}} AS operator
 LABEL org.opencontainers.image.title="kubedistill operator"

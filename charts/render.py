@@ -19,7 +19,7 @@ CRDS = CHARTS.parent / "crds"
 JsonObject = dict[str, Any]
 
 _SHARED = (
-    "data", "training", "workers", "distill", "checkpoint", "backoffLimit",
+    "data", "training", "workers", "distill", "checkpoint", "evaluation", "backoffLimit",
     "activeDeadlineSeconds", "stallTimeoutSeconds",
 )  # fmt: skip
 _TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}

@@ -8,12 +8,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from kubedistill_api.evaluation import DEFAULT_TASKS
+from kubedistill_api.evaluation import Evaluation as Settings
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import ResolvedModel, RunSpec
 from kubedistill_api.status import Metric
 from kubedistill_trainer.data.packing import pack
+from kubedistill_trainer.evaluation.gym import group_of
+from kubedistill_trainer.evaluation.measure import Plan
+from kubedistill_trainer.evaluation.questions import read_questions
+from kubedistill_trainer.evaluation.results import (
+    Abilities,
+    Pace,
+    Performance,
+    QuestionScore,
+    Slip,
+    TaskScore,
+)
 from kubedistill_trainer.methods.history import History
 from kubedistill_trainer.methods.watch import Look, Watch
+from kubedistill_trainer.report.compare import Comparison
 from kubedistill_trainer.report.document import Finished
 from kubedistill_trainer.report.figures import Evaluation, Sums
 
@@ -30,10 +44,64 @@ STEPS = 2400
 def finished(*, teacher: bool = True, steps: int = STEPS) -> Finished:
     found = evaluation(teacher=teacher)
     points = history(steps, 0.5 if teacher else 0.0)
-    metrics = [*found.metrics, Metric(name="initialPerplexity", value=88.412345)]
+    compared = comparison(teacher=teacher)
+    start = Metric(name="initialPerplexity", value=88.412345)
+    metrics = [*found.metrics, *compared.metrics, start]
     watch = Watch(None, tuple(Look(step=n, loss=3 + abs(n - 20) / 50) for n in (10, 20, 30)))
     return Finished(
-        _run(teacher), _dataset(steps), 134_515_008, metrics, found, points, watch, watch.best_step
+        _run(teacher), _dataset(steps), 134_515_008, metrics, found, points, watch, watch.best_step,
+        compared,
+    )  # fmt: skip
+
+
+def comparison(*, teacher: bool = True) -> Comparison:
+    """A student that solves fewer tasks than its teacher, in half the time."""
+    settings = Settings()
+    plan = Plan((), read_questions(None, no_store, settings.examples), 64, True)
+    problems = {} if teacher else {"student.performance": "OutOfMemoryError: <out of memory>"}
+    return Comparison(
+        plan=plan,
+        student=_abilities((27, 20, 3, 9), 11, 6, 0.5, measured=teacher),
+        teacher=_abilities((32, 28, 14, 21), 24, 2, 1.0) if teacher else None,
+        disk_bytes=(269_060_552, 538_090_408 if teacher else None),
+        suites={"arc_easy": {"acc": 0.41, "acc_norm": 0.388}} if teacher else {},
+        problems=problems,
+    )
+
+
+def no_store(uri: str) -> Any:
+    raise AssertionError(f"{uri} is not read")
+
+
+def _abilities(
+    right: tuple[int, ...], known: int, hallucinated: int, slow: float, measured: bool = True
+) -> Abilities:
+    tasks = tuple(
+        TaskScore(name=name, group=group_of(name), examples=32, right=count)
+        for name, count in zip(DEFAULT_TASKS, right, strict=True)
+    )
+    slips = (
+        Slip(question="What is the capital of Australia?", expected="Canberra", said="Sydney",
+             confidence=0.912),
+        Slip(question="Who wrote <Don Quixote>?", expected="Cervantes", confidence=0.671,
+             said="It was written by Lope de Vega in the year 1605, as far as anybody knows today"),
+    )  # fmt: skip
+    performance = Performance(
+        device="NVIDIA H100 80GB HBM3", prompt_tokens=64, answer_tokens=32, rounds=3,
+        paces=(
+            Pace(batch=1, first_token_seconds=0.0123 * slow, tokens_per_second=81.4 / slow),
+            Pace(batch=8, first_token_seconds=0.0181 * slow, tokens_per_second=602.7 / slow),
+        ),
+        weights_bytes=int(538_060_800 * slow), working_bytes=int(91_234_304 * slow),
+        memory="CUDA allocations",
+    )  # fmt: skip
+    return Abilities(
+        prompting="ChatTemplate",
+        tasks=tasks,
+        questions=QuestionScore(
+            asked=32, right=known, hallucinated=hallucinated, confidence=0.4412, slips=slips
+        ),
+        performance=performance if measured else None,
     )
 
 

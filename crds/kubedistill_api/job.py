@@ -8,6 +8,7 @@ from pydantic import Field
 
 from kubedistill_api.base import ApiModel, cel, number_or, rules
 from kubedistill_api.data import Data
+from kubedistill_api.evaluation import Evaluation
 from kubedistill_api.gates import MAX_GATES, Gate
 from kubedistill_api.generation import ChainOfThought, Generation
 from kubedistill_api.objective import Objective
@@ -255,6 +256,7 @@ def _scored_rules() -> list[dict[str, Any]]:
 
 _IMMUTABLE = (
     "distill", "fineTune", "teacher", "student", "data", "training", "workers", "storage", "checkpoint",
+    "evaluation",
 )  # fmt: skip
 
 
@@ -340,6 +342,9 @@ class DistillationJobSpec(ApiModel):
     workers: Workers = Field(Workers(), description="The student's gang.")
     storage: Storage = Field(description="Where everything durable lies.")
     checkpoint: Checkpoint = Field(Checkpoint(), description="Commits of the training state.")
+    evaluation: Evaluation = Field(
+        Evaluation(), description="What the finished student is asked, beside the held-out text."
+    )
     gates: list[Gate] = Field(
         [],
         max_length=MAX_GATES,

@@ -13,9 +13,17 @@ METRICS: dict[str, Goal | None] = {
     "perplexityRatio": "Minimize",
     "teacherAgreement": "Maximize",
     "teacherKL": "Minimize",
+    "simpleAccuracy": "Maximize",
+    "multiStepAccuracy": "Maximize",
+    "questionAccuracy": "Maximize",
+    "hallucinationRate": "Minimize",
     "initialPerplexity": None,
     "teacherPerplexity": None,
     "teacherEce": None,
+    "teacherSimpleAccuracy": None,
+    "teacherMultiStepAccuracy": None,
+    "teacherQuestionAccuracy": None,
+    "teacherHallucinationRate": None,
 }
 """Every metric, and which way it is better; None for one that says nothing of the training."""
 SELECTABLE = tuple(name for name, goal in METRICS.items() if goal is not None)

@@ -180,6 +180,29 @@ def test_reasoning_is_learnt_where_samples_agree_on_the_right_answer(
     assert kept >= agreed
 
 
+def test_student_and_teacher_are_asked_the_same(
+    team: Team, applied: dict[str, list[dict[str, Any]]]
+) -> None:
+    status = team.ends("evaluation", "Completed")
+    metrics = {metric["name"]: metric["value"] for metric in status["metrics"]}
+    asked = ("simpleAccuracy", "multiStepAccuracy", "questionAccuracy", "hallucinationRate")
+    taught = tuple(f"teacher{name[0].upper()}{name[1:]}" for name in asked)
+    assert all(0 <= metrics[name] <= 1 for name in (*asked, *taught))
+    model = team.objects(status["model"]["uri"])
+    report = json.loads(model["report.json"])
+    assert report["notMeasured"] == {}
+    [wanted] = applied["16-evaluation.yaml"]
+    settings = wanted["spec"]["evaluation"]
+    assert [task["task"] for task in report["tasks"]["byTask"]] == settings["tasks"]
+    assert report["questions"]["source"] == settings["questions"]["uri"]
+    assert report["questions"]["asked"] == settings["examples"]
+    student, teacher = report["performance"]["student"], report["performance"]["teacher"]
+    assert student["memoryBytes"] > 0 and teacher["memoryBytes"] > 0
+    assert report["sizeOnDisk"]["student"] == len(model["model.safetensors"])
+    assert report["sizeOnDisk"]["ratio"] < 1
+    assert "8 examples of `gcd`" in model["MODEL_CARD.md"].decode()
+
+
 def test_a_sweep_has_one_teacher_and_its_best_student_goes_on(
     team: Team, applied: dict[str, list[dict[str, Any]]]
 ) -> None:

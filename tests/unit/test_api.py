@@ -9,6 +9,7 @@ from kubedistill_api import crd, names, reasons, reference
 from kubedistill_api.chain import DistillationChainSpec
 from kubedistill_api.exit_codes import POLICIES, ExitCode, policy
 from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.metrics import METRICS
 from kubedistill_api.runspec import (
     TERMINATION_MESSAGE_BYTES,
     Outcome,
@@ -16,7 +17,14 @@ from kubedistill_api.runspec import (
     ProgressReport,
 )
 from kubedistill_api.schema import partial_job_spec, structural
-from kubedistill_api.status import PayloadProbe, TeacherStreamStatus
+from kubedistill_api.status import (
+    CheckpointStatus,
+    DistillationJobStatus,
+    Metric,
+    ModelStatus,
+    PayloadProbe,
+    TeacherStreamStatus,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -147,3 +155,24 @@ def test_trials_are_named_after_their_temperature(temperature: float, name: str)
 def test_attempts_meet_at_different_ports() -> None:
     ports = {names.rendezvous_port("uid", attempt) for attempt in range(1, 50)}
     assert len(ports) > 40 and all(1024 < port < 32768 for port in ports)
+
+
+def test_all_figures_fit_the_status_and_the_termination_message() -> None:
+    metrics = [Metric(name=name, value=-12345.678901) for name in METRICS]
+    limit = structural(DistillationJobStatus)["properties"]["metrics"]["maxItems"]
+    assert len(metrics) <= limit
+    outcome = Outcome(
+        reason="Completed",
+        message="model exported",
+        progress=ProgressReport(
+            phase="Done",
+            step=9_999_999,
+            checkpoint=CheckpointStatus(uri="s3://b/" + "c" * 200, digest="d" * 64),
+            teacher_stream=TeacherStreamStatus(uri="s3://b/" + "t" * 200, digest="e" * 64),
+        ),
+        model=ModelStatus(uri="s3://b/" + "m" * 300, digest="f" * 64, parameters=10**11),
+        metrics=metrics,
+    )
+    text = outcome.to_termination_message()
+    assert len(text.encode()) <= TERMINATION_MESSAGE_BYTES
+    assert Outcome.model_validate_json(text) == outcome

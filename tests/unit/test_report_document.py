@@ -55,7 +55,7 @@ def test_without_a_teacher_its_parts_are_empty() -> None:
         None,
     )
     assert found["calibration"]["teacher"] is None
-    assert set(found["weakest"]) == {"perplexity"}
+    assert set(found["weakest"]) == {"perplexity", "task"}
 
 
 def test_files_are_the_same_every_time_and_json_is_strict() -> None:
@@ -73,30 +73,46 @@ def test_files_are_the_same_every_time_and_json_is_strict() -> None:
 def test_the_table_lines_up() -> None:
     lines = table(document(finished()))
     assert lines[0].split() == ["figure", "student", "teacher"]
-    figures, weakest = lines[:-2], lines[-2:]
+    figures, weakest = lines[:-3], lines[-3:]
     assert len({len(line) for line in figures}) == 1
-    assert [line.split()[0] for line in figures[1:]] == [
+    assert [line.split("  ")[0] for line in figures[1:]] == [
         "perplexity", "accuracy", "ece",
         "initialPerplexity", "perplexityRatio", "teacherAgreement", "teacherKL",
+        "simpleAccuracy", "multiStepAccuracy", "questionAccuracy", "hallucinationRate",
+        "First token, batch 1", "Tokens a second, batch 1",
+        "First token, batch 8", "Tokens a second, batch 8", "Memory", "Size on disk",
     ]  # fmt: skip
+    assert figures[-5].split()[-2:] == ["162.8", "81.4"]
     # exp of the mean cross-entropies 2.95 and 2.5.
     assert figures[1].split()[1:] == ["19.11", "12.18"]
     assert weakest[0] == f"highest perplexity: {SOURCES[1]} (8,000 tokens)"
+    assert weakest[2] == "weakest task: gsm_symbolic (9% of 32 examples)"
 
 
 def test_the_table_without_a_teacher() -> None:
     lines = table(document(finished(teacher=False)))
-    assert [line.split()[0] for line in lines[:-1]] == [
+    assert [line.split("  ")[0] for line in lines[:-3]] == [
         "figure", "perplexity", "accuracy", "ece", "initialPerplexity",
+        "simpleAccuracy", "multiStepAccuracy", "questionAccuracy", "hallucinationRate",
+        "Size on disk",
     ]  # fmt: skip
     assert lines[1].split()[-1] == "–"
+    assert lines[-1] == "not measured: student.performance: OutOfMemoryError: <out of memory>"
 
 
 def test_what_is_in_a_document_is_documented() -> None:
     docs = Path(__file__).parents[2] / "docs"
     text = (docs / "report.md").read_text()
     found = document(finished())
-    for part in (found, found["job"], found["data"], found["inputs"], found["history"][0]):
+    nested = (
+        found["tasks"], found["tasks"]["byTask"][0], found["questions"],
+        found["questions"]["student"], found["questions"]["hallucinated"][0],
+        found["performance"], found["performance"]["student"],
+        found["performance"]["student"]["batches"][0], found["sizeOnDisk"],
+    )  # fmt: skip
+    for part in (
+        found, found["job"], found["data"], found["inputs"], found["history"][0], *nested,
+    ):  # fmt: skip
         for name in part:
             assert f"`{name}`" in text, name
     figures = (docs / "concepts.md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from kubedistill_trainer.report.document import document
 from kubedistill_trainer.report.markup import Markup, join, tag
 from kubedistill_trainer.report.page import page
-from kubedistill_trainer.report.plots import Labels, Series, lines, reliability, ticks
-from report_kit import SOURCES, finished
+from kubedistill_trainer.report.plots import Bar, Labels, Series, bars, lines, reliability, ticks
+from kubedistill_trainer.report.text import duration, size
+from report_kit import SOURCES, comparison, finished
 
 VOID = {"meta"}
 
@@ -54,16 +56,20 @@ def test_all_sections_of_a_distillation(whole: str) -> None:
     assert whole.startswith("<!doctype html>")
     assert outline.headings == [
         "Figures",
+        "Tasks",
+        "Questions",
+        "Speed and size",
+        "lm-eval",
         "Weakest data",
         "Training",
         "Early stopping",
         "Calibration",
         "Inputs",
     ]
-    assert len(outline.having("article")) == 7
+    assert len(outline.having("article")) == 7 + 4
     plots = [a for a in outline.having("svg") if a.get("role") == "img"]
-    assert len(plots) == 4 and all(a["aria-label"] for a in plots)
-    assert len(outline.having("caption")) == len(outline.having("table")) == 4
+    assert len(plots) == 6 and all(a["aria-label"] for a in plots)
+    assert len(outline.having("caption")) == len(outline.having("table")) == 8
 
 
 def test_it_asks_for_nothing_from_outside(whole: str) -> None:
@@ -126,15 +132,18 @@ def test_a_page_without_a_teacher() -> None:
     assert text.count('class="line total"') == 2 and 'class="line hard"' not in text
     assert "Agreement" not in text and 'class="teacher"' not in text and ">Ratio<" not in text
     assert Outline(text).headings == [
-        "Figures", "Weakest data", "Training", "Early stopping", "Calibration", "Inputs",
+        "Figures", "Tasks", "Questions", "Speed and size", "Weakest data", "Training",
+        "Early stopping", "Calibration", "Not measured", "Inputs",
     ]  # fmt: skip
+    assert "OutOfMemoryError: &lt;out of memory&gt;" in text
 
 
 @pytest.mark.parametrize(
     ("part", "heading"),
     [
         ("metrics", "Figures"), ("slices", "Weakest data"), ("history", "Training"),
-        ("calibration", "Calibration"), ("inputs", "Inputs"),
+        ("calibration", "Calibration"), ("inputs", "Inputs"), ("tasks", "Tasks"),
+        ("questions", "Questions"), ("lmEval", "lm-eval"),
     ],
 )  # fmt: skip
 def test_a_section_without_its_data_is_not_shown(part: str, heading: str) -> None:
@@ -147,7 +156,8 @@ def test_one_file_is_not_called_weak() -> None:
     content = document(finished())
     content["slices"], content["weakest"] = content["slices"][:1], {}
     text = page(content)
-    assert Outline(text).headings[1] == "Data" and 'class="badge"' not in text
+    headings = Outline(text).headings
+    assert "Data" in headings and "Weakest data" not in headings and 'class="badge"' not in text
 
 
 def test_a_run_of_one_step_has_no_curve() -> None:
@@ -244,3 +254,52 @@ def test_the_trials_of_a_sweep_are_shown_and_the_chosen_one_is_marked() -> None:
         ["T = 4", "chosen", "75.0%", "10", "Completed", "c-m-t4"],
         ["T = 8", "–", "–", "Stalled", "c-m-t8"],
     ]
+
+
+def test_bars_are_drawn_to_scale_and_say_their_values() -> None:
+    rows = [
+        Bar("first", [("student", 0.25, "25 %"), ("teacher", 0.5, "50 %")]),
+        Bar("second", [("student", 0.0, "0 %")]),
+    ]
+    text = bars(Labels("t", "d", "x", "y"), rows, 1.0)
+    widths = [float(w) for w in re.findall(r'<rect[^>]* width="([0-9.]+)"', text)]
+    assert widths[1] == pytest.approx(2 * widths[0], abs=0.2)
+    # One that stands for nothing can be seen, too.
+    assert widths[2] == 1
+    assert text.count("50 %") == 2 and "first, teacher: 50 %" in text
+
+
+def test_times_on_different_devices_are_not_divided() -> None:
+    compared = comparison()
+    assert compared.teacher is not None and compared.teacher.performance is not None
+    other = compared.teacher.performance.model_copy(update={"device": "CPU"})
+    teacher = compared.teacher.model_copy(update={"performance": other})
+    content = document(replace(finished(), compared=replace(compared, teacher=teacher)))
+    assert content["performance"]["ratios"] is None
+    text = page(content)
+    assert "NVIDIA H100 80GB HBM3 and CPU" in text and "are not compared" in text
+
+
+def test_the_students_share_of_its_teacher() -> None:
+    content = document(finished())
+    ratios = content["performance"]["ratios"]
+    assert ratios["batches"][1] == {
+        "batch": 8, "firstTokenSeconds": 0.5, "tokensPerSecond": 2.0,
+    }  # fmt: skip
+    assert ratios["memoryBytes"] == 0.5
+    assert content["sizeOnDisk"]["ratio"] == pytest.approx(0.50003, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (3 << 20, "3 MiB"), (2.5 * 2**30, "2.5 GiB")],
+)
+def test_sizes_have_units(value: float, expected: str) -> None:
+    assert size(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.0004567, "0.457 ms"), (0.25, "250 ms"), (1.5, "1.5 s")]
+)
+def test_times_have_units(value: float, expected: str) -> None:
+    assert duration(value) == expected

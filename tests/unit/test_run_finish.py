@@ -22,7 +22,7 @@ from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.methods.signal import NoTeacher
 from kubedistill_trainer.methods.watch import Look, Watch
 from kubedistill_trainer.report.figures import Evaluation
-from report_kit import evaluation, finished
+from report_kit import comparison, evaluation, finished
 
 NAN = float("nan")
 
@@ -42,11 +42,13 @@ def end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., End]:
     def finish(found: Evaluation | None = None, **parts: Any) -> End:
         exported: dict[str, Any] = {}
 
-        def export(model: Any, weights: Any, tokenizer: Any, documents: Any, *rest: Any) -> Any:
+        def publish(folder: Any, documents: Any, parameters: int, store: Any) -> Any:
             exported.update(documents)
-            return ModelStatus(uri="s3://m/d", digest="d", parameters=6)
+            return ModelStatus(uri="s3://m/d", digest="d", parameters=parameters)
 
-        monkeypatch.setattr(run, "export", export)
+        monkeypatch.setattr(run, "write_folder", lambda *arguments: 6)
+        monkeypatch.setattr(run, "publish_folder", publish)
+        monkeypatch.setattr(run, "compare", lambda *arguments: comparison())
         monkeypatch.setattr(run, "evaluate", lambda *arguments: found or evaluation())
         monkeypatch.setattr(run, "gather_weights", lambda engine: {"w": torch.zeros(2, 3)})
         done = finished(steps=30)
@@ -61,9 +63,9 @@ def end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., End]:
             "exported_step": 20,
         }
         loop = SimpleNamespace(**fields | parts)
-        engine = SimpleNamespace(module=SimpleNamespace(model=None))
+        engine = SimpleNamespace(module=SimpleNamespace(model=None), device="cpu")
         board, nobody = ProgressBoard(), NoTeacher()
-        ended: Any = run._finish(context, done.dataset, engine, nobody, board, None, loop)  # type: ignore[arg-type]
+        ended: Any = run._finish(context, done.dataset, engine, nobody, board, None, None, loop)  # type: ignore[arg-type]
         return End(ended, exported)
 
     return finish
@@ -81,10 +83,11 @@ def test_the_report_lies_beside_the_model_and_its_table_in_the_log(
     assert len(report["history"]) == 30
     assert report["earlyStopping"]["bestStep"] == 20
     assert "Best after step 20, which is what was exported" in exported["report.html"]
+    assert report["tasks"]["byTask"][2]["teacherAccuracy"] == 14 / 32
     assert {m.name: m.value for m in outcome.metrics} == report["metrics"]
     assert {"ece", "teacherEce", "initialPerplexity"} <= set(report["metrics"])
     names = [message.split()[0] for message in caplog.messages]
-    assert names[:2] == ["figure", "perplexity"] and "highest" in names
+    assert names[:2] == ["figure", "perplexity"] and "highest" in names and "weakest" in names
 
 
 def test_the_weakest_files_go_into_the_status(end: Callable[..., End]) -> None:
@@ -133,3 +136,15 @@ def test_the_report_says_that_a_student_learns_by_heart(end: Callable[..., End])
     assert (
         "Overfitting: since step 10 the held-out loss has risen by 0.25" in exported["report.html"]
     )
+
+
+def test_the_evaluation_shows_that_it_goes_on_and_ends_when_the_pod_is_to_stop() -> None:
+    board, interruption = ProgressBoard(), SimpleNamespace(asked=False)
+    tick = run._tick(board, interruption)  # type: ignore[arg-type]
+    assert board.report.last_step_time is None
+    tick()
+    assert board.report.last_step_time is not None
+    interruption.asked = True
+    with pytest.raises(RunFailure) as stopped:
+        tick()
+    assert stopped.value.code == ExitCode.GRACEFUL_CHECKPOINT

@@ -1,4 +1,4 @@
-"""What is checked before GPUs are asked for: store, data, tokenizer, models, memory, stream."""
+"""What is checked before GPUs are asked for: store, data, tokenizer, models, memory, evaluation, stream."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from kubedistill_trainer.data.dataset import (
 )
 from kubedistill_trainer.data.template import ChatTemplate
 from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
+from kubedistill_trainer.evaluation.gym import check_tasks
+from kubedistill_trainer.evaluation.questions import read_questions
+from kubedistill_trainer.evaluation.suites import check_suites
 from kubedistill_trainer.failures import refuse, unreadable
 from kubedistill_trainer.imports import quiet_collector
 from kubedistill_trainer.methods.check_text import check_text
@@ -51,6 +54,7 @@ def run_preflight(context: Context) -> Outcome:
     _check_split(context, teacher_config)
     parameters = _student_parameters(context, dataset.tokenizer, teacher_config)
     _check_memory(run, parameters)
+    _check_evaluation(context)
     stream_uri, complete = _stream(context, dataset)
     found = Resolved(
         inputs_digest=run.inputs_digest,
@@ -303,6 +307,14 @@ def _check_memory(run: RunSpec, parameters: int) -> None:
             "make the student smaller, raise spec.workers.nodes or "
             "spec.training.deepSpeed.zeroStage, or raise the limit in spec.workers.template",
         )
+
+
+def _check_evaluation(context: Context) -> None:
+    """Tasks that do not exist and questions that cannot be read, before anything is trained."""
+    settings = context.run.spec.evaluation
+    check_tasks(settings.tasks, settings.examples, "spec.evaluation.tasks")
+    check_suites(settings.lm_eval)
+    read_questions(settings.questions, context.open_store, settings.examples)
 
 
 def _stream(context: Context, dataset: Dataset) -> tuple[str, bool]:

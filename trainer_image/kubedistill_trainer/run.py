@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from kubedistill_trainer.checkpoint import Checkpointer
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset, learns_text, load_dataset
 from kubedistill_trainer.data.order import micro_batch_size
+from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.failures import RunFailure, refuse
 from kubedistill_trainer.losses import FeatureMatcher
 from kubedistill_trainer.methods.engine import join_gang, wrap
@@ -31,9 +33,10 @@ from kubedistill_trainer.methods.signal import NoTeacher, Signal, online_teacher
 from kubedistill_trainer.methods.student import StudentWithLoss
 from kubedistill_trainer.methods.train import Loop
 from kubedistill_trainer.models import load
-from kubedistill_trainer.models.export import export, gather_weights
+from kubedistill_trainer.models.export import gather_weights, publish_folder, write_folder
 from kubedistill_trainer.models.folder import download
 from kubedistill_trainer.models.sizes import check_layers
+from kubedistill_trainer.report.compare import Comparison, compare
 from kubedistill_trainer.report.document import Finished, document, files
 from kubedistill_trainer.report.evaluate import evaluate, heldout_perplexity
 from kubedistill_trainer.report.figures import Evaluation
@@ -92,7 +95,7 @@ def run_student(
     )
     try:
         loop.run()
-        return _finish(context, dataset, engine, teacher, board, group, loop, taught)
+        return _finish(context, dataset, engine, teacher, board, interruption, group, loop, taught)
     finally:
         teacher.close()
 
@@ -168,19 +171,24 @@ def _finish(
     engine: Any,
     teacher: Signal,
     board: exporter.ProgressBoard,
+    interruption: Interruption,
     group: Any,
     loop: Loop,
     taught: TaughtText | None = None,
 ) -> Outcome:
-    """Evaluate on all ranks, export on rank 0."""
+    """Evaluate on the held-out text on all ranks; ask, report and export on rank 0."""
     board.update(phase="Evaluating")
     found = evaluate(engine, teacher, dataset, context.rank, context.world_size, group)
-    metrics = _publish(found, loop.initial_perplexity)
-    board.update(phase="Exporting")
     weights = gather_weights(engine)
     if weights is None:
         return Outcome(reason="Completed", message="rank 0 exports")
-    parameters = sum(tensor.numel() for tensor in weights.values())
+    folder = context.scratch / "export"
+    parameters = write_folder(engine.module.model, weights, dataset.tokenizer.files, folder)
+    del weights
+    tick = _tick(board, interruption)
+    compared = compare(context, dataset, folder, teacher, engine.device, tick)
+    metrics = _publish(found, loop.initial_perplexity, compared)
+    board.update(phase="Exporting")
     finished = Finished(
         context.run,
         dataset,
@@ -190,19 +198,13 @@ def _finish(
         loop.history.points,
         loop.watch,
         loop.exported_step,
+        compared,
         taught,
     )
     content = document(finished)
     for line in table(content):
         _log.info(line)
-    status = export(
-        engine.module.model,
-        weights,
-        dataset.tokenizer.files,
-        files(finished, content),
-        context.scratch,
-        context.models_store,
-    )
+    status = publish_folder(folder, files(finished, content), parameters, context.models_store)
     board.update(phase="Done")
     _log.info("model exported", extra={"uri": status.uri})
     return Outcome(
@@ -218,12 +220,26 @@ def _finish(
     )
 
 
-def _publish(found: Evaluation, initial: float | None) -> list[Metric]:
+def _tick(board: exporter.ProgressBoard, interruption: Interruption) -> Tick:
+    """Shows that the evaluation goes on, and ends it when the pod is to stop: the next attempt
+    finds the last step committed."""
+
+    def tick() -> None:
+        board.update(last_step_time=time.time())
+        if interruption.asked:
+            raise RunFailure(
+                ExitCode.GRACEFUL_CHECKPOINT, "asked to stop while the student was evaluated"
+            )
+
+    return tick
+
+
+def _publish(found: Evaluation, initial: float | None, compared: Comparison) -> list[Metric]:
     """The figures for the status, which are this process's metrics from now on.
 
     RunFailure for a student whose perplexity is no number.
     """
-    metrics = found.metrics
+    metrics = found.metrics + compared.metrics
     if initial is not None:
         metrics.append(Metric(name="initialPerplexity", value=initial))
     broken = [metric.name for metric in metrics if not math.isfinite(metric.value)]

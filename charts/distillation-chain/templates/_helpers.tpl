@@ -47,7 +47,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{/* JSON: what all stages share. */}}
 {{- define "distillation-chain.template" -}}
 {{- $template := dict "distill" .Values.distill -}}
-{{- range $key := list "data" "training" "workers" "teacher" "checkpoint" -}}
+{{- range $key := list "data" "training" "workers" "teacher" "checkpoint" "evaluation" -}}
 {{- with index $.Values $key -}}
 {{- $_ := set $template $key . -}}
 {{- end -}}

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 IMMUTABLE_PARTS = (
     "distill", "fineTune", "teacher", "student", "data", "training", "workers", "storage",
-    "checkpoint",
+    "checkpoint", "evaluation",
 )  # fmt: skip
 _FOUND_LIMIT = 80
 

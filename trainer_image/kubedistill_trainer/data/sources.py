@@ -69,7 +69,7 @@ def read_corpus(data: Data, open_store: OpenStore, bad: BadRecords) -> Corpus:
     digest = hashlib.sha256()
     corpus = Corpus()
     for index, source in enumerate(data.sources):
-        body = _read(source, field_of(index), open_store)
+        body = read_file(source.uri, field_of(index), open_store)
         digest.update(hashlib.sha256(body).digest() + source.text_field.encode() + b"\0")
         if is_conversation(source):
             digest.update(_reading(source))
@@ -174,11 +174,12 @@ def _decoded(source: DataSource, where: str, body: bytes) -> str:
         ) from error
 
 
-def _read(source: DataSource, where: str, open_store: OpenStore) -> bytes:
-    uri = S3Uri.parse(source.uri)
+def read_file(address: str, where: str, open_store: OpenStore) -> bytes:
+    """The object at an s3:// address that the field `where` names. InputsRefused without one."""
+    uri = S3Uri.parse(address)
     folder, _, name = uri.prefix.rpartition("/")
     if not name:
-        raise unreadable(where, source.uri, "name a file, not a bucket or a folder")
+        raise unreadable(where, address, "name a file, not a bucket or a folder")
     try:
         return open_store(f"s3://{uri.bucket}/{folder}".rstrip("/")).get(name)
     except NoSuchBucket as error:
@@ -187,5 +188,5 @@ def _read(source: DataSource, where: str, open_store: OpenStore) -> bytes:
         ) from error
     except NotFound as error:
         raise unreadable(
-            where, f"no such object {source.uri}", "upload the file or correct the address"
+            where, f"no such object {address}", "upload the file or correct the address"
         ) from error

@@ -18,6 +18,8 @@ from kubedistill_api.teacher import Endpoint
 from kubedistill_trainer import exporter
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset, load_dataset
+from kubedistill_trainer.evaluation.speak import Tick
+from kubedistill_trainer.evaluation.teacher import measure_teacher
 from kubedistill_trainer.failures import refuse
 from kubedistill_trainer.losses.types import FORWARD_KL
 from kubedistill_trainer.methods import sharding
@@ -97,7 +99,8 @@ def run_teacher(context: Context, board: exporter.ProgressBoard, group: Any = No
         head_sha256=head,
         probe=rows,
     )
-    return _write(context, board, dataset, manifest, _Model(model, dataset, identity))
+    measure = partial(measure_teacher, context, model, dataset.tokenizer, split=group is not None)
+    return _write(context, board, dataset, manifest, _Model(model, dataset, identity), measure)
 
 
 def _score(
@@ -131,8 +134,9 @@ def _write(
     dataset: Dataset,
     wanted: Manifest,
     source: _Source,
+    afterwards: Callable[[Tick], None] | None = None,
 ) -> Outcome:
-    """Write what `source` says into this pod's partition of the stream."""
+    """Write what `source` says into this pod's partition of the stream; then `afterwards`."""
     manifest = publish_manifest(context.storage, wanted)
     uri = context.storage.child(manifest.identity.address).uri
     report = _Reporter(board, manifest.identity, uri, wanted.probe)
@@ -140,6 +144,8 @@ def _write(
     for partition in range(context.partition, manifest.partitions, wanted.partitions):
         _write_partition(context, manifest, partition, dataset, source, report)
     report.now(complete=True)
+    if afterwards is not None:
+        afterwards(report.tick)
     return Outcome(reason="Completed", message="stream written", progress=board.report)
 
 

@@ -72,7 +72,7 @@ class OnlineTeacher:
     def __init__(self, model: Any, layers: Sequence[int] = ()) -> None:
         """`layers`: whose states are wanted beside the last one's, counted from 1."""
         self._layers = layers
-        self._model = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self._decoder = model.get_decoder()
         self._head = model.get_output_embeddings().weight
 
@@ -82,7 +82,7 @@ class OnlineTeacher:
     @torch.no_grad()
     def batch(self, samples: Ids, tokens: Tensor, positions: Tensor) -> TeacherBatch:
         hidden, layers = hidden_states(self._decoder, tokens, positions, self._layers)
-        return TeacherHidden(hidden, self._head, softcap_of(self._model), layers)
+        return TeacherHidden(hidden, self._head, softcap_of(self.model), layers)
 
     def status(self) -> TeacherStreamStatus | None:
         return None

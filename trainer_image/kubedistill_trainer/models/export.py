@@ -46,20 +46,13 @@ def _gather_partitioned(engine: Any) -> dict[str, torch.Tensor] | None:
     return state if engine.global_rank == 0 else None
 
 
-def export(
-    model: Any,
-    weights: dict[str, torch.Tensor],
-    tokenizer_files: dict[str, bytes],
-    documents: dict[str, str],
-    scratch: Path,
-    store: Store,
-) -> ModelStatus:
-    """Write weights, config, tokenizer and documents to a folder, and put it into the store.
+def write_folder(
+    model: Any, weights: dict[str, torch.Tensor], tokenizer_files: dict[str, bytes], folder: Path
+) -> int:
+    """Write weights, config and tokenizer to an empty `folder`; the number of parameters.
 
-    `model` gives architecture and config only. The folder is addressed by its digest; putting it
-    twice changes nothing.
+    `model` gives architecture and config only.
     """
-    folder = scratch / "export"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config = copy.deepcopy(model.config)
@@ -69,7 +62,22 @@ def export(
     shell.save_pretrained(folder, state_dict=weights, safe_serialization=True)
     for name, body in tokenizer_files.items():
         (folder / name).write_bytes(body)
+    return parameter_count(shell)
+
+
+def publish_folder(
+    folder: Path, documents: dict[str, str], parameters: int, store: Store
+) -> ModelStatus:
+    """Add documents to a model's folder, and put it into the store.
+
+    The folder is addressed by its digest; putting it twice changes nothing.
+    """
     for name, text in documents.items():
         (folder / name).write_text(text)
     digest, uploaded = upload(folder, store)
-    return ModelStatus(uri=uploaded.uri, digest=digest, parameters=parameter_count(shell))
+    return ModelStatus(uri=uploaded.uri, digest=digest, parameters=parameters)
+
+
+def weights_on_disk(folder: Path) -> int:
+    """Bytes of a folder's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -36,15 +36,10 @@ def generate(
     """
     device = model.get_output_embeddings().weight.device
     ends = sorted(end_ids)
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), ends[0], dtype=torch.long)
-    seen = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        # On the left, so that every answer begins at the same place.
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        seen[row, width - len(prompt) :] = 1
+    ids, seen = left_padded(prompts, ends[0])
     drawn: dict[str, Any] = {"do_sample": False}
     if temperature > 0 and seeds is not None:
+        width = ids.shape[1]
         drawn["logits_processor"] = _drawn_by(seeds, temperature, top_p, max_tokens, width)
     elif temperature > 0:
         drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -58,7 +53,19 @@ def generate(
             pad_token_id=ends[0],
             **drawn,
         )
-    return [_until_end(answer, frozenset(end_ids)) for answer in out[:, width:].tolist()]
+    return [_until_end(answer, frozenset(end_ids)) for answer in out[:, ids.shape[1] :].tolist()]
+
+
+def left_padded(prompts: Sequence[Sequence[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, L] and which of them are seen: filled on the left, so that every answer begins
+    at the same place."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), fill, dtype=torch.long)
+    seen = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        seen[row, width - len(prompt) :] = 1
+    return ids, seen
 
 
 def _drawn_by(

@@ -10,10 +10,17 @@ from kubedistill_api.runspec import RunSpec
 from kubedistill_api.status import Metric
 
 from kubedistill_trainer.data.dataset import Dataset
+from kubedistill_trainer.report.compare import Comparison
 from kubedistill_trainer.report.text import SIGNALS
 
 
-def card(run: RunSpec, dataset: Dataset, metrics: Sequence[Metric], parameters: int) -> str:
+def card(
+    run: RunSpec,
+    dataset: Dataset,
+    metrics: Sequence[Metric],
+    parameters: int,
+    compared: Comparison,
+) -> str:
     """The model card, with the front matter that Hugging Face reads."""
     figures = "\n".join(f"| {metric.name} | {metric.value:.4g} |" for metric in metrics)
     sources = "\n".join(f"- {_source_text(source)}" for source in run.spec.data.sources)
@@ -33,12 +40,13 @@ A language model of {parameters:,} parameters, made by kubedistill {version("kub
 | student began as | {student_text(run)} |
 | steps | {dataset.total_steps} of {run.spec.training.global_batch_size} sequences |
 
-## Held-out figures
+## Figures
 | figure | value |
 |---|---|
 {figures}
 
-Measured on {len(dataset.split.heldout)} sequences that training never saw; more in `report.html`.
+Measured on {len(dataset.split.heldout)} sequences that training never saw{_asked(compared)}; more in
+`report.html`.
 
 ## Data
 {sources}
@@ -48,6 +56,14 @@ SHA-256 of the data: `{dataset.digest}`. Digest of the tokenizer: `{dataset.toke
 ## Limits
 The model knows what its teacher and its data hold, and repeats their errors and leanings.
 """
+
+
+def _asked(compared: Comparison) -> str:
+    """What the model was asked beside."""
+    parts = [f"{task.examples} examples of `{task.name}`" for task in compared.student.tasks]
+    if compared.student.questions is not None:
+        parts.append(f"{compared.student.questions.asked} questions with known answers")
+    return f", and on {', '.join(parts)}" if parts else ""
 
 
 def _source_text(source: DataSource) -> str:

@@ -20,8 +20,9 @@ from kubedistill_trainer.data.packing import IGNORED
 from kubedistill_trainer.methods.history import Point
 from kubedistill_trainer.methods.overfitting import Overfitting, overfitting
 from kubedistill_trainer.methods.watch import Watch
-from kubedistill_trainer.report import gates
+from kubedistill_trainer.report import abilities, gates
 from kubedistill_trainer.report.card import card, student_text
+from kubedistill_trainer.report.compare import Comparison
 from kubedistill_trainer.report.figures import BINS, Calibration, Evaluation, Slice
 from kubedistill_trainer.report.page import page
 from kubedistill_trainer.report.teacher_text import taught_text
@@ -42,12 +43,15 @@ class Finished:
     history: Sequence[Point]
     watch: Watch
     exported_step: int | None
+    compared: Comparison
     taught: TaughtText | None = None
 
 
 def files(finished: Finished, content: dict[str, Any]) -> dict[str, str]:
     """What is laid beside the model; `content` as of `document`."""
-    model_card = card(finished.run, finished.dataset, finished.metrics, finished.parameters)
+    model_card = card(
+        finished.run, finished.dataset, finished.metrics, finished.parameters, finished.compared
+    )
     return {
         "MODEL_CARD.md": model_card,
         "report.json": json.dumps(content, indent=2) + "\n",
@@ -56,7 +60,10 @@ def files(finished: Finished, content: dict[str, Any]) -> dict[str, str]:
 
 
 def document(finished: Finished) -> dict[str, Any]:
-    """The content of report.json. Nothing in it depends on the time or on the machine."""
+    """The content of report.json.
+
+    Nothing in it depends on time or machine but `performance`, which is measured on one.
+    """
     run, dataset, found = finished.run, finished.dataset, finished.evaluation
     return {
         "schemaVersion": SCHEMA_VERSION,
@@ -90,7 +97,9 @@ def document(finished: Finished) -> dict[str, Any]:
         "weakest": {
             name: {"source": part.name, "tokens": part.tokens}
             for name, part in found.weakest().items()
-        },
+        }
+        | _weakest_task(finished.compared),
+        **abilities.parts(finished.compared),
         "history": [_point(point) for point in finished.history],
         "earlyStopping": _early_stopping(finished),
         # Of a trial it is filled in when all trials have ended.
@@ -102,6 +111,11 @@ def document(finished: Finished) -> dict[str, Any]:
             "version": version("kubedistill"),
         },
     }
+
+
+def _weakest_task(compared: Comparison) -> dict[str, Any]:
+    worst = abilities.weakest_task(compared)
+    return {"task": worst} if worst else {}
 
 
 def _job(run: RunSpec) -> dict[str, Any]:

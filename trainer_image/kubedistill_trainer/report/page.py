@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kubedistill_trainer.report import gates, sections, teacher_text
+from kubedistill_trainer.report import ability_sections, gates, sections, teacher_text
 from kubedistill_trainer.report.markup import Markup, join, tag
 
 Section = Callable[[Mapping[str, Any]], Markup | None]
@@ -15,11 +15,16 @@ SECTIONS: tuple[Section, ...] = (
     sections.figures,
     gates.section,
     teacher_text.section,
+    ability_sections.tasks,
+    ability_sections.questions,
+    ability_sections.performance,
+    ability_sections.suites,
     sections.trials,
     sections.slices,
     sections.losses,
     sections.held_out,
     sections.calibration,
+    ability_sections.not_measured,
     sections.inputs,
 )
 """In the order of the page. A section whose data is not there gives None, and is not shown."""

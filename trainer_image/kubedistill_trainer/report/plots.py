@@ -12,6 +12,8 @@ from kubedistill_trainer.report.text import number
 WIDTH = 560
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 16, 34, 58
 _LARGEST_DOT, _SMALLEST_DOT = 10.0, 3.0
+_BAR_LEFT, _BAR_RIGHT, _BAR_TOP = 8, 110, 24
+_BAR_HEIGHT, _BAR_GAP, _NAME_GAP, _ROW_GAP = 18, 4, 9, 26
 _TICKS = 5
 _TICK_SPACING = 34
 
@@ -73,10 +75,46 @@ def reliability(labels: Labels, series: Sequence[Series], height: int = 400) -> 
     return _frame(labels, height, _axes(x, y), diagonal, *drawn)
 
 
+@dataclass(frozen=True)
+class Bar:
+    """Values under one name, each with the class that colours it and the words that say it."""
+
+    name: str
+    values: Sequence[tuple[str, float, str]]
+
+
+def bars(labels: Labels, rows: Sequence[Bar], greatest: float) -> Markup:
+    """Horizontal bars from 0 to `greatest`, their names above them; `labels.x` is the axis."""
+    place, drawn = float(_BAR_TOP), []
+    x = Axis(labels.x, 0.0, greatest, _BAR_LEFT, WIDTH - _BAR_RIGHT)
+    for row in rows:
+        drawn.append(_text(row.name, _BAR_LEFT, place, "start"))
+        place += _NAME_GAP
+        for style, value, told in row.values:
+            width = max(1.0, x.place(min(value, greatest)) - _BAR_LEFT)
+            drawn.append(
+                tag(
+                    "rect", tag("title", f"{row.name}, {style}: {told}"),
+                    x=_BAR_LEFT, y=place, width=width, height=_BAR_HEIGHT, class_=f"bar {style}",
+                )
+            )  # fmt: skip
+            middle = place + _BAR_HEIGHT / 2
+            drawn.append(_text(told, _BAR_LEFT + width + 6, middle, "start", dy="0.35em"))
+            place += _BAR_HEIGHT + _BAR_GAP
+        place += _ROW_GAP
+    return _frame(labels, int(place - _ROW_GAP + _BAR_GAP), *drawn)
+
+
 def swatch(style: str) -> Markup:
     """A line's sample, for a legend."""
     line = tag("polyline", points="2,7 30,7", class_=f"line {style}")
     return tag("svg", line, viewBox="0 0 32 14", class_="swatch", aria_hidden="true")
+
+
+def bar_swatch(style: str) -> Markup:
+    """A bar's sample, for a legend."""
+    bar = tag("rect", x=9, y=0, width=14, height=14, class_=f"bar {style}")
+    return tag("svg", bar, viewBox="0 0 32 14", class_="swatch", aria_hidden="true")
 
 
 def ticks(low: float, high: float, most: int = _TICKS) -> list[float]:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from kubedistill_trainer.report.layout import (
+    Document,
+    beside,
+    cards,
+    data_table,
+    definitions,
+    figure,
+    headings,
+    section,
+)
 from kubedistill_trainer.report.markup import Child, Markup, join, tag
-from kubedistill_trainer.report.plots import Labels, Series, lines, reliability, swatch
-from kubedistill_trainer.report.text import SIGNALS, Row, compared, number, paired, shown
+from kubedistill_trainer.report.plots import Labels, Series, lines, reliability
+from kubedistill_trainer.report.text import SIGNALS, compared, number, paired, shown
 
-Document = Mapping[str, Any]
 _METHODS = {"distill": "distillation", "fineTune": "fine-tuning"}
 _LOSSES = {"total": "total", "soft": "soft: against the teacher", "hard": "hard: cross-entropy"}
 _SHOWN_STEPS = 12
@@ -52,24 +60,23 @@ def summary(document: Document) -> Markup:
         "header",
         tag("p", "Distillation report", class_="kicker"),
         tag("h1", job["name"]),
-        _definitions(facts),
+        definitions(facts),
     )
 
 
 def figures(document: Document) -> Markup | None:
     """Key figures as cards, the student beside its teacher."""
     with_teacher = document.get("teacher") is not None
-    both = [_card(row, with_teacher) for row in paired(document)]
-    if not both:
+    both, single = paired(document), compared(document)
+    if not (both or single):
         return None
-    single = [_card(row, False) for row in compared(document)]
     if not with_teacher:
         both, single = [], both + single
-    return _section(
+    return section(
         "Figures",
         tag("p", "Measured on text that training never saw.", class_="lead"),
-        tag("div", *both, class_="cards wide") if both else None,
-        tag("div", *single, class_="cards") if single else None,
+        cards(both, True),
+        cards(single, False, "cards"),
     )
 
 
@@ -90,10 +97,10 @@ def trials(document: Document) -> Markup | None:
         temperature = tag("th", f"T = {number(row['temperature'])} ", badge, scope="row")
         rest = [*cells, number(row.get("perplexity")), row["state"], row["jobName"]]
         body.append(tag("tr", temperature, *(tag("td", cell) for cell in rest)))
-    heading = _heading("Temperature", *columns, "Perplexity", "State", "Job")
+    heading = headings("Temperature", *columns, "Perplexity", "State", "Job")
     told = f"Stage {sweep['stage']}: {sweep['choice']}."
-    return _section(
-        "Sweep", tag("p", told, class_="lead"), _table("Trials of the sweep", heading, body)
+    return section(
+        "Sweep", tag("p", told, class_="lead"), data_table("Trials of the sweep", heading, body)
     )
 
 
@@ -102,7 +109,7 @@ def slices(document: Document) -> Markup | None:
     rows = document.get("slices")
     if not rows:
         return None
-    weakest = document.get("weakest", {})
+    weakest = {n: part for n, part in document.get("weakest", {}).items() if n in _WEAKEST}
     columns = {n: t for n, t in _SLICE_COLUMNS.items() if any(n in row for row in rows)}
     body = []
     for row in sorted(rows, key=lambda r: -r.get("perplexity", 0.0)):
@@ -114,9 +121,9 @@ def slices(document: Document) -> Markup | None:
     told = "The held-out text by the file that it comes from."
     if weakest:
         told += " More text like that of the marked files is what the next run needs most."
-    return _section(
+    return section(
         "Weakest data" if weakest else "Data", tag("p", told, class_="lead"),
-        _table("Figures by file", _heading("File", *columns.values()), body),
+        data_table("Figures by file", headings("File", *columns.values()), body),
     )  # fmt: skip
 
 
@@ -129,12 +136,12 @@ def losses(document: Document) -> Markup | None:
     series = [Series(text, name, _course(points, name)) for name, text in parts.items()]
     rates = Series("learning rate", "rate", _course(points, "learningRate"))
     plots = join(
-        _figure(
+        figure(
             "Loss",
             lines(Labels("Loss", _change(points), "optimizer step", "mean loss a token"), series),
             {one.style: one.name for one in series},
         ),
-        _figure(
+        figure(
             "Learning rate",
             lines(
                 Labels("Learning rate", "Over the steps.", "optimizer step", "learning rate"),
@@ -144,7 +151,7 @@ def losses(document: Document) -> Markup | None:
             {},
         ),
     )
-    heading = _heading("Step", *(name.capitalize() for name in parts), "Learning rate")
+    heading = headings("Step", *(name.capitalize() for name in parts), "Learning rate")
     body = [
         tag(
             "tr", tag("th", f"{point['step']:,}", scope="row"),
@@ -152,7 +159,7 @@ def losses(document: Document) -> Markup | None:
         )
         for point in _spread(points)
     ]  # fmt: skip
-    return _section("Training", _beside(plots, _table("Loss at some steps", heading, body)))
+    return section("Training", beside(plots, data_table("Loss at some steps", heading, body)))
 
 
 def held_out(document: Document) -> Markup | None:
@@ -178,9 +185,9 @@ def held_out(document: Document) -> Markup | None:
             tag("td", number(look["perplexity"])), tag("td", number(look["loss"])))
         for look in _spread(looks)
     ]  # fmt: skip
-    table = _table("Looks", _heading("Step", "Perplexity", "Loss"), body)
-    plot = _figure("Held-out perplexity", lines(labels, [Series("perplexity", "rate", course)]), {})
-    return _section("Early stopping", tag("p", told, class_="lead"), _beside(plot, table))
+    table = data_table("Looks", headings("Step", "Perplexity", "Loss"), body)
+    plot = figure("Held-out perplexity", lines(labels, [Series("perplexity", "rate", course)]), {})
+    return section("Early stopping", tag("p", told, class_="lead"), beside(plot, table))
 
 
 def calibration(document: Document) -> Markup | None:
@@ -202,15 +209,15 @@ def calibration(document: Document) -> Markup | None:
     ]
     heading = join(
         tag("tr", tag("td"), *groups),
-        _heading("Confidence", *(text for _ in models for text in _BIN_COLUMNS.values())),
+        headings("Confidence", *(text for _ in models for text in _BIN_COLUMNS.values())),
     )
     legend = {name: name for name in models}
-    return _section(
+    return section(
         "Calibration",
         tag("p", told, class_="lead"),
-        _beside(
-            _figure("How often it is right, when it is how sure", plot, legend, ideal=True),
-            _table("Tokens by confidence", heading, [row for row in body if row is not None]),
+        beside(
+            figure("How often it is right, when it is how sure", plot, legend, ideal=True),
+            data_table("Tokens by confidence", heading, [row for row in body if row is not None]),
         ),
     )
 
@@ -227,7 +234,7 @@ def inputs(document: Document) -> Markup | None:
     facts["Files"] = tag("ul", *files)
     settings = {n: v for n, v in document["training"].items() if not isinstance(v, dict)}
     facts["Settings"] = ", ".join(f"{name} {value}" for name, value in settings.items())
-    return _section("Inputs", _definitions(facts), class_="inputs")
+    return section("Inputs", definitions(facts), class_="inputs")
 
 
 def _conversations(fit: Mapping[str, int] | None) -> str | None:
@@ -268,24 +275,6 @@ def _teacher(teacher: Document | None) -> str | None:
     if teacher.get("model"):
         text = f"{teacher['model']} at {text}"
     return f"{text} ({', '.join(how)})"
-
-
-def _card(row: Row, with_teacher: bool) -> Markup:
-    values = [_value("student" if with_teacher else None, "student", shown(row.name, row.student))]
-    if with_teacher:
-        values.append(_value("teacher", "teacher", shown(row.name, row.teacher)))
-    return tag(
-        "article",
-        tag("h3", row.title),
-        tag("div", *values, class_="values"),
-        tag("p", row.what),
-        class_="card",
-    )
-
-
-def _value(name: str | None, style: str, value: str) -> Markup:
-    label = tag("span", name, class_="of") if name else None
-    return tag("div", tag("span", value, class_="value"), label, class_=style)
 
 
 def _loss_parts(points: Sequence[Document]) -> dict[str, str]:
@@ -336,41 +325,6 @@ def _bin_row(index: int, models: Mapping[str, Document]) -> Markup | None:
         return None
     cells = [tag("td", shown(name, part.get(name))) for part in parts for name in _BIN_COLUMNS]
     return tag("tr", tag("th", f"{parts[0]['from']:.2f}–{parts[0]['to']:.2f}", scope="row"), *cells)
-
-
-def _section(title: str, *children: Child, class_: str | None = None) -> Markup:
-    return tag("section", tag("h2", title), *children, class_=class_)
-
-
-def _beside(plots: Markup, table: Markup) -> Markup:
-    return tag("div", tag("div", plots), table, class_="beside")
-
-
-def _figure(title: str, plot: Markup, legend: Mapping[str, str], ideal: bool = False) -> Markup:
-    entries = [tag("li", swatch(style), name) for style, name in legend.items()]
-    if ideal:
-        entries.append(tag("li", swatch("ideal"), "perfectly calibrated"))
-    names = tag("ul", *entries, class_="legend") if entries else None
-    return tag("figure", tag("figcaption", tag("strong", title), names), plot)
-
-
-def _heading(*texts: str) -> Markup:
-    return tag("tr", *(tag("th", text, scope="col") for text in texts))
-
-
-def _table(caption: str, heading: Markup, body: Sequence[Markup]) -> Markup:
-    """A table that scrolls within itself where the screen is narrow."""
-    table = tag("table", tag("caption", caption), tag("thead", heading), tag("tbody", *body))
-    return tag("div", table, class_="scroll", role="region", aria_label=caption, tabindex=0)
-
-
-def _definitions(facts: Mapping[str, Child]) -> Markup:
-    rows = [
-        tag("div", tag("dt", name), tag("dd", value))
-        for name, value in facts.items()
-        if value is not None
-    ]
-    return tag("dl", *rows)
 
 
 def _counted(count: int, noun: str) -> str:

@@ -1,0 +1,99 @@
+"""A teacher's figures in a real store: found by who asks the same, waited for a little."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from data_kit import TURNS, tokenizer
+from kubedistill_api.evaluation import Evaluation
+from kubedistill_trainer.evaluation import record
+from kubedistill_trainer.evaluation.measure import Plan
+from kubedistill_trainer.evaluation.questions import Question, QuestionSet
+from kubedistill_trainer.evaluation.results import Abilities, TaskScore
+from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
+
+
+def abilities(right: int) -> Abilities:
+    task = TaskScore(name="chain_sum", group="simple", examples=8, right=right)
+    return Abilities(prompting="Examples", tasks=(task,), problems={"questions": "why"})
+
+
+def request(template: str | None = TURNS, **changes: Any) -> record.Request:
+    asked = QuestionSet("built-in", changes.pop("questions", "q"), (Question("a?", ("b",)),))
+    plan = Plan((), asked, changes.pop("tokens", 64), changes.pop("latency", True))
+    settings = Evaluation(examples=changes.pop("examples", 32))
+    own: dict[str, Any] = {"teacher_digest": "t", "precision": "BF16"}
+    return record.request_of(settings, plan, tokenizer(template), **own | changes)
+
+
+def nothing() -> None:
+    """Nobody watches."""
+
+
+def test_what_is_written_first_holds(s3: S3Server) -> None:  # noqa: F811
+    store = s3.store()
+    assert record.read(store, request()) is None
+    record.publish(store, request(), abilities(5))
+    record.publish(store, request(), abilities(6))
+    assert record.read(store, request()) == abilities(5)
+    assert record.awaited(store, request(), nothing) == abilities(5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teacher_digest": "u"}, {"precision": "FP32"}, {"examples": 31}, {"questions": "r"},
+        {"tokens": 65}, {"latency": False}, {"template": None},
+    ],
+)  # fmt: skip
+def test_another_question_has_another_answer(changes: dict[str, Any]) -> None:
+    assert request(**changes).key != request().key
+    assert request().key == request().key
+
+
+def test_a_student_waits_for_a_teacher_that_has_begun(s3: S3Server) -> None:  # noqa: F811
+    store = s3.store()
+    record.begin(store, request())
+    waited = threading.Event()
+
+    def write() -> None:
+        waited.wait(30)
+        record.publish(store, request(), abilities(3))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert record.awaited(store, request(), waited.set) == abilities(3)
+    finally:
+        waited.set()
+        writer.join()
+    assert waited.is_set()
+
+
+def test_nobody_waits_where_no_teacher_has_begun(s3: S3Server) -> None:  # noqa: F811
+    def never() -> None:
+        raise AssertionError("it waits")
+
+    assert record.awaited(s3.store(), request(), never) is None
+
+
+@pytest.mark.parametrize("limit", ["_WAIT_SECONDS", "_OLD_SECONDS"])
+def test_the_wait_ends(
+    s3: S3Server,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+) -> None:
+    """After a while, and at once where the teacher began so long ago that it was given up."""
+    store = s3.store()
+    record.begin(store, request())
+    monkeypatch.setattr(record, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(record, limit, -5.0)
+    assert record.awaited(store, request(), nothing) is None
+
+
+def test_figures_that_do_not_parse_are_none(s3: S3Server) -> None:  # noqa: F811
+    store = s3.store()
+    store.put(request().key, b'{"prompting": "Sung"}')
+    assert record.read(store, request()) is None

@@ -1,0 +1,1 @@
+"""What a model is asked once training is over: tasks, questions, speed; of student and teacher."""

@@ -1,0 +1,141 @@
+"""One model, asked everything that the spec asks for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from kubedistill_api.evaluation import Evaluation
+
+from kubedistill_trainer.data.sources import OpenStore
+from kubedistill_trainer.evaluation import questions
+from kubedistill_trainer.evaluation.gym import Solved, Task, load_task
+from kubedistill_trainer.evaluation.prompts import TO_RECALL, TO_SOLVE, Asking, final_answer
+from kubedistill_trainer.evaluation.questions import Answered, QuestionSet, read_questions
+from kubedistill_trainer.evaluation.results import Abilities, QuestionScore, TaskScore
+from kubedistill_trainer.evaluation.speak import Said, Tick, end_ids, speak
+from kubedistill_trainer.evaluation.speed import measure_speed
+from kubedistill_trainer.failures import RunFailure
+
+_log = logging.getLogger(__name__)
+_LONGEST_PROBLEM = 300
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked: the same of student and teacher. `problems`: what cannot be, and why."""
+
+    tasks: tuple[Task, ...]
+    questions: QuestionSet | None
+    max_answer_tokens: int
+    latency: bool
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+def plan_of(settings: Evaluation, open_store: OpenStore) -> Plan:
+    """Make the examples, read the questions.
+
+    The preflight has refused what cannot be made or read. What has gone since is a problem of the
+    plan: it must not cost a finished training. StoreError where the store does not answer.
+    """
+    problems: dict[str, str] = {}
+    asked, tasks = None, []
+    for name in dict.fromkeys(settings.tasks) if settings.examples else ():
+        try:
+            tasks.append(load_task(name, settings.examples))
+        except Exception as error:  # each task of the library fails in its own way
+            problems[name] = _told(error)
+    if settings.examples:
+        try:
+            asked = read_questions(settings.questions, open_store, settings.examples)
+        except RunFailure as error:
+            problems["questions"] = _told(error)
+    return Plan(tuple(tasks), asked, settings.max_answer_tokens, settings.latency, problems)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, RunFailure):
+        return error.message[:_LONGEST_PROBLEM]
+    return f"{type(error).__name__}: {error}"[:_LONGEST_PROBLEM]
+
+
+def measure(model: Any, asking: Asking, plan: Plan, tick: Tick) -> Abilities:
+    """Ask `model`, which is on its device and in evaluation mode.
+
+    A part that fails is left out, with the reason in `problems`: by now the model is trained, and
+    what it took is worth more than a figure.
+    """
+    voice = _Voice(model, asking, plan.max_answer_tokens, tick)
+    problems = dict(plan.problems)
+
+    def attempt(name: str, part: Callable[[], Part]) -> Part | None:
+        try:
+            return part()
+        except RunFailure:
+            raise
+        except Exception as error:
+            _log.exception("%s are not measured", name)
+            problems[name] = _told(error)
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+            return None
+
+    # First: on the CPU memory is how much the process grows, and later it has room already.
+    performance = (
+        attempt("performance", lambda: measure_speed(model, tick)) if plan.latency else None
+    )
+    asked = plan.questions
+    return Abilities(
+        prompting="Examples" if asking.one_line else "ChatTemplate",
+        tasks=attempt("tasks", lambda: tuple(_solve(voice, task) for task in plan.tasks)) or (),
+        questions=attempt("questions", lambda: _recall(voice, asked)) if asked else None,
+        performance=performance,
+        problems=problems,
+    )
+
+
+class _Voice:
+    """Asks one model in one way."""
+
+    def __init__(self, model: Any, asking: Asking, max_tokens: int, tick: Tick) -> None:
+        self._model = model
+        self._asking = asking
+        self._max_tokens = max_tokens
+        self._tick = tick
+        self._ends = end_ids(model, asking.tokenizer.end_of_text)
+        self._breaks = cache(lambda token: "\n" in asking.decode([token]))
+
+    def ask(self, texts: Sequence[str], shots: Sequence[Solved], request: str) -> list[Said]:
+        """The answers to some questions, in order."""
+        return speak(
+            self._model,
+            [self._asking.encode(text, shots, request) for text in texts],
+            max_tokens=self._max_tokens,
+            end_ids=self._ends,
+            breaks=self._breaks if self._asking.one_line else None,
+            tick=self._tick,
+        )
+
+    def text(self, said: Said) -> str:
+        return self._asking.decode(said.ids)
+
+
+def _solve(voice: _Voice, task: Task) -> TaskScore:
+    answers = voice.ask(task.questions, task.shots, TO_SOLVE)
+    right = sum(
+        task.right(index, final_answer(voice.text(said))) for index, said in enumerate(answers)
+    )
+    return TaskScore(name=task.name, group=task.group, examples=len(answers), right=right)
+
+
+def _recall(voice: _Voice, asked: QuestionSet) -> QuestionScore:
+    texts = [one.question for one in asked.questions]
+    answers = voice.ask(texts, questions.SHOTS, TO_RECALL)
+    return questions.score(
+        asked.questions, [Answered(voice.text(said), said.confidence) for said in answers]
+    )

@@ -1,0 +1,169 @@
+"""Questions with known answers: where they come from, and what of an answer counts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kubedistill_api.evaluation import Questions
+
+from kubedistill_trainer.data.sources import OpenStore, read_file
+from kubedistill_trainer.evaluation.gym import SEED, Solved
+from kubedistill_trainer.evaluation.results import QuestionScore, Slip
+from kubedistill_trainer.failures import unreadable
+
+CONFIDENT = 0.5
+"""From this mean probability a token on an answer was more likely than all others together."""
+FIELD = "spec.evaluation.questions"
+BUILT_IN = "built-in"
+SHOTS = (
+    Solved("What is the capital of Norway?", "Oslo"),
+    Solved("In which year did the French Revolution begin?", "1789"),
+)
+"""Not among the built-in questions."""
+_FACTS = Path(__file__).with_name("facts.jsonl")
+_ARTICLES = {"a", "an", "the"}
+_ABSTENTIONS = (
+    "i do not know", "i don t know", "i am not sure", "i m not sure", "not sure", "unknown",
+    "cannot answer", "can t answer", "no answer",
+)  # fmt: skip
+_SLIPS = 5
+_LONGEST_SLIP = 200
+
+
+@dataclass(frozen=True)
+class Question:
+    """`answers`: each of them is right."""
+
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """`source`: `built-in` or the file's address; `digest`: SHA-256 (hex) of the file."""
+
+    source: str
+    digest: str
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What was said to a question, and with what confidence."""
+
+    said: str
+    confidence: float
+
+
+def read_questions(given: Questions | None, open_store: OpenStore, limit: int) -> QuestionSet:
+    """At most `limit` questions of the user's file, or of the built-in one: the same every time.
+
+    InputsRefused for a file that is not there, and for a line that is no question.
+    """
+    if given is None:
+        source, body, names = BUILT_IN, _FACTS.read_bytes(), Questions(uri="s3://built-in")
+    else:
+        source, names = given.uri, given
+        body = read_file(given.uri, f"{FIELD}.uri", open_store)
+    found = parse(body, names, source)
+    chosen = sorted(random.Random(SEED).sample(range(len(found)), min(limit, len(found))))  # noqa: S311
+    digest = hashlib.sha256(body).hexdigest()
+    return QuestionSet(source, digest, tuple(found[i] for i in chosen))
+
+
+def parse(body: bytes, names: Questions, source: str) -> list[Question]:
+    """All questions of a .jsonl file. InputsRefused, which names the line."""
+    example = f'{{"{names.prompt_field}": "…", "{names.answer_field}": "…"}}'
+    wanted = f"write one JSON object a line, such as {example}"
+    try:
+        lines = body.decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise unreadable(f"{FIELD}.uri", f"{source} is not UTF-8", "give UTF-8 text") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                found.append(_question(json.loads(line), names))
+            except ValueError as error:
+                where = f"{source} line {number}: {error}"
+                raise unreadable(f"{FIELD}.uri", where, wanted) from error
+    if not found:
+        raise unreadable(f"{FIELD}.uri", f"no question in {source}", wanted)
+    return found
+
+
+def _question(record: Any, names: Questions) -> Question:
+    """Raises ValueError where a record is none."""
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    asked, known = (record.get(name) for name in (names.prompt_field, names.answer_field))
+    if not isinstance(asked, str) or not asked.strip():
+        raise ValueError(f"no text in field {names.prompt_field!r}")
+    answers = [_answer(one) for one in (known if isinstance(known, list) else [known])]
+    if not answers or not all(normalised(answer) for answer in answers):
+        raise ValueError(f"no answer in field {names.answer_field!r}")
+    return Question(asked.strip(), tuple(answers))
+
+
+def _answer(value: Any) -> str:
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return json.dumps(value)
+    return ""
+
+
+def normalised(text: str) -> str:
+    """Lower-case words and numbers with one blank between: no accents, punctuation, articles."""
+    plain = unicodedata.normalize("NFKD", text.casefold())
+    plain = "".join(c for c in plain if not unicodedata.combining(c))
+    # 3,000 is 3000, and 3.5 stays what it is.
+    plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", plain)
+    words = re.findall(r"(?<!\w)-?\d+(?:\.\d+)?(?!\w)|[^\W_]+", plain)
+    return " ".join(word for word in words if word not in _ARTICLES)
+
+
+def matches(said: str, answers: Sequence[str]) -> bool:
+    """Whether one of the answers is in what was said, word for word."""
+    text = f" {normalised(said)} "
+    return any(f" {normalised(answer)} " in text for answer in answers)
+
+
+def abstains(said: str) -> bool:
+    """Whether no answer was given: nothing said, or that it is not known."""
+    text = f" {normalised(said)} "
+    return not text.strip() or any(f" {phrase} " in text for phrase in _ABSTENTIONS)
+
+
+def score(questions: Sequence[Question], answered: Sequence[Answered]) -> QuestionScore:
+    """Right; hallucinated: wrong, not an abstention, and with a confidence above `CONFIDENT`."""
+    right, slips = 0, []
+    for question, answer in zip(questions, answered, strict=True):
+        if matches(answer.said, question.answers):
+            right += 1
+        elif answer.confidence > CONFIDENT and not abstains(answer.said):
+            slips.append(
+                Slip(
+                    question=question.question[:_LONGEST_SLIP],
+                    expected=question.answers[0][:_LONGEST_SLIP],
+                    said=answer.said.strip()[:_LONGEST_SLIP],
+                    confidence=round(answer.confidence, 6),
+                )
+            )
+    surest = sorted(slips, key=lambda slip: -slip.confidence)
+    mean = sum(answer.confidence for answer in answered) / max(1, len(answered))
+    return QuestionScore(
+        asked=len(questions),
+        right=right,
+        hallucinated=len(slips),
+        confidence=round(mean, 6),
+        slips=tuple(surest[:_SLIPS]),
+    )

@@ -1,0 +1,117 @@
+"""What was found of a model; of a teacher it is stored as JSON, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from kubedistill_trainer.evaluation.gym import Group
+
+GROUPS: tuple[Group, ...] = ("simple", "multiStep")
+_METRIC = {"simple": "simpleAccuracy", "multiStep": "multiStepAccuracy"}
+
+
+class _Found(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TaskScore(_Found):
+    """Of one task: how many of its examples were asked, and how many were right."""
+
+    name: str
+    group: Group
+    examples: int
+    right: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / max(1, self.examples)
+
+
+class Slip(_Found):
+    """A question that was answered wrongly and with confidence."""
+
+    question: str
+    expected: str
+    said: str
+    confidence: float
+
+
+class QuestionScore(_Found):
+    """Of questions with known answers. `hallucinated`: wrong and confident (see `questions.py`);
+    `confidence`: the mean; `slips`: some of the hallucinated ones."""
+
+    asked: int
+    right: int
+    hallucinated: int
+    confidence: float
+    slips: tuple[Slip, ...] = ()
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / max(1, self.asked)
+
+    @property
+    def hallucination_rate(self) -> float:
+        return self.hallucinated / max(1, self.asked)
+
+
+class Pace(_Found):
+    """Medians of a batch of prompts: seconds until each has its first token, and the tokens a
+    second of all of them from there on."""
+
+    batch: int
+    first_token_seconds: float
+    tokens_per_second: float
+
+
+class Performance(_Found):
+    """Time and memory, as measured on one machine.
+
+    `working_bytes`: greatest use beside the weights while the largest batch was answered, by
+    `memory`: what CUDA allocated, or by how much the process grew.
+    """
+
+    device: str
+    prompt_tokens: int
+    answer_tokens: int
+    rounds: int
+    paces: tuple[Pace, ...]
+    weights_bytes: int
+    working_bytes: int
+    memory: Literal["CUDA allocations", "growth of the process"]
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.weights_bytes + self.working_bytes
+
+
+class Abilities(_Found):
+    """All of one model. None: not asked for, or `problems` say by name why it is not there."""
+
+    prompting: Literal["ChatTemplate", "Examples"]
+    tasks: tuple[TaskScore, ...] = ()
+    questions: QuestionScore | None = None
+    performance: Performance | None = None
+    problems: dict[str, str] = {}
+
+    def figures(self) -> dict[str, float]:
+        """By the names of `status.metrics`: of groups of tasks, and of the questions."""
+        found = {
+            _METRIC[group]: accuracy
+            for group in GROUPS
+            if (accuracy := accuracy_of(self.tasks, group)) is not None
+        }
+        if self.questions is not None:
+            found["questionAccuracy"] = self.questions.accuracy
+            found["hallucinationRate"] = self.questions.hallucination_rate
+        return {name: round(value, 6) for name, value in found.items()}
+
+
+def accuracy_of(tasks: Iterable[TaskScore], group: Group) -> float | None:
+    """Share of right examples of a group's tasks; None where there are none."""
+    mine = [task for task in tasks if task.group == group]
+    examples = sum(task.examples for task in mine)
+    return sum(task.right for task in mine) / examples if examples else None
