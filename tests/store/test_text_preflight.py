@@ -8,6 +8,7 @@ from typing import Any
 
 import data_kit
 import pytest
+import torch
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.runspec import ResolvedModel, RunSpec
 from kubedistill_trainer.data.tokenizer import TextTokenizer
@@ -19,6 +20,7 @@ from kubedistill_trainer.preflight import run_preflight
 from kubedistill_trainer.store import Store
 from kubedistill_trainer.teacher.errors import StreamDamaged
 from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
+from safetensors.torch import save
 from text_kit import Clerk, context_of, text_job, view_of
 
 POSITIONS = 200
@@ -47,6 +49,8 @@ def put(
         store.put(f"{folder}/{name}", body)
     if config is not None:
         store.put(f"{folder}/config.json", json.dumps(config).encode())
+        embedding = {"model.embed_tokens.weight": torch.ones(config["vocab_size"], 16)}
+        store.put(f"{folder}/model.safetensors", save(embedding))
 
 
 def job(
@@ -59,8 +63,9 @@ def job(
 ) -> RunSpec:
     """A job with these prompts, templates and folders."""
     put(store, "tokenizer", data_kit.tokenizer(student))
-    config = {**LLAMA, "max_position_embeddings": POSITIONS}
-    put(store, "teacher", data_kit.tokenizer(teacher), config)
+    speaks = data_kit.tokenizer(teacher)
+    sizes = {"vocab_size": speaks.vocab_size, "max_position_embeddings": POSITIONS}
+    put(store, "teacher", speaks, LLAMA | sizes | {"tie_word_embeddings": True})
     store.put("data/q.jsonl", data_kit.jsonl(*records))
     data = {
         "sources": [

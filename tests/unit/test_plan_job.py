@@ -89,7 +89,10 @@ def scored(teacher: dict[str, Any]) -> dict[str, Any]:
             ["spec.distill.objective.mix", "no weight above 0"],
         ),
         (
-            {"teacher": {"endpoint": {"url": "http://x/v1", "model": "m"}}},
+            {
+                "teacher": {"endpoint": {"url": "http://x/v1", "model": "m"}},
+                "distill": {"objective": {"temperature": 4}},
+            },
             ["spec.teacher.payload", "found Hidden", "payload: Sparse",
              "spec.distill.objective.temperature: found 4", "spec.data.tokenizer"],
         ),

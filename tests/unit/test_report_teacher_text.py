@@ -86,7 +86,7 @@ def test_the_page_shows_it(signal: str) -> None:
 
 def card_text(signal: str) -> str:
     made = taught(signal)
-    return card(made.run, made.dataset, made.metrics, made.parameters)
+    return card(made.run, made.dataset, made.metrics, made.parameters, made.compared)
 
 
 def test_the_card_names_signal_and_teacher() -> None:
