@@ -212,19 +212,21 @@ def test_no_payload_within_the_bound(team: Team, source: str) -> None:
 def test_a_stream_of_other_data_is_refused(team: Team, source: str) -> None:
     """Its address says what it is made of; what lies there says something else."""
 
-    def student(name: str, temperature: float, gpus: int = 0) -> dict[str, Any]:
+    def student(name: str, temperature: float, **workers: Any) -> dict[str, Any]:
         # A Sparse stream is made for its temperatures.
         job = team.distilled(
             name, "source", distill={"objective": {"temperature": temperature}},
             workers={"nodes": 1},
         )  # fmt: skip
-        job["spec"]["teacher"] |= {"payload": "Sparse", "workers": {"gpusPerReplica": gpus}}
+        job["spec"]["teacher"]["payload"] = "Sparse"
+        job["spec"]["teacher"]["workers"] |= workers
         return job
 
     team.apply(student("own", 2))
     written = team.objects(team.ends("own", "Completed")["teacherStream"]["uri"])
-    # The same but for the temperature, and GPUs that nobody has: the address, and no stream.
-    team.apply(student("waiting", 3, gpus=MANY_GPUS))
+    # The same but for the temperature, on a node that nobody has: the address, and no stream.
+    nowhere = {"spec": {"nodeSelector": {"kubedistill.dev/node": "none"}}}
+    team.apply(student("waiting", 3, template=nowhere))
     team.wait_state("waiting", "Unschedulable", seconds=SLOW_SECONDS)
     uri = team.status("waiting")["resolved"]["streamUri"]
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
