@@ -25,9 +25,15 @@ class Clerk:
     `before` is called before each answer, and may wait or raise.
     """
 
-    def __init__(self, before: Callable[[TextRequest], object] = lambda request: None) -> None:
+    def __init__(
+        self,
+        before: Callable[[TextRequest], object] = lambda request: None,
+        *,
+        counts: bool = True,
+    ) -> None:
         self.asked: list[tuple[int, int]] = []
         self._before = before
+        self._counts = counts
 
     def open(self, manifest: TextManifest) -> Clerk:
         return self
@@ -36,7 +42,8 @@ class Clerk:
         for request in requests:
             self.asked.append((request.prompt, request.sample))
             self._before(request)
-            yield request, answer_to(request)
+            said = answer_to(request)
+            yield request, said if self._counts else TextAnswer(said.text)
 
     def close(self) -> None:
         """Nothing is open."""

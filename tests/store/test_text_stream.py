@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from kubedistill_api.runspec import RunSpec
 from kubedistill_trainer.exporter import ProgressBoard
+from kubedistill_trainer.failures import InputsRefused
 from kubedistill_trainer.methods.write_text import run_text_teacher
 from kubedistill_trainer.store import Store
 from kubedistill_trainer.store.errors import StoreError
@@ -167,6 +168,25 @@ def test_what_was_answered_is_committed_when_the_teacher_fails(
     teach(run, store, tmp_path, second)
     assert sorted(failing.asked[:4] + second.asked) == ALL
     assert_reads(run, store)
+
+
+def test_a_limit_needs_a_server_that_counts(store: Store, prompts: str, tmp_path: Path) -> None:
+    endpoint = {"url": "http://x/v1", "model": "m", "price": {"outputPerMillion": 1}}
+
+    def job(**limit: float) -> RunSpec:
+        return text_job(
+            store, prompts, samples=SAMPLES, teacher={"endpoint": {**endpoint, **limit}}
+        )
+
+    clerk = Clerk(counts=False)
+    with pytest.raises(
+        InputsRefused, match=r"endpoint.maxCost: found a server whose answers do not"
+    ):
+        teach(job(maxCost=3), store, tmp_path, clerk)
+    assert len(clerk.asked) == 1
+    assert committed(job(), store) == {(0, 0)}
+    stream = teach(job(), store, tmp_path, Clerk(counts=False)).report.teacher_stream
+    assert stream is not None and (stream.answers, stream.cost) == (len(ALL), 0.0)
 
 
 def test_of_two_writers_one_goes_on(s3: S3Server, prompts: str, tmp_path: Path) -> None:  # noqa: F811

@@ -142,6 +142,7 @@ class _Desk:
         for request, answer in self._answers(handed_out()):
             writer.add(request.prompt * self._manifest.identity.samples + request.sample, answer)
             taken += 1
+            self._check_counted(answer)
             if writer.committed != before:
                 before = writer.committed
                 self._look()
