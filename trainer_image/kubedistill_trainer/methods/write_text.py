@@ -154,6 +154,16 @@ class _Desk:
         if not taken and not writer.lost:
             raise RuntimeError(f"the teacher gave none of {len(wanted)} answers, and no reason")
 
+    def _check_counted(self, answer: TextAnswer) -> None:
+        """A limit on what nobody counts is none."""
+        if self._max_cost is None or answer.refusal or answer.prompt_tokens:
+            return
+        raise refuse(
+            "spec.teacher.endpoint.maxCost",
+            "a server whose answers do not say how many tokens they took (`usage`)",
+            "leave maxCost out, or have the server count",
+        )
+
     def _answers(self, requests: Iterator[TextRequest]) -> Iterator[tuple[TextRequest, TextAnswer]]:
         if self._teacher is None:
             self._teacher = self._open_teacher(self._manifest)
