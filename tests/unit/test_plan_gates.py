@@ -110,6 +110,12 @@ CONFIG = {
         ("teacherEce", {"teacher": SAMPLED}, "than `payload: Sampled` holds"),
         ("initialPerplexity", CONFIG, "of a student that starts with weights"),
         ("initialPerplexity", {}, ""),
+        ("simpleAccuracy", {}, ""),
+        ("teacherHallucinationRate", {"teacher": SPARSE}, ""),
+        ("hallucinationRate", {"evaluation": {"tasks": []}}, ""),
+        ("simpleAccuracy", {"evaluation": {"tasks": []}}, "`evaluation.tasks` names none"),
+        ("hallucinationRate", {"evaluation": {"examples": 0}}, "`evaluation.examples: 0` asks nothing"),
+        ("teacherQuestionAccuracy", TUNED | CONFIG, "a figure of a teacher, and a `fineTune` job has none"),
     ],
 )  # fmt: skip
 def test_what_a_job_cannot_measure_is_refused(
@@ -132,7 +138,9 @@ def test_what_is_offered_instead_can_be_measured(parts: dict[str, Any]) -> None:
     for problem in gates.problems_of(whole):
         for name in problem.expected.removeprefix("write one of ").split(", "):
             assert gates.unmeasured(name, whole) == ""
-    assert set(METRICS) >= gates.OF_A_TEACHER
+    assert set(METRICS) >= gates.OF_A_TEACHER | gates.OF_TASKS | gates.OF_QUESTIONS
+    taught = {name for name in METRICS if name.startswith("teacher")}
+    assert taught <= gates.OF_A_TEACHER | gates.OF_TASKS | gates.OF_QUESTIONS
 
 
 def test_text_of_a_teacher_gives_no_figures_beside_it() -> None:

@@ -25,6 +25,17 @@ OF_A_TEACHER = frozenset(
 """Figures that need a teacher's logits."""
 OF_ITS_DISTRIBUTION = OF_A_TEACHER - {"teacherAgreement"}
 """Figures that need all of them: a Sparse stream holds the likeliest tokens, a Sampled one draws."""
+OF_TASKS = frozenset(
+    {
+        "simpleAccuracy", "multiStepAccuracy", "teacherSimpleAccuracy", "teacherMultiStepAccuracy",
+    }
+)  # fmt: skip
+OF_QUESTIONS = frozenset(
+    {
+        "questionAccuracy", "hallucinationRate", "teacherQuestionAccuracy",
+        "teacherHallucinationRate",
+    }
+)  # fmt: skip
 _FIGURES_SHOWN = 6
 
 
@@ -32,6 +43,8 @@ def unmeasured(metric: str, spec: DistillationJobSpec) -> str:
     """Why a job with this spec cannot have a known metric; empty where it can, or may."""
     if metric == "initialPerplexity" and spec.student.config is not None:
         return "which is measured of a student that starts with weights, not from `config`"
+    if metric in OF_TASKS | OF_QUESTIONS:
+        return _unasked(metric, spec)
     if metric not in OF_A_TEACHER:
         return ""
     if spec.distill is None or spec.teacher is None:
@@ -41,6 +54,21 @@ def unmeasured(metric: str, spec: DistillationJobSpec) -> str:
     payload = spec.teacher.payload if spec.teacher.delivery == "Stream" else "Hidden"
     if payload == "Sampled" or (payload == "Sparse" and metric in OF_ITS_DISTRIBUTION):
         return f"which needs more of the teacher than `payload: {payload}` holds (Hidden holds all of it)"
+    return ""
+
+
+def _unasked(metric: str, spec: DistillationJobSpec) -> str:
+    """Why nobody is asked for a figure of tasks or questions."""
+    if spec.evaluation.examples == 0:
+        return "and `evaluation.examples: 0` asks nothing"
+    if metric in OF_TASKS and not spec.evaluation.tasks:
+        return "and `evaluation.tasks` names none"
+    if not metric.startswith("teacher"):
+        return ""
+    if spec.teacher is None:
+        return "a figure of a teacher, and a `fineTune` job has none"
+    if spec.teacher.endpoint is not None:
+        return "and a teacher behind an endpoint is not asked"
     return ""
 
 

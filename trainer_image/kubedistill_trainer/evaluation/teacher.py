@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from kubedistill_trainer.context import Context
@@ -17,13 +18,19 @@ _log = logging.getLogger(__name__)
 
 
 def measure_teacher(
-    context: Context, model: Any, tokenizer: TextTokenizer, tick: Tick, *, split: bool
+    context: Context,
+    model: Callable[[], Any],
+    tokenizer: TextTokenizer,
+    tick: Tick,
+    *,
+    split: bool,
 ) -> None:
     """Measure the teacher for all jobs that ask the same, unless that was done.
 
-    In the pod of the first partition only, once its part of the stream is written: no student
-    waits for this. A teacher that is `split` over devices repeats calls of its decoder, whose cache
-    would have to travel with them: it is not measured.
+    `model` gives it, and is called where it is needed. In the pod of the first partition only, once
+    its part of the stream is written: no student of logits waits for this. A teacher that is `split`
+    over devices repeats calls of its decoder, whose cache would have to travel with them: it is not
+    measured.
     """
     spec, source = context.run.spec, context.run.teacher_model
     if context.partition != 0 or source is None or split:
@@ -35,5 +42,5 @@ def measure_teacher(
         return
     record.begin(context.storage, request)
     _log.info("measuring the teacher")
-    found = measure(model, asking(tokenizer, "spec.teacher"), plan, tick)
+    found = measure(model(), asking(tokenizer, "spec.teacher"), plan, tick)
     record.publish(context.storage, request, found)

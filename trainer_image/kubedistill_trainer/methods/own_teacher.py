@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+import time
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from kubedistill_api.runspec import Outcome
 from kubedistill_trainer import exporter
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.tokenizer import load_tokenizer
+from kubedistill_trainer.evaluation.teacher import measure_teacher
 from kubedistill_trainer.failures import RunFailure, refuse
 from kubedistill_trainer.methods import sharding
 from kubedistill_trainer.methods.answer import Generate, OwnTeacher
@@ -20,6 +22,7 @@ from kubedistill_trainer.methods.write_text import run_text_teacher
 from kubedistill_trainer.models.folder import download
 from kubedistill_trainer.models.generation import generate
 from kubedistill_trainer.models.load import dtype_of, load_model
+from kubedistill_trainer.store import Store
 from kubedistill_trainer.teacher.text_manifest import TextManifest
 from kubedistill_trainer.teacher.text_request import teacher_template
 
@@ -27,11 +30,26 @@ _LOAD = "load"
 
 
 def run_own_teacher(context: Context, board: exporter.ProgressBoard, group: Any = None) -> Outcome:
-    """Write this pod's partition of the answers.
+    """Write this pod's partition of the answers; then measure the teacher.
 
     With a `group`, the teacher is split over its processes (`sharding.py`).
     """
-    return run_text_teacher(context, board, partial(_open, context, group))
+    model = cache(partial(_model, context, group))
+    tokenizer = load_tokenizer(_source(context), "spec.teacher")
+
+    def opened(manifest: TextManifest) -> OwnTeacher:
+        template = teacher_template(tokenizer, _source(context).uri)
+        together = {} if group is None else {"generate": _together(group)}
+        return OwnTeacher(model(), tokenizer, template, manifest.identity, **together)
+
+    outcome = run_text_teacher(context, board, opened)
+    tick = partial(_tick, board)
+    measure_teacher(context, model, tokenizer, tick, split=group is not None)
+    return outcome
+
+
+def _tick(board: exporter.ProgressBoard) -> None:
+    board.update(last_step_time=time.time())
 
 
 def follow_own_teacher(context: Context, group: Any) -> Outcome:
@@ -47,21 +65,23 @@ def follow_own_teacher(context: Context, group: Any) -> Outcome:
     return Outcome(reason="Completed", message="the first process writes the answers")
 
 
-def _open(context: Context, group: Any, manifest: TextManifest) -> OwnTeacher:
+def _source(context: Context) -> Store:
     source = context.run.teacher_model
     if source is None:
         raise refuse("spec.teacher", "nothing", "a teacher pod needs a teacher")
-    store = context.open_store(source.uri)
-    tokenizer = load_tokenizer(store, "spec.teacher")
-    template = teacher_template(tokenizer, source.uri)
-    download(store, _folder(context), "spec.teacher", source.digest)
+    return context.open_store(source.uri)
+
+
+def _model(context: Context, group: Any) -> Any:
+    """The teacher, or the first process's part of it."""
+    source = context.run.teacher_model
+    digest = source.digest if source else ""
+    download(_source(context), _folder(context), "spec.teacher", digest)
     if group is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_model(_folder(context), "spec.teacher", _dtype(context)).to(device).eval()
-        return OwnTeacher(model, tokenizer, template, manifest.identity)
+        return load_model(_folder(context), "spec.teacher", _dtype(context)).to(device).eval()
     sharding.send(_LOAD, group)
-    model = sharding.load_shard(_folder(context), _dtype(context), group).eval()
-    return OwnTeacher(model, tokenizer, template, manifest.identity, _together(group))
+    return sharding.load_shard(_folder(context), _dtype(context), group).eval()
 
 
 def _together(group: Any) -> Generate:

@@ -11,6 +11,7 @@ from kubedistill_api.status import Metric
 
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset, learns_text
+from kubedistill_trainer.data.tokenizer import load_tokenizer
 from kubedistill_trainer.evaluation import record
 from kubedistill_trainer.evaluation.measure import Plan, measure, plan_of
 from kubedistill_trainer.evaluation.prompts import asking
@@ -27,7 +28,6 @@ _NO_RECORD = (
     "no figures of it are in the store: its stream was there before they were asked for, or its "
     "pod has not measured it"
 )
-_TEXT = "a teacher of text is not asked"
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,15 @@ def _teacher(
         found: Abilities | None = measure(
             teacher.model, asking(dataset.tokenizer, "spec.teacher"), plan, tick
         )
-    elif learns_text(run.spec):
-        problems["teacher"] = _TEXT
-        return None
     else:
+        store = context.open_store(source.uri)
+        # A teacher of text is asked in its own words.
+        text = learns_text(run.spec)
         request = record.request_of(
             run.spec.evaluation,
             plan,
-            dataset.tokenizer,
-            teacher_digest(source, context.open_store(source.uri)),
+            load_tokenizer(store, "spec.teacher") if text else dataset.tokenizer,
+            teacher_digest(source, store),
             run.spec.training.precision,
         )
         found = record.awaited(context.storage, request, tick)
