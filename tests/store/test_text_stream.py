@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from kubedistill_api.runspec import RunSpec
 from kubedistill_trainer.exporter import ProgressBoard
-from kubedistill_trainer.failures import InputsRefused
+from kubedistill_trainer.failures import InputsRefused, RunFailure
 from kubedistill_trainer.methods.write_text import run_text_teacher
 from kubedistill_trainer.store import Store
 from kubedistill_trainer.store.errors import StoreError
@@ -187,6 +188,41 @@ def test_a_limit_needs_a_server_that_counts(store: Store, prompts: str, tmp_path
     assert committed(job(), store) == {(0, 0)}
     stream = teach(job(), store, tmp_path, Clerk(counts=False)).report.teacher_stream
     assert stream is not None and (stream.answers, stream.cost) == (len(ALL), 0.0)
+
+
+def test_the_first_request_may_be_the_one_that_is_too_dear(
+    s3: S3Server,  # noqa: F811
+    store: Store,
+    tmp_path: Path,
+) -> None:
+    shared = s3.store("dear")
+    questions = ["the longest of all questions", *(f"question {n}" for n in range(8))]
+    shared.put("q.jsonl", "".join(json.dumps({"q": q}) + "\n" for q in questions).encode())
+    price = {"outputPerMillion": 1_000_000}  # 5 an answer
+    endpoint = {"url": "http://x/v1", "model": "m", "price": price, "maxCost": 40}
+    run = text_job(store, shared.uri_of("q.jsonl"), teacher={"endpoint": endpoint})
+    clerk = Clerk()
+    with pytest.raises(RunFailure, match=r"40 is spent, of at most 40 .* 8 of 9 answers"):
+        teach(run, store, tmp_path, clerk)
+    assert sorted(clerk.asked) == [(n, 0) for n in range(1, 9)]
+
+
+def test_a_second_that_has_to_end_leaves_what_it_was_answered(store: Store, prompts: str) -> None:
+    _, (first, second) = _writers(store, prompts)
+    for n in (0, 1):
+        first.add(n, TextAnswer(f"{n}"))
+    for n in (1, 2):
+        second.add(n, TextAnswer(f"{n}"))
+    second.add(3, TextAnswer("3"))
+    assert second.lost
+    second.commit_all()
+    assert second.committed == 4
+    for n in (4, 5, 6, 7):
+        first.add(n, TextAnswer(f"{n}"))
+    assert first.lost
+    first.stand_by()
+    first.commit()
+    assert first.committed == 8
 
 
 def test_of_two_writers_one_goes_on(s3: S3Server, prompts: str, tmp_path: Path) -> None:  # noqa: F811

@@ -115,7 +115,7 @@ class _Desk:
         except BaseException:
             # Also when asked to stop: what was answered is paid for.
             with contextlib.suppress(StoreError):
-                writer.commit()
+                writer.commit_all()
                 self.report.now()
             raise
         self._look()
@@ -149,9 +149,11 @@ class _Desk:
             self.report.tick()
         writer.commit()
         self._look()
-        if spent and any(writer.missing()):
+        if writer.lost:
+            return
+        if spent and next(writer.missing(), None) is not None:
             raise self._too_expensive()
-        if not taken and not writer.lost:
+        if not taken:
             raise RuntimeError(f"the teacher gave none of {len(wanted)} answers, and no reason")
 
     def _check_counted(self, answer: TextAnswer) -> None:

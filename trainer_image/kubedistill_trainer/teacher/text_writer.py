@@ -34,6 +34,7 @@ from kubedistill_trainer.teacher.text_manifest import (
 )
 
 _POLL_SECONDS = 1.0
+_LAST_TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,16 @@ class TextWriter:
                 sealed = text_record(dict(self._waiting), self._manifest, self._partition)
                 self._sealed, self._waiting = sealed, {}
             self._publish(self._sealed)
+
+    def commit_all(self) -> None:
+        """Commit also what is kept while another writer is ahead: for one that has to end."""
+        for _ in range(_LAST_TRIES):
+            self.lost = False
+            self._refresh()
+            self._drop_answered()
+            self.commit()
+            if not self.lost:
+                return
 
     def stand_by(self) -> None:
         """Wait while another writer commits; return when all is answered or it has gone silent."""
