@@ -100,6 +100,12 @@ def test_a_record_without_its_prompt_is_named(store: Store) -> None:
     assert "data/q.jsonl line 2: no field 'q', only ['text']" in found
 
 
+def test_a_task_that_there_is_not(store: Store) -> None:
+    run = job(store, {"q": "Why?"}, evaluation={"tasks": ["chain_sums"]})
+    found = refusal(run, store, ExitCode.BAD_CONFIGURATION)
+    assert "spec.evaluation.tasks" in found and "chain_sum" in found
+
+
 def test_no_prompt_at_all(store: Store) -> None:
     store.put("data/text.txt", b"some text")
     run = job(store)

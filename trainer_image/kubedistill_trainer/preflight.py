@@ -81,6 +81,7 @@ def _text_preflight(context: Context) -> Outcome:
     _check_split(context, teacher_config)
     parameters = _student_parameters(context, text.tokenizer, teacher_config)
     _check_memory(run, parameters)
+    _check_evaluation(context)
     found = Resolved(
         inputs_digest=run.inputs_digest,
         student_parameters=parameters,
