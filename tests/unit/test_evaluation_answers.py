@@ -10,7 +10,7 @@ from kubedistill_api.evaluation import Evaluation, Questions
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_trainer.data.template import Unrenderable
 from kubedistill_trainer.evaluation.gym import Solved
-from kubedistill_trainer.evaluation.prompts import TO_SOLVE, asking, final_answer, plain
+from kubedistill_trainer.evaluation.prompts import TO_SOLVE, asking, final_answers, plain
 from kubedistill_trainer.evaluation.questions import (
     SHOTS,
     Answered,
@@ -30,24 +30,28 @@ from kubedistill_trainer.failures import InputsRefused
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        (" 42", "42"),
-        ("42.", "42"),
-        ("1,200.50.", "1,200.50"),
-        ("First 3 + 4 = 7.\nThen 7 * 2 = 14.\nAnswer: 14", "14"),
-        ("**Answer:** 14", "14"),
-        ("Final answer: `x = 3`.", "x = 3"),
-        ("So the answer is 9.", "9"),
-        ("Answer: 1\nNo, that is wrong.\nANSWER: 2", "2"),
-        ("Answer: 12\nI hope this helps!", "12"),
-        ("Answer:\n\n12", "12"),
-        ("so it is -7", "so it is -7"),
-        ("", ""),
-        (" \n ", ""),
-        ("Answer:", "Answer:"),
+        (" 42", ["42"]),
+        ("42.", ["42"]),
+        ("1,200.50.", ["1,200.50"]),
+        ("First 3 + 4 = 7.\nThen 7 * 2 = 14.\nAnswer: 14", ["14"]),
+        ("**Answer:** 14", ["14"]),
+        ("Final answer: `x = 3`.", ["x = 3", "3"]),
+        ("So the answer is 9.", ["9"]),
+        ("Answer: 1\nNo, that is wrong.\nANSWER: 2", ["2"]),
+        ("Answer: 12\nI hope this helps!", ["12"]),
+        ("Answer:\n\n12", ["12"]),
+        ("34 + 17 = 51", ["34 + 17 = 51", "51"]),
+        ("71 + 83 = 100 + 54 = 154.", ["71 + 83 = 100 + 54 = 154", "154"]),
+        (r"So we get \boxed{-7} in the end", [r"So we get \boxed{-7} in the end", "-7"]),
+        ("so it is -7", ["so it is -7"]),
+        ("", []),
+        (" \n ", []),
+        ("Answer:", ["Answer:"]),
+        ("5 =", ["5 ="]),
     ],
 )
-def test_the_final_answer_of_a_text(said: str, expected: str) -> None:
-    assert final_answer(said) == expected
+def test_what_may_be_the_answer_of_a_text(said: str, expected: list[str]) -> None:
+    assert list(final_answers(said)) == expected
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from kubedistill_api.evaluation import Evaluation
 from kubedistill_trainer.data.sources import OpenStore
 from kubedistill_trainer.evaluation import questions
 from kubedistill_trainer.evaluation.gym import Solved, Task, load_task
-from kubedistill_trainer.evaluation.prompts import TO_RECALL, TO_SOLVE, Asking, final_answer
+from kubedistill_trainer.evaluation.prompts import TO_RECALL, TO_SOLVE, Asking, final_answers
 from kubedistill_trainer.evaluation.questions import Answered, QuestionSet, read_questions
 from kubedistill_trainer.evaluation.results import Abilities, QuestionScore, TaskScore
 from kubedistill_trainer.evaluation.speak import Said, Tick, end_ids, speak
@@ -128,7 +128,8 @@ class _Voice:
 def _solve(voice: _Voice, task: Task) -> TaskScore:
     answers = voice.ask(task.questions, task.shots, TO_SOLVE)
     right = sum(
-        task.right(index, final_answer(voice.text(said))) for index, said in enumerate(answers)
+        any(task.right(index, answer) for answer in final_answers(voice.text(said)))
+        for index, said in enumerate(answers)
     )
     return TaskScore(name=task.name, group=task.group, examples=len(answers), right=right)
 

@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 TO_SOLVE = "End with a line that holds the final answer alone, in the form `Answer: …`."
 TO_RECALL = "Answer with a name, a word or a number, and nothing else."
 _MARK = re.compile(r"(?:final )?answer(?: is)?\s*[:=]|(?:final )?answer is\b", re.IGNORECASE)
+_BOX = re.compile(r"\\boxed\{([^{}]*)\}")
 _AROUND = " \t*`\"'_"
 
 
@@ -69,14 +70,26 @@ def plain(question: str, shots: Sequence[Solved]) -> str:
     return f"{solved}Question: {question}\nAnswer:"
 
 
-def final_answer(said: str) -> str:
-    """The answer of a text: what its last `Answer:` is followed by, or else its last line."""
+def final_answers(said: str) -> tuple[str, ...]:
+    """What may be meant as the answer of a text, in order.
+
+    That is what its last `Answer:` is followed by, or else its last line; of `44 + 27 = 71` also
+    what follows the last sign, and of `\\boxed{71}` what is in it. Empty where nothing is said.
+    """
     lines = [line.strip(_AROUND) for line in said.splitlines() if line.strip(_AROUND)]
-    for line in reversed(lines):
-        marks = list(_MARK.finditer(line))
-        if marks and (rest := _bare(line[marks[-1].end() :])):
-            return rest
-    return _bare(lines[-1]) if lines else ""
+    if not lines:
+        return ()
+    last = next((rest for line in reversed(lines) if (rest := _marked(line))), _bare(lines[-1]))
+    found = [last, *(_bare(box) for box in _BOX.findall(said)[-1:])]
+    if "=" in last:
+        found.append(_bare(last.rpartition("=")[2]))
+    return tuple(dict.fromkeys(answer for answer in found if answer))
+
+
+def _marked(line: str) -> str:
+    """What follows a line's last `Answer:`; empty where there is none."""
+    marks = list(_MARK.finditer(line))
+    return _bare(line[marks[-1].end() :]) if marks else ""
 
 
 def _bare(text: str) -> str:
