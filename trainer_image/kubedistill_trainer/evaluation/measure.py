@@ -91,7 +91,7 @@ def measure(model: Any, asking: Asking, plan: Plan, tick: Tick) -> Abilities:
     )
     asked = plan.questions
     return Abilities(
-        prompting="Examples" if asking.one_line else "ChatTemplate",
+        prompting=asking.prompting,
         tasks=attempt("tasks", lambda: tuple(_solve(voice, task) for task in plan.tasks)) or (),
         questions=attempt("questions", lambda: _recall(voice, asked)) if asked else None,
         performance=performance,

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from kubedistill_trainer.data.conversation import Message
 from kubedistill_trainer.data.template import ChatTemplate
@@ -32,6 +33,10 @@ class Asking:
     @property
     def one_line(self) -> bool:
         return self.template is None
+
+    @property
+    def prompting(self) -> Literal["ChatTemplate", "Examples"]:
+        return "Examples" if self.one_line else "ChatTemplate"
 
     def encode(self, question: str, shots: Sequence[Solved], request: str) -> list[int]:
         """Token ids of a prompt. `request`: what is asked for beside the question, of a chat model.

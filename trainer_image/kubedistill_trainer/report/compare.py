@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from kubedistill_api.status import Metric
 
 from kubedistill_trainer.context import Context
@@ -66,15 +67,31 @@ def compare(
     spec = context.run.spec
     plan = plan_of(spec.evaluation, context.open_store)
     _log.info("asking the student", extra={"tasks": [task.name for task in plan.tasks]})
-    model = load_model(folder, "the exported student", dtype_of(spec.training.precision))
-    model = model.to(device).eval()
-    student = measure(model, asking(dataset.tokenizer, "spec.data.tokenizer"), plan, tick)
-    del model
+    student = _student(dataset, folder, dtype_of(spec.training.precision), plan, device, tick)
     problems = {f"student.{name}": why for name, why in student.problems.items()}
     suites = _suites(context, folder, device, problems)
     taught = _teacher(context, dataset, plan, teacher, tick, problems)
     disk = (weights_on_disk(folder), _teacher_disk_bytes(context))
     return Comparison(plan, student, taught, disk, suites, problems)
+
+
+def _student(
+    dataset: Dataset, folder: Path, dtype: torch.dtype, plan: Plan, device: Any, tick: Tick
+) -> Abilities:
+    """What the student says; where it does not fit beside its training state, nothing."""
+    way = asking(dataset.tokenizer, "spec.data.tokenizer")
+    model = load_model(folder, "the exported student", dtype)
+    try:
+        model = model.to(device).eval()
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        _log.warning("the student is not measured: %s", error)
+        why = "memory ran out beside the training state"
+        parts = ("tasks", "questions", "performance")
+        return Abilities(
+            prompting=way.prompting, problems=plan.problems | dict.fromkeys(parts, why)
+        )
+    return measure(model, way, plan, tick)
 
 
 def _suites(
