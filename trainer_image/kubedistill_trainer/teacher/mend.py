@@ -36,6 +36,24 @@ def mend(
     damage was on the reader's way.
     """
     stream = store.child(manifest.identity.address)
+
+    def again(old: LogRecord) -> LogRecord:
+        return _written_again(stream, manifest, old, scratch, produce)
+
+    return mend_shards(stream, partition, lambda old: _whole(stream, old, scratch), again)
+
+
+def mend_shards(
+    stream: Store,
+    partition: int,
+    whole: Callable[[LogRecord], bool],
+    again: Callable[[LogRecord], LogRecord],
+) -> int:
+    """Answer every open request for a shard of a partition; how many there were.
+
+    `stream` is rooted at the stream. `whole`: is a shard what was committed; `again` uploads what
+    stands in for it, and gives the record that commits it.
+    """
     repairs = Repairs(stream, partition)
     repairs.refresh()
     slots = repairs.open()
@@ -43,20 +61,17 @@ def mend(
         return 0
     log = PartitionLog(stream, partition)
     log.refresh()
-    scratch.mkdir(parents=True, exist_ok=True)
     for slot in slots:
         old = repairs.newest(log.shards[slot])
-        record, path = old.model_copy(update={"nonce": uuid.uuid4().hex}), None
-        if not _whole(stream, old, scratch):
-            path = scratch / f"{uuid.uuid4().hex}.shard"
-            record = _written_again(stream, manifest, old, path, produce)
+        kept = whole(old)
+        record = old.model_copy(update={"nonce": uuid.uuid4().hex}) if kept else again(old)
         try:
             repairs.commit(slot, record)
         except SlotTaken:
-            if path is not None:
+            if not kept:
                 stream.delete([record.key])
         _log.warning(
-            "shard repaired" if path else "shard found whole",
+            "shard found whole" if kept else "shard written again",
             extra={"shard": stream.uri_of(old.key), "by": stream.uri_of(record.key)},
         )
     return len(slots)
@@ -64,7 +79,7 @@ def mend(
 
 def _whole(stream: Store, record: LogRecord, scratch: Path) -> bool:
     """Whether a shard in the store is what was committed."""
-    path = scratch / f"{uuid.uuid4().hex}.shard"
+    path = _path(scratch)
     try:
         with contextlib.suppress(NotFound):
             stream.download_file(record.key, path)
@@ -76,10 +91,10 @@ def _whole(stream: Store, record: LogRecord, scratch: Path) -> bool:
 
 
 def _written_again(
-    stream: Store, manifest: Manifest, old: LogRecord, path: Path, produce: Produce
+    stream: Store, manifest: Manifest, old: LogRecord, scratch: Path, produce: Produce
 ) -> LogRecord:
     """Upload the samples of `old` as a new shard; the record that commits it."""
-    identity = manifest.identity
+    identity, path = manifest.identity, _path(scratch)
     try:
         shard = ShardWriter(identity.digest(), path)
         for sample in range(old.first_sample, old.last_sample + 1, manifest.partitions):
@@ -91,3 +106,8 @@ def _written_again(
     finally:
         path.unlink(missing_ok=True)
     return record
+
+
+def _path(scratch: Path) -> Path:
+    scratch.mkdir(parents=True, exist_ok=True)
+    return scratch / f"{uuid.uuid4().hex}.shard"
