@@ -37,6 +37,7 @@ Trouble = Literal[
     "hang",
     "late",
     "other-model",
+    "other-body",
 ]
 
 
@@ -45,7 +46,7 @@ class Fault:
     """What a request gets in place of its answer: a status, or trouble with the answer.
 
     `drip`: the answer's bytes, one each `pause` seconds; `hang`: nothing for `pause` seconds; `late`:
-    the right answer after them.
+    the right answer after them; `other-body`: `body`, paid for, in the answer's place.
     `where`: None, or a text that the request's body must hold; the fault waits for such a request.
     """
 
@@ -204,6 +205,8 @@ class Server:
             return content
         if fault is not None and fault.what == "late":
             await asyncio.sleep(fault.pause)
+        elif fault is not None and fault.what == "other-body":
+            content = fault.body
         elif fault is not None:
             return await self._spoilt(request, content, fault)
         seen.paid = True

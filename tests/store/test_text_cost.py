@@ -159,3 +159,56 @@ def test_damage_is_not_repaired_beyond_the_limit(
     assert len(server.paid) == PROMPTS
     stream = teach(job(store, server, maxCost=2 * whole), store, tmp_path)
     assert stream.complete and (stream.cost or 0.0) > whole
+
+
+def said(content: Any, end: str = "stop", **usage: Any) -> dict[str, Any]:
+    """A reply of 10 and 5 tokens."""
+    message = {"role": "assistant", "content": content}
+    counts = {"prompt_tokens": 10, "completion_tokens": 5} | usage
+    return {"choices": [{"message": message, "finish_reason": end}], "usage": counts}
+
+
+def test_half_a_character_in_an_answer_spoils_no_batch(
+    store: Store, server: Server, tmp_path: Path
+) -> None:
+    run = job(store, server)
+    server.faults.append(Fault("other-body", body=said("hi \ud83d"), where="question 7"))
+    withheld = {"error": {"code": "content_filter", "message": "not \udc00 this"}}
+    server.faults.append(Fault(400, body=withheld, where="question 9"))
+    assert teach(run, store, tmp_path).complete
+    answers = read_text(wait_for_text(store, identity_of(run, store), stall_seconds=0))
+    assert answers[7].text == "hi \ufffd" and "not \ufffd this" in answers[9].refusal
+
+
+def test_an_answer_without_text_is_paid_for_and_not_asked_again(
+    store: Store, server: Server, tmp_path: Path
+) -> None:
+    run = job(store, server)
+    server.faults.append(Fault("other-body", body=said(None, "tool_calls"), where="question 7"))
+    stream = teach(run, store, tmp_path)
+    answers = read_text(wait_for_text(store, identity_of(run, store), stall_seconds=0))
+    assert stream.complete and len(server.seen) == PROMPTS
+    assert "tool_calls" in answers[7].refusal
+    assert (answers[7].prompt_tokens, answers[7].answer_tokens) == (10, 5)
+    assert stream.cost == pytest.approx(cost(stream))
+
+
+@pytest.mark.parametrize(
+    "usage", [{"completion_tokens": None}, {"completion_tokens": -5}, {"prompt_tokens": True}]
+)
+def test_a_limit_on_what_is_not_counted_is_refused(
+    store: Store, server: Server, tmp_path: Path, usage: dict[str, Any]
+) -> None:
+    server.faults = [Fault("other-body", body=said("hi", **usage))] * PROMPTS
+    with pytest.raises(RunFailure, match="endpoint.maxCost") as stopped:
+        teach(job(store, server, maxCost=10), store, tmp_path)
+    assert stopped.value.code == ExitCode.BAD_CONFIGURATION
+    assert len(server.seen) <= 3
+
+
+def test_a_count_that_cannot_be_counts_for_nothing(
+    store: Store, server: Server, tmp_path: Path
+) -> None:
+    server.faults = [Fault("other-body", body=said("hi", prompt_tokens=-1))] * PROMPTS
+    stream = teach(job(store, server), store, tmp_path)
+    assert (stream.prompt_tokens, stream.answer_tokens) == (0, 5 * PROMPTS)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_trainer.failures import InputsRefused
-from kubedistill_trainer.teacher.endpoint import read_answer
+from kubedistill_trainer.teacher.endpoint_answer import read_answer
 from kubedistill_trainer.teacher.endpoint_pace import Pace, asked_wait
 from kubedistill_trainer.teacher.endpoint_reply import (
     Again,
@@ -150,13 +150,24 @@ def test_words_of_many_shapes() -> None:
         ("meta/llama-3-8b", "llama-3-8b", True),
         ("meta/llama-3-8b", "other/llama-3-8b", False),
         ("Tiny", "tiny", True),
+        ("gpt-4", "gpt-4-0613", True),
+        ("x", "x@20240101", True),
+        ("x", "x-20240101-preview", True),
+        ("m", "m:latest", True),
+        ("m:latest", "m", True),
+        ("m", "m:7b", False),
+        ("bloom", "bloom-560", False),
+        ("pythia", "pythia-1000", False),
+        ("llama-3", "llama-3-8000", False),
+        ("qwen2", "qwen2-72000", False),
+        ("x", "x-12345678", False),
     ],
 )
 def test_versions_are_the_model_and_siblings_are_not(wanted: str, found: str, same: bool) -> None:
     assert same_model(wanted, found) is same
 
 
-def chat(message: object, end: str = "stop", **more: object) -> Reply:
+def chat(message: object, end: object = "stop", **more: object) -> Reply:
     choices = [{"message": message, "finish_reason": end}]
     return reply(200, {"model": "big", "choices": choices, **more})
 
@@ -169,19 +180,95 @@ def test_answers_as_servers_write_them() -> None:
         assert (found.prompt_tokens, found.answer_tokens) == (3, 9)
     cut = read_answer(chat({"content": None, "reasoning": "so"}, "length"), "big", "u")
     assert (cut.text, cut.reasoning, cut.finished) == ("", "so", False)
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    assert read_answer(chat({"content": parts}), "big", "u").text == "one two"
 
 
 @pytest.mark.parametrize(
-    "message", [{"content": None}, {"content": 5}, {}, {"content": "x", "reasoning": 5}]
-)
-def test_a_message_of_another_shape_is_asked_again(message: object) -> None:
+    ("end", "finished"),
+    [
+        ("stop", True), (None, True), ("length", False), ("max_tokens", False), ("error", False),
+        ("tool_calls", False), ({"type": "stop"}, False),
+    ],
+)  # fmt: skip
+def test_what_did_not_stop_is_unfinished(end: object, finished: bool) -> None:
+    assert read_answer(chat({"content": "half an ans"}, end), "big", "u").finished is finished
+    bare = reply(200, {"choices": [{"message": {"content": "whole"}}]})
+    assert read_answer(bare, "big", "u").finished
+
+
+@pytest.mark.parametrize(
+    ("message", "end"),
+    [
+        ({"content": None}, None), ({"content": None}, "error"), ({"content": 5}, "stop"),
+        ({}, None), ({"content": "x", "reasoning": 5}, "stop"), ({"content": [None]}, "stop"),
+        ({"content": ["x"]}, "stop"), ({"content": [{"type": "text", "text": 5}]}, "stop"),
+        ({"content": [{"type": "image", "url": "u"}]}, "stop"),
+    ],
+)  # fmt: skip
+def test_a_message_of_another_shape_is_asked_again(message: object, end: object) -> None:
     with pytest.raises(Again):
-        read_answer(chat(message), "big", "u")
+        read_answer(chat(message, end), "big", "u")
+
+
+USAGE = {"prompt_tokens": 7, "completion_tokens": 2}
 
 
 @pytest.mark.parametrize(
-    "found", [chat({"content": ""}, "content_filter"), chat({"refusal": "no"})]
-)
-def test_what_the_server_withholds_is_a_refusal(found: Reply) -> None:
-    with pytest.raises(PromptRefused):
+    ("found", "words"),
+    [
+        (chat({"content": ""}, "content_filter", usage=USAGE), "content filter"),
+        (chat({"refusal": "no \ud83d"}, usage=USAGE), "no \ufffd"),
+        (chat({"content": [{"type": "refusal", "refusal": "no"}]}, usage=USAGE), "no"),
+        (chat({"content": None}, usage=USAGE), "without text"),
+        (chat({"content": None, "tool_calls": [{"id": "x"}]}, "tool_calls", usage=USAGE),
+         "tool_calls"),
+    ],
+)  # fmt: skip
+def test_what_the_server_withholds_is_a_refusal_and_paid_for(found: Reply, words: str) -> None:
+    with pytest.raises(PromptRefused, match=words) as met:
         read_answer(found, "big", "u")
+    assert (met.value.prompt_tokens, met.value.answer_tokens) == (7, 2)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (rb"hi \ud83d", "hi \ufffd"), (rb"\ude00 hi", "\ufffd hi"), (b"\xed\xa0\xbdA", "\ufffdA"),
+        (rb"\ud83d\ude00 \ud83dA", "\U0001f600 \ufffdA"), (rb"\\ud83d", r"\ud83d"),
+    ],
+)  # fmt: skip
+def test_halves_of_characters_are_marked(raw: bytes, text: str) -> None:
+    body = b'{"choices":[{"message":{"content":"%s","reasoning":"%s"}}]}' % (raw, raw)
+    found = read_answer(Reply(200, {}, body), "big", "u")
+    assert (found.text, found.reasoning) == (text, text)
+    found.text.encode()
+    said = complaint_of(b'{"error":{"message":"%s","code":"%s","param":"%s"}}' % (raw, raw, raw))
+    assert (said.message, said.code, said.setting) == (text, text, text)
+
+
+@pytest.mark.parametrize(
+    ("usage", "counts"),
+    [
+        (USAGE, (7, 2)), (None, (0, 0)), ([], (0, 0)), ({"prompt_tokens": 7}, (7, 0)),
+        ({"prompt_tokens": -7, "completion_tokens": -2}, (0, 0)),
+        ({"prompt_tokens": True, "completion_tokens": 2.5}, (0, 0)),
+        ({"prompt_tokens": 2**40, "completion_tokens": 2**40 + 1}, (2**40, 0)),
+        ({"prompt_tokens": "7", "completion_tokens": None}, (0, 0)),
+    ],
+)  # fmt: skip
+def test_counts_that_cannot_be_are_none(usage: object, counts: tuple[int, int]) -> None:
+    found = read_answer(chat({"content": "x"}, usage=usage), "big", "u")
+    assert (found.prompt_tokens, found.answer_tokens) == counts
+    assert not isinstance(found.prompt_tokens, bool)
+
+
+def test_what_is_nested_too_deeply_is_of_another_shape() -> None:
+    deep = b"[" * 200_000
+    with pytest.raises(Again, match="not JSON"):
+        read_answer(Reply(200, {}, deep), "big", "u")
+    assert complaint_of(deep).message.startswith("[[[")
+    assert isinstance(met(Reply(503, {}, deep)), Again)
+    assert isinstance(met(Reply(400, {}, deep)), PromptRefused)
+    half = b'{"error":{"message":"\\ud83d","x":' + b"[" * 900 + b"]" * 900 + b"}}"
+    assert complaint_of(half).message

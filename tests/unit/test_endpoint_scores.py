@@ -147,6 +147,14 @@ def test_rows_of_both_ways() -> None:
         (content([None, {"7": -1.0}]), "prompt_logprobs", Again),
         (content([None, {"x": entry(-1.0)}]), "prompt_logprobs", Again),
         (content([None, {" the": -1.0}], "echo"), "echo", NoScores),
+        ({"choices": [{"logprobs": [1]}]}, "echo", Again),
+        ({"choices": [{"logprobs": "x"}]}, "echo", Again),
+        (content({"7": entry(-1.0)}), "prompt_logprobs", Again),
+        (content([None, {"-7": entry(-1.0)}]), "prompt_logprobs", Again),
+        (content([None, {"token_id:-7": -1.0}], "echo"), "echo", Again),
+        (content([None, {str(2**40): entry(-1.0)}]), "prompt_logprobs", Again),
+        (content([None, {"9" * 5000: entry(-1.0)}]), "prompt_logprobs", Again),
+        (content([None, {"7": entry(-(10**400))}]), "prompt_logprobs", Again),
     ],
 )  # fmt: skip
 def test_rows_of_other_shapes(found: Any, way: Any, error: type[Exception]) -> None:

@@ -158,7 +158,9 @@ class _Desk:
 
     def _check_counted(self, answer: TextAnswer) -> None:
         """A limit on what nobody counts is none."""
-        if self._max_cost is None or answer.refusal or answer.prompt_tokens:
+        said = answer.text or answer.reasoning
+        counted = answer.prompt_tokens and (answer.answer_tokens or not said)
+        if self._max_cost is None or answer.refusal or counted:
             return
         raise refuse(
             "spec.teacher.endpoint.maxCost",

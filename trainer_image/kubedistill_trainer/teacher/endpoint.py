@@ -12,15 +12,13 @@ from kubedistill_api.generation import Generation
 from kubedistill_api.teacher import Endpoint
 
 from kubedistill_trainer.failures import RunFailure
+from kubedistill_trainer.teacher.endpoint_answer import read_answer
 from kubedistill_trainer.teacher.endpoint_client import Ask, Client, Patience
 from kubedistill_trainer.teacher.endpoint_reply import (
     SEED,
-    Again,
     PromptRefused,
     Reply,
     SettingRefused,
-    check_model,
-    tokens_of,
 )
 from kubedistill_trainer.teacher.metrics import ENDPOINT_TOKENS
 from kubedistill_trainer.teacher.text import TextAnswer, TextRequest
@@ -59,7 +57,7 @@ class EndpointAnswerer:
                 try:
                     answer = ended.result()
                 except PromptRefused as refusal:
-                    answer = TextAnswer(text="", refusal=str(refusal))
+                    answer = _refused(refusal)
                 except RunFailure as error:
                     failure = failure or error
                     continue
@@ -110,40 +108,24 @@ class EndpointAnswerer:
         return False
 
     def _read(self, reply: Reply) -> TextAnswer:
-        answer = read_answer(reply, self._client.model, self._client.url)
-        ENDPOINT_TOKENS.labels("prompt").inc(answer.prompt_tokens)
-        ENDPOINT_TOKENS.labels("answer").inc(answer.answer_tokens)
+        try:
+            answer = read_answer(reply, self._client.model, self._client.url)
+        except PromptRefused as refusal:
+            _count(refusal)
+            raise
+        _count(answer)
         return answer
 
 
-def read_answer(reply: Reply, model: str, url: str) -> TextAnswer:
-    """The answer in a reply of chat-completions.
+def _count(paid: TextAnswer | PromptRefused) -> None:
+    ENDPOINT_TOKENS.labels("prompt").inc(paid.prompt_tokens)
+    ENDPOINT_TOKENS.labels("answer").inc(paid.answer_tokens)
 
-    Again for another shape, PromptRefused where the server withholds the answer, InputsRefused for
-    another model's.
-    """
-    content = reply.json()
-    choices = content.get("choices") if isinstance(content, dict) else None
-    if not isinstance(choices, list) or not choices:
-        raise Again("unreadable", "JSON without choices")
-    message = choices[0].get("message") if isinstance(choices[0], dict) else None
-    if not isinstance(message, dict):
-        raise Again("unreadable", "a choice without a message")
-    check_model(content, model, url)
-    text = message.get("content")
-    reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-    end = choices[0].get("finish_reason")
-    if end == "content_filter" or message.get("refusal"):
-        raise PromptRefused(str(message.get("refusal") or "the server's content filter"))
-    if text is None and (reasoning or end == "length"):
-        text = ""
-    if not isinstance(reasoning, str) or not isinstance(text, str):
-        raise Again("unreadable", "a message without text")
-    prompt_tokens, answer_tokens = tokens_of(content)
+
+def _refused(refusal: PromptRefused) -> TextAnswer:
     return TextAnswer(
-        text=text,
-        reasoning=reasoning,
-        finished=end != "length",
-        prompt_tokens=prompt_tokens,
-        answer_tokens=answer_tokens,
+        text="",
+        refusal=str(refusal),
+        prompt_tokens=refusal.prompt_tokens,
+        answer_tokens=refusal.answer_tokens,
     )

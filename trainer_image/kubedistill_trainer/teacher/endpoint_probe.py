@@ -148,7 +148,7 @@ def _echoed(client: Client, length: int) -> list[int] | None:
         answer = _ask(client, PROBE, 1, "echo")
         names = answer.content["choices"][0]["logprobs"]["tokens"]
         found = [int(name.removeprefix(ID_PREFIX)) for name in names]
-    except (NoScores, KeyError, TypeError, ValueError):
+    except (NoScores, AttributeError, KeyError, TypeError, ValueError):
         return None
     # The answer's own token is the last, where there is one.
     return next((found[:n] for n in (length, length + 1) if len(found) in (n, n + 1)), found)

@@ -28,7 +28,13 @@ _SETTINGS = {
 }
 _ABOUT_SEED = re.compile(rf"\b{SEED}\b")
 TOO_LONG = re.compile(r"context.{0,10}(length|window|limit|size)|too long|too many tokens", re.I)
-_VERSION = re.compile(r"[-@:]v?\d{3,8}(-\d{2}-\d{2})?(-preview)?")
+_MONTH, _DAY = "(0[1-9]|1[0-2])", "(0[1-9]|[12]\\d|3[01])"
+_DATE = rf"20\d\d{_MONTH}{_DAY}|20\d\d-{_MONTH}-{_DAY}|{_MONTH}{_DAY}|2\d{_MONTH}"
+"""As `20240806`, `2024-08-06`, `0613` and `2411`; any other number may be a size."""
+_VERSION = re.compile(rf"[-@:]v?({_DATE})(-preview)?")
+_MAYBE_HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+_HALF = re.compile("[\ud800-\udfff]")
+_MOST_TOKENS = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,8 @@ class Reply:
     def json(self) -> Any:
         """The body's JSON. Again when it is none: a body may be cut on its way."""
         try:
-            return json.loads(self.body)
-        except ValueError as error:
+            return _parsed(self.body)
+        except (ValueError, RecursionError) as error:
             raise Again(
                 "unreadable", f"a body that is not JSON ({len(self.body)} bytes)"
             ) from error
@@ -66,7 +72,15 @@ class Again(Exception):
 
 
 class PromptRefused(Exception):
-    """The server will never answer this one prompt; the text says why."""
+    """The server will never answer this one prompt; the text says why.
+
+    `prompt_tokens`, `answer_tokens`: what it counted all the same.
+    """
+
+    def __init__(self, why: str, prompt_tokens: int = 0, answer_tokens: int = 0) -> None:
+        super().__init__(why)
+        self.prompt_tokens = prompt_tokens
+        self.answer_tokens = answer_tokens
 
 
 class SettingRefused(InputsRefused):
@@ -91,9 +105,12 @@ def complaint_of(body: bytes) -> Complaint:
     """Of OpenAI's `{"error": {…}}`, the bare object, FastAPI's `detail`, or any text."""
     text = " ".join(body[: 4 * _FOUND_LIMIT].decode(errors="replace").split())
     try:
-        found = json.loads(body)
-    except ValueError:
+        return _complaint(_parsed(body), text)
+    except (ValueError, RecursionError):
         return Complaint(text[:_FOUND_LIMIT])
+
+
+def _complaint(found: Any, text: str) -> Complaint:
     if isinstance(found, dict) and isinstance(found.get("error"), dict):
         found = found["error"]
     if not isinstance(found, dict):
@@ -105,6 +122,23 @@ def complaint_of(body: bytes) -> Complaint:
         code if isinstance(code, str) else str(kind or ""),
         str(found.get("param") or ""),
     )
+
+
+def _parsed(body: bytes) -> Any:
+    """The body's JSON, each half of a character that has lost the other as U+FFFD: such a text can be
+    neither written nor sent. ValueError for no JSON, RecursionError for what is nested too deeply."""
+    found = json.loads(body)
+    return _without_halves(found) if _MAYBE_HALF.search(body) else found
+
+
+def _without_halves(found: Any) -> Any:
+    if isinstance(found, str):
+        return _HALF.sub("\ufffd", found)
+    if isinstance(found, list):
+        return [_without_halves(one) for one in found]
+    if isinstance(found, dict):
+        return {_without_halves(name): _without_halves(one) for name, one in found.items()}
+    return found
 
 
 def check_status(reply: Reply, url: str, model: str, wait_seconds: float | None) -> None:
@@ -160,7 +194,7 @@ def same_model(wanted: str, found: str) -> bool:
     `gpt-4o` may be answered by `gpt-4o-2024-08-06` and never by `gpt-4o-mini`; a name may be given
     with the organisation before it or without.
     """
-    here, there = wanted.lower(), found.lower()
+    here, there = wanted.lower().removesuffix(":latest"), found.lower().removesuffix(":latest")
     if "/" not in here or "/" not in there:
         here, there = here.rsplit("/", 1)[-1], there.rsplit("/", 1)[-1]
     if here == there:
@@ -180,8 +214,14 @@ def check_model(content: Mapping[str, Any], model: str, url: str) -> None:
 
 
 def tokens_of(content: Mapping[str, Any]) -> tuple[int, int]:
-    """(tokens of the prompt, of the answer) as the server counted them; 0 where it does not say."""
+    """(tokens of the prompt, of the answer) as the server counted them; 0 where it does not say, or
+    says what cannot be."""
     usage = content.get("usage")
     counts = usage if isinstance(usage, dict) else {}
-    prompt, answer = counts.get("prompt_tokens"), counts.get("completion_tokens")
-    return (prompt if isinstance(prompt, int) else 0, answer if isinstance(answer, int) else 0)
+    return _count(counts.get("prompt_tokens")), _count(counts.get("completion_tokens"))
+
+
+def _count(found: object) -> int:
+    if not isinstance(found, int) or isinstance(found, bool):
+        return 0
+    return found if 0 <= found <= _MOST_TOKENS else 0

@@ -33,6 +33,8 @@ COMPLETIONS = "completions"
 ID_PREFIX = "token_id:"
 Way = Literal["prompt_logprobs", "echo"]
 Ids = npt.NDArray[np.int64]
+_LAST_ID = (1 << 31) - 1
+"""Of any tokenizer; beyond it an id does not fit the arrays."""
 _NOTHING = -9000.0
 """Servers write −inf, which JSON has not, as −9999."""
 
@@ -128,26 +130,37 @@ def rows_of(content: Any, length: int, way: Way) -> list[dict[int, float]]:
         rows = choices[0].get("prompt_logprobs")
         read: Callable[[Any], dict[int, float]] = _by_id
     else:
-        rows = (choices[0].get("logprobs") or {}).get("top_logprobs")
-        read = _by_name
+        scored = choices[0].get("logprobs") or {}
+        if not isinstance(scored, dict):
+            raise Again("unreadable", f"{way} of another shape")
+        rows, read = scored.get("top_logprobs"), _by_name
     if rows is None:
         raise NoScores(f"it knows no {way}")
-    if not isinstance(rows, list) or len(rows) < length:
+    if not isinstance(rows, list):
+        raise Again("unreadable", f"{way} of another shape")
+    if len(rows) < length:
         raise NoScores(f"it scores {len(rows)} of {length} tokens with {way}")
     try:
         return [read(row) for row in rows[1:length]]
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise Again("unreadable", f"{way} of another shape") from error
 
 
 def _by_id(row: dict[str, dict[str, Any]]) -> dict[int, float]:
-    return {int(token): float(entry["logprob"]) for token, entry in row.items()}
+    return {_id(token): float(entry["logprob"]) for token, entry in row.items()}
 
 
 def _by_name(row: dict[str, float]) -> dict[int, float]:
     if not all(name.startswith(ID_PREFIX) for name in row):
         raise NoScores("it knows no return_tokens_as_token_ids, and names tokens by texts")
-    return {int(name.removeprefix(ID_PREFIX)): float(value) for name, value in row.items()}
+    return {_id(name.removeprefix(ID_PREFIX)): float(value) for name, value in row.items()}
+
+
+def _id(text: str) -> int:
+    found = int(text)
+    if not 0 <= found <= _LAST_ID:
+        raise ValueError(f"{found} is no token id")
+    return found
 
 
 def scores_of(rows: Sequence[dict[int, float]], k: int, vocab_size: int) -> Scores:
