@@ -200,7 +200,7 @@ def test_a_limit_on_what_is_not_counted_is_refused(
     store: Store, server: Server, tmp_path: Path, usage: dict[str, Any]
 ) -> None:
     server.faults = [Fault("other-body", body=said("hi", **usage))] * PROMPTS
-    with pytest.raises(RunFailure, match="endpoint.maxCost") as stopped:
+    with pytest.raises(RunFailure, match=r"endpoint\.maxCost") as stopped:
         teach(job(store, server, maxCost=10), store, tmp_path)
     assert stopped.value.code == ExitCode.BAD_CONFIGURATION
     assert len(server.seen) <= 3

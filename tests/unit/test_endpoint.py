@@ -179,6 +179,50 @@ def test_a_rate_is_kept_to_before_it_is_refused(server: Server) -> None:
     assert second.came - first.left > 0.39
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_wait_of_hours_ends_the_pod_and_not_what_it_was_answered(
+    server: Server, status: int
+) -> None:
+    body = {"error": {"message": "the day's share is used up"}}
+    asks = Fault(status, {"Retry-After": "86400"}, body)
+    server.faults = [None, None, None, asks, *[Fault("late", pause=0.3)] * 2]
+    answerer = EndpointAnswerer(endpoint(server), GENERATION, QUICK)
+    given = []
+    with pytest.raises(RunFailure) as met:
+        for request, _ in answerer.answers(requests()):
+            given.append(request.prompt)
+    answerer.close()
+    assert met.value.code == ExitCode.ENDPOINT_UNAVAILABLE
+    assert "86,400 s" in met.value.message and "600 s" in met.value.message
+    assert f"{status}: the day's share is used up" in met.value.message
+    assert len(given) == len(server.paid) >= 3 and len(server.seen) == len(given) + 1
+
+
+@pytest.mark.timeout(30)
+def test_a_wait_of_hours_beside_an_answer_leaves_the_answer(server: Server) -> None:
+    spent = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "10h"}
+    server.faults = [None, Fault("late", spent, pause=0.01)]
+    found = endpoint(server, concurrency=1)
+    answerer = EndpointAnswerer(found, GENERATION, QUICK)
+    given = []
+    with pytest.raises(RunFailure, match="36,000 s") as met:
+        for request, _ in answerer.answers(requests()):
+            given.append(request.prompt)
+    answerer.close()
+    assert met.value.code == ExitCode.ENDPOINT_UNAVAILABLE
+    assert given == [0, 1] and len(server.seen) == 2
+    # Where nothing more is to be asked, nobody has to wait.
+    server.faults = [None, Fault("late", spent, pause=0.01)]
+    asked(found, wanted=requests(2))
+
+
+def test_the_key_is_what_is_wrong_however_long_the_server_wants_peace(server: Server) -> None:
+    server.faults = [Fault(401, {"Retry-After": "86400"})]
+    with pytest.raises(InputsRefused, match=r"endpoint\.secretRef"):
+        asked(endpoint(server))
+
+
 def test_a_server_with_a_rate_limit_is_asked_no_more_than_it_allows(server: Server) -> None:
     server.limit = (4, 1.0)
     asked(endpoint(server, maxRetries=20))

@@ -110,3 +110,14 @@ def test_a_setting_that_the_server_does_not_take(server: Server) -> None:
 def test_a_fault_that_passes_is_none(server: Server) -> None:
     server.faults = [Fault(503), Fault("reset")]
     check(server)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("wait", ["86400", "45", "Fri, 31 Dec 2066 23:59:59 GMT"])
+def test_nobody_waits_long_for_the_preflight(server: Server, wait: str) -> None:
+    server.faults = [Fault(429, {"Retry-After": wait}, {"error": {"message": "used up"}})]
+    with pytest.raises(RunFailure, match=r"endpoint\.url") as met:
+        check(server)
+    assert met.value.code == ExitCode.ENDPOINT_UNAVAILABLE
+    assert "used up" in met.value.message and "30 s" in met.value.message
+    assert len(server.seen) == 1

@@ -47,6 +47,13 @@ NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
         ),
         (200, {"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(NOW.timestamp()) + 5)}, 5),
         (200, {"x-ratelimit-remaining": "0", "x-ratelimit-reset": "2026-03-01T12:00:10Z"}, 10),
+        (200, {"x-ratelimit-remaining": "0", "x-ratelimit-reset": f"{NOW.timestamp() + 5:.0f}000"}, 5),
+        (200, {"x-ratelimit-remaining": "0", "x-ratelimit-reset": "1735689600000"}, 0),
+        (200, {"x-ratelimit-remaining": "0", "x-ratelimit-reset": "1000000000"}, 0),
+        (429, {"retry-after": str(int(NOW.timestamp()) + 60)}, 60),
+        (429, {"retry-after": "99999999"}, 99_999_999),
+        (429, {"retry-after": "1e400"}, None),
+        (429, {"retry-after": "  "}, None),
         (200, {"x-ratelimit-remaining": "0"}, None),
     ],
 )  # fmt: skip

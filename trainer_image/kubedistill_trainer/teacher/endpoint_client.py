@@ -48,6 +48,8 @@ class Patience:
     """Added to each wait, 0 … this, so that requests that failed together come back apart."""
     whole_answer: float = 10.0
     """Times `timeoutSeconds` within which an answer has to be whole, however it drips."""
+    longest_asked: float = 600.0
+    """What a server may ask to wait; one that asks for more is left to a later pod."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +140,14 @@ class Client:
                 raise self._failure
             reply = await self._reply(ask)
         wait = asked_wait(reply.status, reply.headers, datetime.now(UTC))
-        if wait:
+        long = wait is not None and wait > self._patience.longest_asked
+        if wait and not long:
             self._pace.hold(wait)
         if reply.status not in ask.accepts:
             self._check(ask, reply, wait)
+        if wait and long and self._failure is None:
+            # This one is answered; the next is not asked.
+            self._failure = self._asked_long(wait, "beside its answer")
         value = ask.read(reply)
         ENDPOINT_REQUESTS.labels("answered").inc()
         return value
@@ -154,6 +160,10 @@ class Client:
                 raise Again("refused", f"a refusal of {refused.setting}") from refused
             if refused.setting == SEED:
                 raise PromptRefused(refused.said) from refused
+            raise
+        except Again as error:
+            if wait is not None and wait > self._patience.longest_asked:
+                raise self._asked_long(wait, error.found) from error
             raise
 
     async def _reply(self, ask: Ask[Any]) -> Reply:
@@ -201,6 +211,13 @@ class Client:
         if self._failure is None:
             self._failure = failure
         return failure
+
+    def _asked_long(self, wait: float, found: str) -> RunFailure:
+        return RunFailure(
+            ExitCode.ENDPOINT_UNAVAILABLE,
+            f"{FIELD}.url: {self.url} asks not to be asked for {wait:,.0f} s ({found}), and at most "
+            f"{self._patience.longest_asked:g} s are waited; see its rates and what is left of them",
+        )
 
     def _unavailable(self, error: Again) -> RunFailure:
         tries = self._endpoint.max_retries + 1

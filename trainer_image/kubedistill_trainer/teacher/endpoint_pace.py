@@ -15,7 +15,9 @@ from kubedistill_trainer.teacher.metrics import ENDPOINT_WAIT
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _EPOCH = 1e9
-"""A reset beyond this many seconds is a moment (Unix time), not a duration."""
+"""A number from here on is a moment (Unix time in seconds), not a duration."""
+_EPOCH_MS = 1e11
+"""And from here on it is in milliseconds."""
 
 
 def asked_wait(status: int, headers: Mapping[str, str], now: datetime) -> float | None:
@@ -44,11 +46,13 @@ def _reset(headers: Mapping[str, str], kind: str, now: datetime) -> float | None
 
 def _seconds(text: str | None, now: datetime) -> float | None:
     """Of `12`, `1.5`, `6m0s`, `20ms`, Unix time, an RFC 3339 or an HTTP date; None for others."""
-    if not text:
+    if not text or text.isspace():
         return None
     number = _number(text)
     if number is not None:
-        return number - now.timestamp() if number > _EPOCH else number
+        if number < _EPOCH:
+            return number
+        return number / (1000 if number >= _EPOCH_MS else 1) - now.timestamp()
     if _DURATION.sub("", text.strip()) == "":
         return sum(float(amount) * _UNITS[unit] for amount, unit in _DURATION.findall(text))
     moment = _moment(text)

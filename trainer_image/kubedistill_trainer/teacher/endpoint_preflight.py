@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kubedistill_api.generation import Generation
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.teacher import Endpoint
@@ -18,6 +20,8 @@ from kubedistill_trainer.teacher.text import TextRequest
 
 _RETRIES = 3
 """At most: who waits for the preflight wants to know soon, and the operator tries it again."""
+_LONGEST_ASKED = 30.0
+"""Seconds that a server may ask to wait, for the same reason."""
 _PROBE = TextRequest(prompt=0, sample=0, messages=(Message("user", "Hello"),), seed=0)
 _SHOWN = 10
 
@@ -38,6 +42,7 @@ def check_endpoint(
         return
     found = spec.teacher.endpoint
     endpoint = found.model_copy(update={"max_retries": min(found.max_retries, _RETRIES)})
+    patience = replace(patience or Patience(), longest_asked=_LONGEST_ASKED)
     client = Client(endpoint, patience)
     try:
         _check_listed(client)
@@ -72,7 +77,7 @@ def _listed(reply: Reply) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def _check_answer(endpoint: Endpoint, generation: Generation, patience: Patience | None) -> None:
+def _check_answer(endpoint: Endpoint, generation: Generation, patience: Patience) -> None:
     """One question with the run's settings and an answer of one token."""
     answerer = EndpointAnswerer(endpoint, generation.model_copy(update={"max_tokens": 1}), patience)
     try:
