@@ -161,6 +161,33 @@ def test_damage_is_not_repaired_beyond_the_limit(
     assert stream.complete and (stream.cost or 0.0) > whole
 
 
+def test_a_server_that_refuses_all_from_some_point_on_spoils_nothing(
+    store: Store, server: Server, tmp_path: Path
+) -> None:
+    run = job(store, server)
+    server.faults += [None] * 5 + [Fault(400)] * 100
+    with pytest.raises(RunFailure, match="scripted 400") as failure:
+        teach(run, store, tmp_path)
+    assert failure.value.code == ExitCode.BAD_CONFIGURATION
+    server.faults.clear()
+    stream = teach(run, store, tmp_path)
+    answers = read_text(wait_for_text(store, identity_of(run, store), stall_seconds=0))
+    assert stream.complete and not any(answer.refusal for answer in answers.values())
+    assert len(asked(server)) == len(set(asked(server))) == PROMPTS
+
+
+def test_long_prompts_that_are_left_for_a_later_pod_are_refused_by_it(
+    store: Store, server: Server, tmp_path: Path
+) -> None:
+    run = job(store, server)
+    body = {"error": {"message": "maximum context length is 9", "code": "context_length_exceeded"}}
+    server.faults += [None] * 16 + [Fault(401)]
+    with pytest.raises(RunFailure):
+        teach(run, store, tmp_path)
+    server.faults = [Fault(400, body=body)] * PROMPTS
+    assert teach(run, store, tmp_path).complete
+
+
 def said(content: Any, end: str = "stop", **usage: Any) -> dict[str, Any]:
     """A reply of 10 and 5 tokens."""
     message = {"role": "assistant", "content": content}

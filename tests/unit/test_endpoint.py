@@ -288,6 +288,32 @@ def test_what_nobody_mends_ends_it_at_once(server: Server, fault: Fault, field: 
     assert given == [0, 1] and len(server.seen) == 3
 
 
+def test_a_server_that_turns_every_prompt_away_is_left_after_a_few(server: Server) -> None:
+    said = {"error": {"message": "the service is closed on Sundays"}}
+    server.faults = [None] * 2 + [Fault(400, body=said)] * 40
+    answerer = EndpointAnswerer(endpoint(server), GENERATION, QUICK)
+    given = []
+    with pytest.raises(InputsRefused, match="closed on Sundays") as met:
+        for _, answer in answerer.answers(requests(40)):
+            given.append(answer.refusal)
+    answerer.close()
+    assert "spec.teacher.endpoint.url" in met.value.message
+    # The third is asked beside the first two, and may be answered sooner.
+    assert given == ["", ""] and len(server.seen) <= 2 + 8 + 2
+
+
+def test_an_answer_that_comes_after_the_end_brings_no_refusals_with_it(server: Server) -> None:
+    late = Fault("late", pause=1.5)
+    server.faults = [late, *[Fault(400)] * 40]
+    answerer = EndpointAnswerer(endpoint(server), GENERATION, QUICK)
+    given = []
+    with pytest.raises(InputsRefused, match="in a row"):
+        for _, answer in answerer.answers(requests(40)):
+            given.append(answer.refusal)
+    answerer.close()
+    assert given == [""]
+
+
 def test_what_was_paid_for_is_given_out_before_the_end(server: Server) -> None:
     server.faults = [Fault("late", pause=0.3), Fault("late", pause=0.3), Fault(401)]
     answerer = EndpointAnswerer(endpoint(server), GENERATION, QUICK)

@@ -111,6 +111,17 @@ def test_what_may_pass(status: int) -> None:
         (reply(501, text=""), "endpoint.url", "501"),
         (reply(400, error("no", "unsupported_value", "temperature")),
          "spec.distill.generation.temperature", "does not take temperature"),
+        (reply(400, {"error": {"message": "API key not valid. Please pass a valid API key.",
+                               "code": 400, "status": "INVALID_ARGUMENT"}}),
+         "endpoint.secretRef", "API key not valid"),
+        (reply(400, error("Incorrect API key provided")), "endpoint.secretRef", "Incorrect"),
+        (reply(400, error("no", "invalid_api_key")), "endpoint.secretRef", "no"),
+        (reply(422, error("the api_key is expired")), "endpoint.secretRef", "expired"),
+        (reply(400, error("big is not a valid model ID")), "endpoint.model", "not a valid"),
+        (reply(400, error("The model `big` does not exist")), "endpoint.model", "no big"),
+        (reply(400, error("choose another", param="model")), "endpoint.model", "choose"),
+        (reply(422, {"detail": [{"loc": ["body", "model"], "msg": "unknown model"}]}),
+         "endpoint.model", "unknown model"),
     ],
 )  # fmt: skip
 def test_what_a_person_has_to_mend(found: Reply, field: str, words: str) -> None:
@@ -128,6 +139,8 @@ def test_what_a_person_has_to_mend(found: Reply, field: str, words: str) -> None
         reply(400, error("filtered", "content_filter")),
         reply(422, {"detail": [{"msg": "bad"}]}),
         reply(413, text="Payload Too Large"),
+        reply(400, error("This model's maximum context length is 9: not a valid model input")),
+        reply(400, error("the model was not able to read what the keys of the piano are")),
     ],
 )
 def test_what_is_about_one_prompt(found: Reply) -> None:

@@ -69,7 +69,10 @@ def run_endpoint_teacher(context: Context, board: exporter.ProgressBoard) -> Out
         endpoint = spec.teacher.endpoint if spec.teacher else None
         if endpoint is None:
             raise refuse("spec.teacher", "no endpoint", "a teacher pod needs a teacher")
-        return EndpointAnswerer(endpoint, generation_of(spec))
+        view = StreamView(context.storage, manifest)
+        view.refresh()
+        answered = view.totals.answers > view.totals.refused
+        return EndpointAnswerer(endpoint, generation_of(spec), answered=answered)
 
     return run_text_teacher(context, board, open_endpoint)
 

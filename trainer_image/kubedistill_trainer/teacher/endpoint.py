@@ -14,6 +14,7 @@ from kubedistill_api.teacher import Endpoint
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.teacher.endpoint_answer import read_answer
 from kubedistill_trainer.teacher.endpoint_client import Ask, Client, Patience
+from kubedistill_trainer.teacher.endpoint_refusals import Refusals
 from kubedistill_trainer.teacher.endpoint_reply import (
     SEED,
     PromptRefused,
@@ -31,42 +32,50 @@ class EndpointAnswerer:
     """An `Answerer`: `endpoint.concurrency` questions are open at once."""
 
     def __init__(
-        self, endpoint: Endpoint, generation: Generation, patience: Patience | None = None
+        self,
+        endpoint: Endpoint,
+        generation: Generation,
+        patience: Patience | None = None,
+        *,
+        answered: bool = False,
     ) -> None:
+        """`answered`: whether the server is known to have answered some of these prompts."""
         self._generation = generation
         self._client = Client(endpoint, patience)
         self._open = endpoint.concurrency
         self._length = "max_tokens"
         self._seeded = True
+        self._refusals = Refusals(self._client.url, answered)
 
     def answers(self, requests: Iterable[TextRequest]) -> Iterator[tuple[TextRequest, TextAnswer]]:
-        """See `Answerer`. What was paid for before a failure is given out before it is raised."""
-        waiting = iter(requests)
-        running: dict[Future[TextAnswer], TextRequest] = {}
+        """See `Answerer`. Answers from before a failure are given out before it is raised; refusals
+        that may be part of it are not, and are asked again."""
+        waiting = enumerate(requests)
+        running: dict[Future[TextAnswer], tuple[int, TextRequest]] = {}
         failure: RunFailure | None = None
         try:
             while True:
                 if failure is None:
-                    for request in islice(waiting, self._open - len(running)):
-                        running[self._client.start(self._ask(request))] = request
+                    for begun, request in islice(waiting, self._open - len(running)):
+                        running[self._client.start(self._ask(request))] = begun, request
                 if not running:
                     break
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 ended = next(iter(done))
-                request = running.pop(ended)
+                at = running.pop(ended)
                 try:
-                    answer = ended.result()
-                except PromptRefused as refusal:
-                    answer = _refused(refusal)
+                    ready = self._refusals.take(*at, _answer_of(ended))
                 except RunFailure as error:
                     failure = failure or error
-                    continue
-                yield request, answer
+                    self._refusals.rest()
+                else:
+                    yield from (one for one in ready if failure is None or not one[1].refusal)
         finally:
             for future in running:
                 future.cancel()
         if failure is not None:
             raise failure
+        yield from self._refusals.rest()
 
     def close(self) -> None:
         """Give up what is open."""
@@ -122,10 +131,13 @@ def _count(paid: TextAnswer | PromptRefused) -> None:
     ENDPOINT_TOKENS.labels("answer").inc(paid.answer_tokens)
 
 
-def _refused(refusal: PromptRefused) -> TextAnswer:
-    return TextAnswer(
-        text="",
-        refusal=str(refusal),
-        prompt_tokens=refusal.prompt_tokens,
-        answer_tokens=refusal.answer_tokens,
-    )
+def _answer_of(ended: Future[TextAnswer]) -> TextAnswer:
+    try:
+        return ended.result()
+    except PromptRefused as refusal:
+        return TextAnswer(
+            text="",
+            refusal=str(refusal),
+            prompt_tokens=refusal.prompt_tokens,
+            answer_tokens=refusal.answer_tokens,
+        )

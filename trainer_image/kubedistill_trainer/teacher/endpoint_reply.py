@@ -11,6 +11,7 @@ from typing import Any
 from kubedistill_trainer.failures import InputsRefused, refuse
 
 FIELD = "spec.teacher.endpoint"
+MAX_TOKENS = "spec.distill.generation.maxTokens"
 SEED = "seed"
 """Not every server knows it, and one can do without."""
 _FOUND_LIMIT = 300
@@ -18,14 +19,25 @@ _PASSING = frozenset({408, 409, 421, 423, 425, 429})
 _ABOUT_REQUEST = frozenset({400, 413, 415, 422, 451})
 _NO_CREDIT = frozenset({"insufficient_quota", "billing_hard_limit_reached", "account_deactivated"})
 _SETTINGS = {
-    "max_tokens": "spec.distill.generation.maxTokens",
-    "max_completion_tokens": "spec.distill.generation.maxTokens",
+    "max_tokens": MAX_TOKENS,
+    "max_completion_tokens": MAX_TOKENS,
     "temperature": "spec.distill.generation.temperature",
     "top_p": "spec.distill.generation.topP",
     SEED: "spec.teacher.endpoint.url",
     "prompt_logprobs": "spec.teacher.topK",
     "logprobs": "spec.teacher.topK",
 }
+_ABOUT_KEY = re.compile(
+    r"(invalid|incorrect|missing|expired|unknown|wrong|revoked|no|valid) api.?key"
+    r"|api.?key (is )?(not valid|not found|not provided|invalid|incorrect|missing|expired|required"
+    r"|revoked|disabled)|invalid.api.key",
+    re.I,
+)
+_ABOUT_MODEL = re.compile(
+    r"(invalid|unknown|unsupported|not a valid|no such) model\b"
+    r"|\bmodel\b( [^ ]{1,256})? (is |was )?(not found|does not exist|not available|not a valid model)",
+    re.I,
+)
 _ABOUT_SEED = re.compile(rf"\b{SEED}\b")
 TOO_LONG = re.compile(r"context.{0,10}(length|window|limit|size)|too long|too many tokens", re.I)
 _MONTH, _DAY = "(0[1-9]|1[0-2])", "(0[1-9]|[12]\\d|3[01])"
@@ -160,12 +172,14 @@ def check_status(reply: Reply, url: str, model: str, wait_seconds: float | None)
         everybody = status == 429 or wait_seconds is not None
         kind = "limited" if status == 429 else "failing"
         raise Again(kind, f"the answer {found}", wait_seconds, everybody)
-    if status in (401, 403):
+    of_all = status in _ABOUT_REQUEST and not TOO_LONG.search(said.message)
+    if status in (401, 403) or (of_all and _ABOUT_KEY.search(f"{said.code} {said.message}")):
         raise refuse(
             f"{FIELD}.secretRef", f"{url} refuses the key, or there is none ({found})",
             "name a Secret whose API_KEY may use this model",
         )  # fmt: skip
-    if said.code == "model_not_found" or (status == 404 and "model" in said.message.lower()):
+    no_model = said.code == "model_not_found" or (status == 404 and "model" in said.message.lower())
+    if no_model or (of_all and (said.setting == "model" or _ABOUT_MODEL.search(said.message))):
         raise refuse(
             f"{FIELD}.model", f"no {model} at {url} ({found})", "write a name that it serves"
         )
