@@ -132,6 +132,8 @@ class Server:
         self.key: str | None = None
         """The only key that it takes; None takes all."""
         self.lists_models = True
+        self.says_context: int | None = None
+        """`max_model_len` in the list of models, as vLLM's."""
         self.other_models: list[str] = []
         self.answers_as: str | None = None
         self.reasons = ""
@@ -168,7 +170,9 @@ class Server:
         if not self.lists_models:
             return _error(404, "Not Found")
         names = [self.name, *self.other_models]
-        return web.json_response({"object": "list", "data": [{"id": name} for name in names]})
+        more = {} if self.says_context is None else {"max_model_len": self.says_context}
+        models = [{"id": name, **more} for name in names]
+        return web.json_response({"object": "list", "data": models})
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         if not self.tokenizes:

@@ -6,15 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import data_kit
 import pytest
 from endpoint_kit import Fault, Mind, Server, serving
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.runspec import RunSpec
 from kubedistill_api.status import TeacherStreamStatus
+from kubedistill_trainer.data.sources import read_prompts
 from kubedistill_trainer.exporter import ProgressBoard
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.methods.write_text import run_endpoint_teacher
+from kubedistill_trainer.preflight import run_preflight
 from kubedistill_trainer.store import Store
+from kubedistill_trainer.teacher.learn import learn
+from kubedistill_trainer.teacher.text import TextAnswer
 from kubedistill_trainer.teacher.text_reader import read_text, wait_for_text
 from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
 from text_kit import context_of, identity_of, put_prompts, text_job, view_of
@@ -188,6 +193,30 @@ def test_long_prompts_that_are_left_for_a_later_pod_are_refused_by_it(
     assert teach(run, store, tmp_path).complete
 
 
+@pytest.mark.parametrize(
+    ("said", "field", "advice"),
+    [
+        ("maximum context length is 9 tokens, you asked for {n}", "distill.generation.maxTokens",
+         "lower spec.distill.generation.maxTokens"),
+        ("not on Sundays ({n})", "spec.teacher", "mend what the refusal names"),
+    ],
+)  # fmt: skip
+def test_where_all_is_refused_the_student_is_told_why(
+    store: Store, said: str, field: str, advice: str
+) -> None:
+    refused = {n: TextAnswer("", refusal=f"400: {said.format(n=n)}") for n in range(6)}
+    answers = {**refused, 6: TextAnswer("cut", finished=False), 7: TextAnswer("", refusal="else")}
+    run = text_job(store, put_prompts(store, 8))
+    prompts = read_prompts(run.spec.data, context_of(run, store, Path()).open_store)
+    with pytest.raises(RunFailure) as met:
+        learn(run.spec, prompts, answers, data_kit.tokenizer())
+    assert (
+        f"{field}: found nothing to learn from: kept 0 of 8 answers: 7 refused" in met.value.message
+    )
+    assert f"6 times as in “400: {said.format(n=0)}”" in met.value.message
+    assert advice in met.value.message and "raise" not in met.value.message
+
+
 def said(content: Any, end: str = "stop", **usage: Any) -> dict[str, Any]:
     """A reply of 10 and 5 tokens."""
     message = {"role": "assistant", "content": content}
@@ -239,3 +268,40 @@ def test_a_count_that_cannot_be_counts_for_nothing(
     server.faults = [Fault("other-body", body=said("hi", prompt_tokens=-1))] * PROMPTS
     stream = teach(job(store, server), store, tmp_path)
     assert (stream.prompt_tokens, stream.answer_tokens) == (0, 5 * PROMPTS)
+
+
+def test_the_preflight_pays_after_all_that_is_free(
+    store: Store, server: Server, tmp_path: Path
+) -> None:
+    """The tasks are the last of what is checked without asking anybody."""
+    tokenizer = data_kit.tokenizer()
+    for name, body in tokenizer.files.items():
+        store.put(f"tokenizer/{name}", body)
+    store.put("data/a.txt", b"one two three four five six seven " * 99)
+    folder = {"uri": store.uri_of("tokenizer")}
+    sizes = {
+        "model_type": "llama", "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+    }  # fmt: skip
+    prompts = {"uri": put_prompts(store, 8), "origin": "Teacher", "promptField": "q"}
+    text = {"signal": "Responses", "generation": {"maxTokens": 16}}
+    logits = {"signal": "Logits", "objective": {"temperature": 1}}
+    found = {"url": server.url, "model": "tiny"}
+    for distill, source, extra in (
+        (text, prompts, {}),
+        (logits, {"uri": store.uri_of("data/a.txt")},
+         {"payload": "Sparse", "topK": 8, "delivery": "Stream"}),
+    ):  # fmt: skip
+        data = {"sources": [source], "tokenizer": folder, "sequenceLength": 64}
+        parts = {
+            "distill": distill, "data": data, "student": {"config": sizes},
+            "teacher": {"endpoint": found, "workers": {"replicas": 1}, **extra},
+        }  # fmt: skip
+        questions = {"questions": {"uri": store.uri_of("nowhere.jsonl")}}
+        bad = text_job(store, prompts["uri"], **parts, evaluation=questions)
+        with pytest.raises(RunFailure, match=r"spec\.evaluation\.questions"):
+            run_preflight(context_of(bad, store, tmp_path))
+        assert not server.seen
+        run_preflight(context_of(text_job(store, prompts["uri"], **parts), store, tmp_path))
+        assert server.seen
+        server.seen.clear()

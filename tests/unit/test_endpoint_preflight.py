@@ -34,7 +34,7 @@ def spec(server: Server, model: str = "tiny", **generation: Any) -> Distillation
     run = data_kit.job(
         prompts,
         fineTune=None,
-        distill={"signal": "Responses", "generation": generation},
+        distill={"signal": "Responses", "generation": {"maxTokens": 6, **generation}},
         teacher={"endpoint": {"url": server.url, "model": model}},
     )
     return run.spec
@@ -44,10 +44,13 @@ def check(server: Server, **changes: Any) -> None:
     check_endpoint(spec(server, **changes), data_kit.tokenizer(), QUICK)
 
 
-def test_a_sound_endpoint_costs_one_token(server: Server) -> None:
-    check(server, temperature=0.3, topP=0.5)
+@pytest.mark.parametrize("says", [False, True])
+def test_a_sound_endpoint_is_asked_one_thing(server: Server, says: bool) -> None:
+    """For one token where it says how large its context is; else for what the run will ask for."""
+    server.says_context = server.mind.context if says else None
+    check(server, temperature=0.3, topP=0.5, maxTokens=20)
     [seen] = server.seen
-    assert seen.body["max_tokens"] == 1
+    assert seen.body["max_tokens"] == (1 if says else 20)
     assert (seen.body["temperature"], seen.body["top_p"]) == (0.3, 0.5)
 
 
@@ -105,6 +108,22 @@ def test_a_setting_that_the_server_does_not_take(server: Server) -> None:
     server.faults = [Fault(400, body={"error": said})]
     with pytest.raises(InputsRefused, match=r"spec\.distill\.generation\.temperature"):
         check(server)
+
+
+@pytest.mark.parametrize("says", [False, True])
+def test_more_tokens_than_the_context_has(server: Server, says: bool) -> None:
+    server.says_context = server.mind.context if says else None
+    with pytest.raises(InputsRefused, match=r"spec\.distill\.generation\.maxTokens") as met:
+        check(server, maxTokens=4096)
+    words = "max_model_len 512" if says else "maximum context length is 512 tokens, and you asked"
+    assert words in met.value.message and "4096" in met.value.message
+    assert not server.paid and len(server.seen) == (0 if says else 1)
+
+
+def test_a_context_that_is_none_says_nothing(server: Server) -> None:
+    server.says_context = -5
+    check(server, maxTokens=20)
+    assert server.seen[0].body["max_tokens"] == 20
 
 
 def test_a_fault_that_passes_is_none(server: Server) -> None:

@@ -45,7 +45,6 @@ def run_preflight(context: Context) -> Outcome:
     if learns_text(run.spec):
         return _text_preflight(context)
     dataset = load_dataset(run, context.open_store)
-    check_endpoint(run.spec, dataset.tokenizer, longest_piece(dataset.packed))
     teacher_config = _teacher_config(context)
     _check_tokenizers(context, dataset.tokenizer, dataset.template)
     _check_vocabularies(context, dataset.tokenizer, teacher_config)
@@ -56,6 +55,8 @@ def run_preflight(context: Context) -> Outcome:
     _check_memory(run, parameters)
     _check_evaluation(context)
     stream_uri, complete = _stream(context, dataset)
+    # Last: it is the one check that costs money.
+    check_endpoint(run.spec, dataset.tokenizer, longest_piece(dataset.packed))
     found = Resolved(
         inputs_digest=run.inputs_digest,
         student_parameters=parameters,
@@ -73,8 +74,6 @@ def _text_preflight(context: Context) -> Outcome:
     run = context.run
     teacher_config = _teacher_config(context)
     text = check_text(context, teacher_config)
-    if text.dataset is None:
-        check_endpoint(run.spec, text.tokenizer)
     _check_tokenizers(context, text.tokenizer, None)
     _check_vocabularies(context, text.tokenizer, teacher_config)
     _check_weights(context, teacher_config)
@@ -82,6 +81,8 @@ def _text_preflight(context: Context) -> Outcome:
     parameters = _student_parameters(context, text.tokenizer, teacher_config)
     _check_memory(run, parameters)
     _check_evaluation(context)
+    if text.dataset is None:
+        check_endpoint(run.spec, text.tokenizer)
     found = Resolved(
         inputs_digest=run.inputs_digest,
         student_parameters=parameters,

@@ -61,7 +61,8 @@ def _text_of(content: object) -> tuple[str | None, str]:
         return content, ""
     if not isinstance(content, list):
         raise Again("unreadable", "a message without text")
-    texts, refusals = [], []
+    texts: list[str] = []
+    refusals: list[str] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         said = part.get(kind) if kind in ("text", "refusal") else None

@@ -232,10 +232,11 @@ def tokens_of(content: Mapping[str, Any]) -> tuple[int, int]:
     says what cannot be."""
     usage = content.get("usage")
     counts = usage if isinstance(usage, dict) else {}
-    return _count(counts.get("prompt_tokens")), _count(counts.get("completion_tokens"))
+    return count_of(counts.get("prompt_tokens")), count_of(counts.get("completion_tokens"))
 
 
-def _count(found: object) -> int:
+def count_of(found: object) -> int:
+    """A number of tokens; 0 for what is none."""
     if not isinstance(found, int) or isinstance(found, bool):
         return 0
     return found if 0 <= found <= _MOST_TOKENS else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,9 @@ from kubedistill_api.status import TeacherStreamStatus
 
 from kubedistill_trainer.data.conversation import Prompt
 from kubedistill_trainer.data.tokenizer import TextTokenizer
-from kubedistill_trainer.failures import unreadable
+from kubedistill_trainer.failures import InputsRefused, unreadable
+from kubedistill_trainer.teacher.endpoint_refusals import likeness
+from kubedistill_trainer.teacher.endpoint_reply import MAX_TOKENS, TOO_LONG
 from kubedistill_trainer.teacher.filters import Learnt, TokenCount, responses, thoughts
 from kubedistill_trainer.teacher.text import TextAnswer
 from kubedistill_trainer.teacher.text_request import generation_of
@@ -43,13 +46,32 @@ def learn(
     else:
         learnt = responses(prompts, answers, samples)
     if not learnt.conversations:
-        raise unreadable(
-            "spec.distill",
-            f"nothing to learn from: {learnt.sentence()}",
+        raise _nothing_learnt(learnt, answers)
+    return learnt
+
+
+def _nothing_learnt(learnt: Learnt, answers: Mapping[int, TextAnswer]) -> InputsRefused:
+    """The advice is about what most answers were dropped for."""
+    found = f"nothing to learn from: {learnt.sentence()}"
+    if 2 * learnt.dropped.get("refused", 0) < max(1, learnt.asked):
+        return unreadable(
+            "spec.distill", found,
             "loosen spec.distill.chainOfThought, raise spec.distill.generation.maxTokens where "
             "answers are unfinished, or give other prompts",
-        )
-    return learnt
+        )  # fmt: skip
+    words, count = _most_frequent_refusal(answers)
+    found += f" ({count:,} times as in “{words}”)"
+    if TOO_LONG.search(words) or "have room for" in words:
+        advice = "lower spec.distill.generation.maxTokens, give shorter prompts, or serve a larger context"
+        return unreadable(MAX_TOKENS, found, advice)
+    return unreadable("spec.teacher", found, "mend what the refusal names, or give other prompts")
+
+
+def _most_frequent_refusal(answers: Mapping[int, TextAnswer]) -> tuple[str, int]:
+    """(an example of the most frequent refusal, how often it was met); counts in it may differ."""
+    refusals = [answer.refusal for answer in answers.values() if answer.refusal]
+    [(kind, count)] = Counter(map(likeness, refusals)).most_common(1)
+    return next(words for words in refusals if likeness(words) == kind), count
 
 
 def token_count(tokenizer: TextTokenizer) -> TokenCount:
