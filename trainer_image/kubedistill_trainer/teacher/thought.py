@@ -47,6 +47,14 @@ def tagged(text: str) -> bool:
     return _TAG.search(text) is not None
 
 
+def left_open(text: str) -> bool:
+    """Whether its last tag of reasoning is an opening one."""
+    found = None
+    for found in _TAG.finditer(text):
+        pass
+    return found is not None and not found[1]
+
+
 def closings(text: str) -> int:
     """How many closing tags of reasoning are in it."""
     return sum(match[1] == "/" for match in _TAG.finditer(text))
