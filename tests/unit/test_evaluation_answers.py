@@ -59,6 +59,7 @@ from kubedistill_trainer.failures import InputsRefused
         ("Answer: 12. I hope this helps!", ["12"]),
         ("The answer is 7!", ["7!", "7"]),
         ("Please", ["Please"]),
+        ("5..", ["5."]),
         ("<think>\nThe answer is 1? No.\n</think>\n\n38", ["38"]),
         ("<think>Answer: 1", []),
         ("Answer:", ["Answer:"]),

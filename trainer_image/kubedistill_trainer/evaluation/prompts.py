@@ -143,7 +143,9 @@ def final_answers(said: str) -> tuple[str, ...]:
     if formula is not None:
         last = formula[1] or formula[2]
         found.append(_bare(last))
-    found += [_bare(_UPRIGHT.sub(r"\1", last)), last.rstrip("!")]
+    if "\\" in last:
+        found.append(_bare(_UPRIGHT.sub(r"\1", last)))
+    found.append(last.rstrip("!"))
     if "=" in last:
         found.append(_bare(last.rpartition("=")[2]))
     return tuple(dict.fromkeys(answer for answer in found if answer))

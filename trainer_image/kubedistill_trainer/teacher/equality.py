@@ -114,7 +114,8 @@ def _measured(text: str) -> Fraction | None:
 
 def _plain(text: str) -> str:
     """Without the marks of Markdown, HTML and LaTeX that say how it looks, and in one spelling of
-    Unicode's (NFKC)."""
+    Unicode's (NFKC). A text of nothing but marks stays as it is."""
+    given = text.strip()
     text = _THOUSANDS.sub("", _VULGAR.sub(r" \g<0>", text))
     text = _RAISED.sub(lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
     text = unicodedata.normalize("NFKC", text).translate(_MINUS)
@@ -125,7 +126,7 @@ def _plain(text: str) -> str:
     text = _HTML.sub("", _EMPHASIS.sub(r"\1", _BULLET.sub("", text))).strip()
     if len(text) > 1 and text[0] == text[-1] == "$":
         text = text.strip("$")
-    return text.strip()
+    return text.strip() or given
 
 
 def _fraction(match: re.Match[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from fractions import Fraction
 
 _MONEY = "$€£¥₹"
@@ -31,7 +32,7 @@ _BEFORE = re.compile(
     r"""(?: [\^_*/+|{√×·÷] | \\[A-Za-z]+ | (?<![-=])[<>]   # an operator, a command, a bound
     | [\w)]- | [\d)]\s*-\s* | \b[A-Za-z]\s+-\s+             # what it is taken from; 10-20
     | \d[:.,](?!\s) | \d[ ]+ | \w\(                        # 12:30; 1,23; 1 2; f(3)
-    | \bnot\s | \d\s+(?:or|and)\s+                          # not 6; 5 or 6
+    | \b(?:not|(?:cannot|can't)\ be)\s | \d\s+(?:or|and)\s+                          # not 6; 5 or 6
     )\s*$""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -73,10 +74,8 @@ def last_number(text: str) -> Fraction | None:
     A number of an expression (`2\\pi`, `x/2`, `5 - 3`), of a time, a date or a list does not, nor
     one that is denied ("not 6"): then there is none, whatever comes before it.
     """
-    found = None
-    for found in _WITHIN.finditer(text):
-        pass
-    if found is None or len(found[0]) > _LONGEST_NUMBER:
+    tail = deque(_WITHIN.finditer(text), maxlen=1)
+    if not tail or len((found := tail[0])[0]) > _LONGEST_NUMBER:
         return None
     start, end = found.span()
     before, after = text[max(0, start - _LOOK_BEHIND) : start], text[end:]

@@ -49,10 +49,8 @@ def tagged(text: str) -> bool:
 
 def left_open(text: str) -> bool:
     """Whether its last tag of reasoning is an opening one."""
-    found = None
-    for found in _TAG.finditer(text):
-        pass
-    return found is not None and not found[1]
+    tags = _TAG.findall(text)
+    return bool(tags) and not tags[-1]
 
 
 def closings(text: str) -> int:
@@ -66,7 +64,9 @@ def untagged(text: str) -> Thought:
     A closing tag without an opening one ends what is before it: a template may have opened it in
     the prompt. Without a closing one all is reasoning, and there is no answer.
     """
-    inside, outside, within, at = [], [], False, 0
+    inside: list[str] = []
+    outside: list[str] = []
+    within, at = False, 0
     for match in _TAG.finditer(text):
         part, at = text[at : match.start()], match.end()
         if not match[1]:
