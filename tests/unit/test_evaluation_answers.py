@@ -46,6 +46,22 @@ from kubedistill_trainer.failures import InputsRefused
         ("so it is -7", ["so it is -7"]),
         ("", []),
         (" \n ", []),
+        (r"Answer: \boxed{38}", [r"\boxed{38}", "38"]),
+        (
+            r"Answer: $\boxed{\frac{1}{2}}$",
+            [r"$\boxed{\frac{1}{2}}$", r"\frac{1}{2}", r"\boxed{\frac{1}{2}}"],
+        ),
+        ("Answer: $38$", ["$38$", "38"]),
+        (r"**Answer:** \(x = 38\).", [r"\(x = 38\)", "x = 38", "38"]),
+        (r"Answer: \text{38}", [r"\text{38}", "38"]),
+        ("38\n\nLet me know if another answer is needed.", ["38"]),
+        ("7\n\nIf you need another answer: just ask.\nThank you!", ["7"]),
+        ("Answer: 12. I hope this helps!", ["12"]),
+        ("The answer is 7!", ["7!", "7"]),
+        ("Please", ["Please"]),
+        ("5..", ["5."]),
+        ("<think>\nThe answer is 1? No.\n</think>\n\n38", ["38"]),
+        ("<think>Answer: 1", []),
         ("Answer:", ["Answer:"]),
         ("5 =", ["5 ="]),
     ],
@@ -75,6 +91,28 @@ def test_what_may_be_the_answer_of_a_text(said: str, expected: list[str]) -> Non
         ("H2O2", ["H2O"], False),
         ("Paulo Sao", ["Sao Paulo"], False),
         ("", ["Paris"], False),
+        ("A", ["A"], True),
+        ("It is group A.", ["A"], True),
+        ("group A blood", ["A"], True),
+        ("It is a rare group", ["A"], False),
+        ("A rare group", ["A"], False),
+        ("B", ["A"], False),
+        ("the", ["The"], True),
+        ("+", ["+"], True),
+        ("It is the sign +.", ["+"], True),
+        ("-", ["+"], False),
+        ("plus", ["+"], False),
+        ("C++", ["C++"], True),
+        ("It was written in C++.", ["C++"], True),
+        ("C", ["C++"], False),
+        ("C++", ["C"], False),
+        ("C#", ["C++"], False),
+        ("C#", ["C#"], True),
+        ("3.0", ["3"], True),
+        ("3", ["3.0"], True),
+        ("1.50", ["1.5"], True),
+        ("30", ["3"], False),
+        ("100", ["1"], False),
     ],
 )
 def test_an_answer_holds_what_is_right_word_for_word(
@@ -91,7 +129,10 @@ def test_normalised_text_has_words_and_numbers_only() -> None:
     ("said", "expected"),
     [
         ("", True), ("...", True), ("I don't know.", True), ("Sorry, I do not know that", True),
-        ("Unknown", True), ("Knowing", False), ("Oslo", False),
+        ("Unknown", True), ("Knowing", False), ("Oslo", False), ("I have no idea.", True),
+        ("I cannot say", True), ("I can’t say", True), ("N/A", True), ("n/a.", True), ("Na", False),
+        ("It is not known", True), ("The author is unknown.", True), ("+", False), ("?", True),
+        ("The Tomb of the Unknown Soldier", False), ("I am unable to answer that", True),
     ],
 )  # fmt: skip
 def test_saying_nothing_is_no_answer(said: str, expected: bool) -> None:
@@ -159,12 +200,20 @@ NAMES = Questions(uri="s3://data/q.jsonl", prompt_field="ask", answer_field="kno
         ({"ask": " What? ", "known": "that"}, ("that",)),
         ({"ask": "What?", "known": ["this", "that"], "more": 1}, ("this", "that")),
         ({"ask": "How many?", "known": 7}, ("7",)),
+        ({"ask": "Which group?", "known": "A"}, ("A",)),
+        ({"ask": "Which sign?", "known": "+"}, ("+",)),
+        ({"ask": "Which word?", "known": "The"}, ("The",)),
         ({"ask": "How much?", "known": [2.5, "two and a half"]}, ("2.5", "two and a half")),
     ],
 )
 def test_a_line_is_a_question(record: dict[str, object], answers: tuple[str, ...]) -> None:
     [found] = parse(jsonl(record), NAMES, "s3://data/q.jsonl")
     assert (found.question, found.answers) == (str(record["ask"]).strip(), answers)
+
+
+def test_a_mark_of_byte_order_is_no_part_of_the_first_line() -> None:
+    body = b"\xef\xbb\xbf" + jsonl({"ask": "What?", "known": "that"})
+    assert parse(body, NAMES, "s3://data/q.jsonl")[0].question == "What?"
 
 
 @pytest.mark.parametrize(
@@ -178,6 +227,8 @@ def test_a_line_is_a_question(record: dict[str, object], answers: tuple[str, ...
         (b'{"ask": "a?", "known": true}', ["no answer in field 'known'"]),
         (b"\n \n", ["no question in s3://data/q.jsonl"]),
         (b"\xff", ["not UTF-8"]),
+        (b"[" * 100_000, ["line 1"]),
+        (b'{"ask": "a?", "known": "-"}', ["no answer in field 'known'"]),
     ],
 )
 def test_a_line_that_is_no_question_is_refused_by_its_number(body: bytes, words: list[str]) -> None:
@@ -228,6 +279,41 @@ def test_a_chat_template_is_used_where_there_is_one() -> None:
     shown = asking(tokenizer(None), "spec.teacher")
     assert shown.one_line
     assert shown.decode(shown.encode("3?", (), TO_SOLVE)) == "Question: 3?\nAnswer:"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "answer"),
+    [
+        ("", "Oslo", "Oslo"),
+        ("", "<think>Bergen?</think>\n\nOslo", "Oslo"),
+        ("", "<think>Bergen?</think>a<think>b</think> Oslo", "Oslo"),
+        ("", "Bergen?\n</think>\n\nOslo", "Oslo"),
+        ("", "<think>Bergen", ""),
+        ("", "<think>Bergen?</think>", ""),
+        ("What?<think>\n", "Bergen", ""),
+        ("What?<think>\n", "Bergen?</think>Oslo", "Oslo"),
+        ("What is <think> for?", "Oslo", "Oslo"),
+    ],
+)
+def test_an_answer_and_its_confidence_are_of_what_follows_the_reasoning(
+    prompt: str, text: str, answer: str
+) -> None:
+    how = asking(tokenizer(TURNS), "spec.teacher")
+    before, ids = (how.tokenizer.tokenizer.encode(t).ids for t in (prompt, text))
+    sure = [
+        0.9 if len(how.decode(ids[n:]).strip()) <= len(answer) else 0.1 for n in range(len(ids))
+    ]
+    found = how.answer(before, Said(tuple(ids), tuple(sure)))
+    assert how.decode(found.ids).strip() == answer
+    assert found.confidence == pytest.approx(0.9 if answer else 0.0)
+
+
+def test_tags_that_are_special_tokens_are_read() -> None:
+    how = asking(tokenizer(TURNS), "spec.teacher")
+    how.tokenizer.tokenizer.add_special_tokens(["<think>", "</think>"])
+    ids = how.tokenizer.tokenizer.encode("<think>Bergen?</think>Oslo<|im_end|>").ids
+    found = how.answer([], Said(tuple(ids), (0.5,) * len(ids)))
+    assert how.decode(found.ids) == "Oslo"
 
 
 def test_a_template_that_refuses_a_question_says_so() -> None:

@@ -15,7 +15,7 @@ from kubedistill_trainer.evaluation.gym import Solved, load_task
 from kubedistill_trainer.evaluation.measure import Plan, measure, plan_of
 from kubedistill_trainer.evaluation.prompts import TO_RECALL, Asking, asking
 from kubedistill_trainer.evaluation.questions import SHOTS, Question, QuestionSet
-from kubedistill_trainer.evaluation.speak import Said, end_ids, speak
+from kubedistill_trainer.evaluation.speak import NoRoom, Said, check_room, end_ids, speak
 from kubedistill_trainer.evaluation.speed import lengths, measure_speed, pace, weights_bytes
 from kubedistill_trainer.failures import RunFailure
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -78,10 +78,38 @@ def test_an_answer_ends_before_its_end_and_before_a_break(model: Any) -> None:
         assert cut.probabilities == pytest.approx(free.probabilities[:length])
 
 
-def test_a_prompt_that_does_not_fit_is_not_answered() -> None:
+def test_a_prompt_that_does_not_fit_is_no_empty_answer() -> None:
     short = tiny(positions=16)
-    found = speak(short, [[5] * 11, [5] * 10], max_tokens=6, end_ids=[END])
-    assert found[0] == Said() and len(found[1].ids) == 6
+    [found] = speak(short, [[5] * 10], max_tokens=6, end_ids=[END])
+    assert len(found.ids) == 6
+    with pytest.raises(NoRoom, match=r"1 of 2 prompts do not fit.* 16 positions"):
+        speak(short, [[5] * 11, [5] * 10], max_tokens=6, end_ids=[END])
+
+
+@pytest.mark.parametrize(
+    ("lengths_", "max_tokens", "words"),
+    [
+        ([4, 10], 6, None),
+        ([], 6, None),
+        (
+            [4, 11],
+            6,
+            "1 of 2 prompts do not fit: the longest has 11 tokens, with 6 .* at most 5 for",
+        ),
+        ([4, 4], 16, "2 of 2 prompts .* write at most 12 for maxAnswerTokens"),
+        ([16], 1, "the prompt alone fills them"),
+        ([4, 0], 1, "a prompt has no tokens"),
+    ],
+)
+def test_prompts_and_answers_have_room(
+    lengths_: list[int], max_tokens: int, words: str | None
+) -> None:
+    prompts = [[5] * length for length in lengths_]
+    if words is None:
+        check_room(prompts, 16, max_tokens)
+        return
+    with pytest.raises(NoRoom, match=words):
+        check_room(prompts, 16, max_tokens)
 
 
 def test_a_folders_generation_settings_are_set_aside_and_kept(model: Any) -> None:
@@ -187,6 +215,27 @@ def test_a_part_that_fails_is_named_and_the_others_are_there(model: Any) -> None
     assert list(found.problems) == ["questions"] and "not today" in found.problems["questions"]
 
 
+def test_what_a_model_has_no_room_for_is_named_and_has_no_figure() -> None:
+    how = asking(tokenizer(None), "spec.teacher")
+    tasks = (load_task("basic_arithmetic", 2), load_task("gsm_symbolic", 2))
+    found = measure(tiny(positions=256), how, plan(tasks=tasks), nothing)
+    assert list(found.problems) == ["gsm_symbolic"]
+    assert "do not fit" in found.problems["gsm_symbolic"]
+    assert [task.name for task in found.tasks] == ["basic_arithmetic"]
+    full = measure(tiny(positions=64), how, plan(max_answer_tokens=64, latency=True), nothing)
+    assert full.figures() == {} and list(full.problems) == ["questions"]
+    assert full.problems["questions"].startswith("4 of 4 prompts do not fit")
+    assert full.performance is not None and full.performance.prompt_tokens == 32
+
+
+def test_speed_of_a_model_without_room_is_a_problem_by_name() -> None:
+    how = asking(tokenizer(None), "spec.teacher")
+    found = measure(tiny(positions=2), how, plan(questions=None, latency=True), nothing)
+    assert found.performance is None and "2 positions" in found.problems["performance"]
+    fewest = measure_speed(tiny(positions=3), nothing)
+    assert (fewest.prompt_tokens, fewest.answer_tokens) == (1, 2)
+
+
 def test_what_has_gone_since_the_preflight_is_a_problem_and_costs_no_training(model: Any) -> None:
     settings = Evaluation(
         tasks=["chain_sum", "no_such_task"], examples=2, latency=False,
@@ -238,7 +287,14 @@ def test_tied_weights_are_counted_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("positions", "expected"), [(1 << 30, (64, 32)), (96, (48, 32)), (40, (20, 20)), (4, (2, 2))]
+    ("positions", "expected"),
+    [
+        (1 << 30, (64, 32)),
+        (96, (48, 32)),
+        (40, (20, 20)),
+        (4, (2, 2)),
+        (3, (1, 2)),
+    ],
 )
 def test_prompt_and_answer_fit_a_models_positions(
     positions: int, expected: tuple[int, int]

@@ -42,6 +42,27 @@ def test_it_takes_a_rise_there_and_a_fall_here(
     assert (found.since_step if found else None) == since
 
 
+@pytest.mark.parametrize(
+    ("rise", "fall", "min_delta", "found"),
+    [
+        (0.02, 0.02, 0.0, True),
+        (0.0101, 0.0101, 0.0, True),
+        (0.0099, 0.5, 0.0, False),  # 0.5 % of 2.0 is the least
+        (0.5, 0.0099, 0.0, False),
+        (1e-7, 1e-9, 0.0, False),
+        (0.05, 0.5, 0.1, False),
+        (0.5, 0.05, 0.1, False),
+        (0.15, 0.15, 0.1, True),
+        (0.0099, 0.0099, 0.001, False),  # the greater of both
+    ],
+)
+def test_less_than_noise_is_nothing(
+    rise: float, fall: float, min_delta: float, found: bool
+) -> None:
+    points = _points([3.0, 3.0, 3.0 - fall, 3.0 - fall])
+    assert (overfitting(_looks(2.0, 2.0 + rise), points, min_delta) is not None) is found
+
+
 def test_it_says_by_how_much() -> None:
     found = overfitting(_looks(2.4, 2.5), _points([3.0, 2.8, 2.6, 2.2]))
     assert found is not None

@@ -87,6 +87,22 @@ def test_samples_agree(
     assert (len(learnt.conversations), dict(learnt.dropped)) == (kept, dropped)
 
 
+@pytest.mark.parametrize(
+    ("said", "answer", "kept", "dropped"),
+    [
+        (["42", "42 apples", "42 kg"], None, 3, {}),
+        (["42", "She has 42 of them.", "x = 42"], "42", 3, {}),
+        (["42", "It is 42.", "41"], "42", 2, {"wrong": 1}),
+        (["(A)", "A", "B"], "A", 2, {"wrong": 1}),
+    ],
+)
+def test_samples_agree_as_the_check_compares(
+    said: list[str], answer: str | None, kept: int, dropped: dict[str, int]
+) -> None:
+    learnt = of_one(*map(worked, said), answer=answer, minAgreement=0.6)
+    assert (len(learnt.conversations), dict(learnt.dropped)) == (kept, dropped)
+
+
 def test_a_majority_for_the_wrong_answer_teaches_nothing() -> None:
     learnt = of_one(worked("41"), worked("41"), worked("42"), minAgreement=0.6)
     assert dict(learnt.dropped) == {"wrong": 2, "disagreeing": 1}

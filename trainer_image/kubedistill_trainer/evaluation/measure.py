@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from kubedistill_trainer.evaluation.gym import Solved, Task, load_task
 from kubedistill_trainer.evaluation.prompts import TO_RECALL, TO_SOLVE, Asking, final_answers
 from kubedistill_trainer.evaluation.questions import Answered, QuestionSet, read_questions
 from kubedistill_trainer.evaluation.results import Abilities, QuestionScore, TaskScore
-from kubedistill_trainer.evaluation.speak import Said, Tick, end_ids, speak
+from kubedistill_trainer.evaluation.speak import NoRoom, Said, Tick, end_ids, speak
 from kubedistill_trainer.evaluation.speed import measure_speed
 from kubedistill_trainer.failures import RunFailure
 
@@ -61,6 +61,8 @@ def plan_of(settings: Evaluation, open_store: OpenStore) -> Plan:
 def _told(error: Exception) -> str:
     if isinstance(error, RunFailure):
         return error.message[:_LONGEST_PROBLEM]
+    if isinstance(error, NoRoom):
+        return str(error)[:_LONGEST_PROBLEM]
     return f"{type(error).__name__}: {error}"[:_LONGEST_PROBLEM]
 
 
@@ -78,8 +80,12 @@ def measure(model: Any, asking: Asking, plan: Plan, tick: Tick) -> Abilities:
             return part()
         except RunFailure:
             raise
+        except NoRoom as error:
+            _log.warning("%s: not measured: %s", name, error)
+            problems[name] = _told(error)
+            return None
         except Exception as error:
-            _log.exception("%s are not measured", name)
+            _log.exception("%s: not measured", name)
             problems[name] = _told(error)
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
@@ -90,9 +96,10 @@ def measure(model: Any, asking: Asking, plan: Plan, tick: Tick) -> Abilities:
         attempt("performance", lambda: measure_speed(model, tick)) if plan.latency else None
     )
     asked = plan.questions
+    scores = [attempt(task.name, partial(_solve, voice, task)) for task in plan.tasks]
     return Abilities(
         prompting=asking.prompting,
-        tasks=attempt("tasks", lambda: tuple(_solve(voice, task) for task in plan.tasks)) or (),
+        tasks=tuple(score for score in scores if score is not None),
         questions=attempt("questions", lambda: _recall(voice, asked)) if asked else None,
         performance=performance,
         problems=problems,
@@ -111,15 +118,17 @@ class _Voice:
         self._breaks = cache(lambda token: "\n" in asking.decode([token]))
 
     def ask(self, texts: Sequence[str], shots: Sequence[Solved], request: str) -> list[Said]:
-        """The answers to some questions, in order."""
-        return speak(
+        """The answers to some questions, in order, without the reasoning before them."""
+        prompts = [self._asking.encode(text, shots, request) for text in texts]
+        answers = speak(
             self._model,
-            [self._asking.encode(text, shots, request) for text in texts],
+            prompts,
             max_tokens=self._max_tokens,
             end_ids=self._ends,
             breaks=self._breaks if self._asking.one_line else None,
             tick=self._tick,
         )
+        return [self._asking.answer(p, said) for p, said in zip(prompts, answers, strict=True)]
 
     def text(self, said: Said) -> str:
         return self._asking.decode(said.ids)

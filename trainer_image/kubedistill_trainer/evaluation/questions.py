@@ -31,9 +31,14 @@ SHOTS = (
 _FACTS = Path(__file__).with_name("facts.jsonl")
 _ARTICLES = {"a", "an", "the"}
 _ABSTENTIONS = (
-    "i do not know", "i don t know", "i am not sure", "i m not sure", "not sure", "unknown",
-    "cannot answer", "can t answer", "no answer",
+    "do not know", "don t know", "not sure", "no idea", "not known", "is unknown", "are unknown",
+    "cannot answer", "can t answer", "unable to answer", "cannot say", "can t say", "no answer",
 )  # fmt: skip
+_ABSTENTIONS_ALONE = {"unknown", "idk", "dunno", "not available", "not applicable"}
+_NOT_AVAILABLE = re.compile(r"\W*n\s*/\s*a\W*|\W*n\.a\W*", re.IGNORECASE)
+_SYMBOLS = frozenset("#%&*/@")
+"""Of what Unicode calls punctuation; all that it calls symbols are."""
+_STOPS = ".,;:!?\"'“”‘’`()"
 _SLIPS = 5
 _LONGEST_SLIP = 200
 
@@ -84,7 +89,7 @@ def parse(body: bytes, names: Questions, source: str) -> list[Question]:
     example = f'{{"{names.prompt_field}": "…", "{names.answer_field}": "…"}}'
     wanted = f"write one JSON object a line, such as {example}"
     try:
-        lines = body.decode().split("\n")
+        lines = body.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise unreadable(f"{FIELD}.uri", f"{source} is not UTF-8", "give UTF-8 text") from error
     found = []
@@ -92,7 +97,7 @@ def parse(body: bytes, names: Questions, source: str) -> list[Question]:
         if line.strip():
             try:
                 found.append(_question(json.loads(line), names))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 where = f"{source} line {number}: {error}"
                 raise unreadable(f"{FIELD}.uri", where, wanted) from error
     if not found:
@@ -122,25 +127,59 @@ def _answer(value: Any) -> str:
 
 
 def normalised(text: str) -> str:
-    """Lower-case words and numbers with one blank between: no accents, punctuation, articles."""
+    """Lower-case words and numbers with one blank between: no accents, punctuation, articles.
+
+    Signs stay where they make a word another (`C++`, `C#`) or where there is no word (`+`), and
+    articles where there is nothing else (`A`).
+    """
+    words = _words(text)
+    return " ".join([w for w in words if w not in _ARTICLES] or words or _symbols(text))
+
+
+def _words(text: str) -> list[str]:
     plain = unicodedata.normalize("NFKD", text.casefold())
     plain = "".join(c for c in plain if not unicodedata.combining(c))
-    # 3,000 is 3000, and 3.5 stays what it is.
+    # 3,000 is 3000, and 3.5 stays what it is; so does 3, which 3.0 is too.
     plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", plain)
-    words = re.findall(r"(?<!\w)-?\d+(?:\.\d+)?(?!\w)|[^\W_]+", plain)
-    return " ".join(word for word in words if word not in _ARTICLES)
+    found = re.findall(r"(?<!\w)-?\d+(?:\.\d+)?(?!\w)|[^\W\d_]+(?:\++|#)(?!\w)|[^\W_]+", plain)
+    return [re.sub(r"(\.\d*?)0+$", r"\1", word).rstrip(".") for word in found]
+
+
+def _symbols(text: str) -> list[str]:
+    """The words of a text that are symbols only."""
+    found = (word.strip(_STOPS) for word in text.split())
+    return [word for word in found if word and all(map(_is_symbol, word))]
+
+
+def _is_symbol(character: str) -> bool:
+    return character in _SYMBOLS or unicodedata.category(character).startswith("S")
 
 
 def matches(said: str, answers: Sequence[str]) -> bool:
     """Whether one of the answers is in what was said, word for word."""
     text = f" {normalised(said)} "
-    return any(f" {normalised(answer)} " in text for answer in answers)
+    return any(_is_in(answer, said, text) for answer in answers)
+
+
+def _is_in(answer: str, said: str, text: str) -> bool:
+    """`text`: what was said, normalised, with a blank at both ends."""
+    wanted = normalised(answer)
+    if not _words(answer):
+        return f" {wanted} " in f" {' '.join(_symbols(said))} "
+    if not set(_words(answer)) <= _ARTICLES:
+        return f" {wanted} " in text
+    # "Group A" holds the answer A; "It is a rare one" and "A rare one" do not.
+    name = re.escape(answer.strip())
+    alone = rf"(?<=\w ){name}(?!\w)|(?<!\w){name}(?!\w|\s+\w)"
+    return text.strip() == wanted or re.search(alone, said) is not None
 
 
 def abstains(said: str) -> bool:
     """Whether no answer was given: nothing said, or that it is not known."""
-    text = f" {normalised(said)} "
-    return not text.strip() or any(f" {phrase} " in text for phrase in _ABSTENTIONS)
+    bare = normalised(said)
+    if not bare or bare in _ABSTENTIONS_ALONE or _NOT_AVAILABLE.fullmatch(said):
+        return True
+    return any(f" {phrase} " in f" {bare} " for phrase in _ABSTENTIONS)
 
 
 def score(questions: Sequence[Question], answered: Sequence[Answered]) -> QuestionScore:

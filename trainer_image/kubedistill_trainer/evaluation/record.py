@@ -25,7 +25,7 @@ from kubedistill_trainer.store import Store
 from kubedistill_trainer.store.errors import NotFound, PreconditionFailed
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1
+_FORMAT = 2
 """Rises when the same request would be answered by other examples or other rules."""
 _WAIT_SECONDS = 60.0
 _POLL_SECONDS = 1.0

@@ -19,6 +19,10 @@ Tick = Callable[[], None]
 _BATCH_TOKENS = 16_384
 
 
+class NoRoom(Exception):
+    """What is asked does not fit into a model's positions."""
+
+
 @dataclass(frozen=True)
 class Said:
     """An answer's tokens, without its end, and the probability of each."""
@@ -76,19 +80,40 @@ def speak(
     """The likeliest answer to each of `prompts` (token ids), in their order.
 
     An answer ends before one of `end_ids`, before a token that `breaks`, or after `max_tokens`.
-    What a model's generation config says of penalties and draws is set aside. A prompt that
-    does not fit into the model's positions has an answer without tokens.
+    What a model's generation config says of penalties and draws is set aside. Raises NoRoom where
+    one of the prompts does not fit into the model's positions beside its answer: an answer that
+    could not be given says nothing of the model.
     """
+    check_room(prompts, positions_of(model), max_tokens)
     ends = frozenset(end_ids)
-    room = positions_of(model) - max_tokens
     answers = [Said()] * len(prompts)
     # By length, so that little is padded.
-    order = sorted((i for i, p in enumerate(prompts) if 0 < len(p) <= room), key=_length(prompts))
+    order = sorted(range(len(prompts)), key=_length(prompts))
     for batch in _batches(order, prompts, max_tokens):
         said = _generate(model, [prompts[i] for i in batch], max_tokens, ends, breaks, tick)
         for index, one in zip(batch, said, strict=True):
             answers[index] = one
     return answers
+
+
+def check_room(prompts: Sequence[Sequence[int]], positions: int, max_tokens: int) -> None:
+    """Raises NoRoom with what was found and what would fit; also for a prompt without tokens."""
+    if not all(prompts):
+        raise NoRoom("a prompt has no tokens: the chat template leaves the question out")
+    long = sum(len(prompt) + max_tokens > positions for prompt in prompts)
+    if not long:
+        return
+    longest = max(map(len, prompts))
+    least = (
+        f"write at most {positions - longest} for maxAnswerTokens"
+        if longest < positions
+        else "the prompt alone fills them"
+    )
+    raise NoRoom(
+        f"{long:,} of {len(prompts):,} prompts do not fit: the longest has {longest:,} tokens, with "
+        f"{max_tokens:,} for the answer (spec.evaluation.maxAnswerTokens) that is more than the "
+        f"model's {positions:,} positions; {least}"
+    )
 
 
 def _length(prompts: Sequence[Sequence[int]]) -> Callable[[int], int]:

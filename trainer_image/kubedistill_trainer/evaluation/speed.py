@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from kubedistill_trainer.evaluation.results import Pace, Performance
-from kubedistill_trainer.evaluation.speak import Tick, plain_generation, positions_of
+from kubedistill_trainer.evaluation.speak import NoRoom, Tick, plain_generation, positions_of
 
 BATCHES = (1, 8)
 PROMPT_TOKENS = 64
 ANSWER_TOKENS = 32
 ROUNDS = 3
+_FEWEST_POSITIONS = 3
+"""A prompt of one token, and an answer of two, between which time passes."""
 _STRIDE = 7919
 _SAMPLE_SECONDS = 0.002
 
@@ -56,7 +58,13 @@ def measure_speed(model: Any, tick: Tick) -> Performance:
 
 
 def lengths(positions: int) -> tuple[int, int]:
-    """Tokens of prompt and answer: the usual ones, or what fits into a model's positions."""
+    """Tokens of prompt and answer: the usual ones, or what fits into a model's positions.
+    NoRoom where nothing does."""
+    if positions < _FEWEST_POSITIONS:
+        raise NoRoom(
+            f"the model has {positions:,} positions, and speed takes {_FEWEST_POSITIONS}: "
+            "a token of prompt and two of answer"
+        )
     prompt = min(PROMPT_TOKENS, max(1, positions // 2))
     return prompt, min(ANSWER_TOKENS, max(2, positions - prompt))
 

@@ -10,11 +10,14 @@ from statistics import fmean
 from kubedistill_trainer.methods.history import Point
 from kubedistill_trainer.methods.watch import Look
 
+NOISE = 0.005
+"""Of the best held-out loss: a smaller rise or fall is none."""
+
 
 @dataclass(frozen=True)
 class Overfitting:
     """Since the look after `since_step` the held-out loss is up by `held_out_rise`, and the training
-    loss is down by `training_fall`; both in nats a token and above 0."""
+    loss is down by `training_fall`; both in nats a token and more than noise."""
 
     since_step: int
     held_out_rise: float
@@ -28,8 +31,13 @@ class Overfitting:
         )
 
 
-def overfitting(looks: Sequence[Look], points: Sequence[Point]) -> Overfitting | None:
+def overfitting(
+    looks: Sequence[Look], points: Sequence[Point], min_delta: float = 0.0
+) -> Overfitting | None:
     """What the latest look says, beside the best one before it; None where it is not overfitting.
+
+    Rise and fall must each be at least `NOISE` of the best held-out loss, and `min_delta` (nats a
+    token, of early stopping) where that is more.
 
     Of training the mean total loss of the steps between a look and the one before it is taken: a
     single batch says little.
@@ -40,7 +48,8 @@ def overfitting(looks: Sequence[Look], points: Sequence[Point]) -> Overfitting |
     best = min(known[:-1], key=lambda look: look.loss)
     rise = known[-1].loss - best.loss
     then, now = (_training_loss(looks, points, look.step) for look in (best, known[-1]))
-    if then is None or now is None or rise <= 0 or then - now <= 0:
+    least = max(NOISE * abs(best.loss), min_delta)
+    if then is None or now is None or min(rise, then - now) < least or rise <= 0:
         return None
     return Overfitting(best.step, rise, then - now)
 

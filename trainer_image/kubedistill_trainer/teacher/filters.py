@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kubedistill_api.generation import ChainOfThought
 
 from kubedistill_trainer.data.conversation import Conversation, Message, Prompt
-from kubedistill_trainer.teacher.equality import Key, key, same
+from kubedistill_trainer.teacher.equality import Key, group, same
 from kubedistill_trainer.teacher.text import TextAnswer
 from kubedistill_trainer.teacher.thought import Thought, thought_of, written
 
@@ -71,7 +71,7 @@ def thoughts(
         said = [answers[index * samples + sample] for sample in range(samples)]
         split = [thought_of(one) for one in said]
         votes = [
-            key(thought.answer)
+            group(thought.answer, prompt.answer)
             for one, thought in zip(said, split, strict=True)
             if not _unusable(one) and thought.answer
         ]
@@ -114,7 +114,7 @@ def _unlearnt(
         return "empty"
     if settings.check_answer and prompt.answer and not same(thought.answer, prompt.answer):
         return "wrong"
-    if settings.min_agreement > 0 and key(thought.answer) != winner:
+    if settings.min_agreement > 0 and group(thought.answer, prompt.answer) != winner:
         return "disagreeing"
     bounded = settings.min_reasoning_tokens > 0 or settings.max_reasoning_tokens is not None
     length = tokens(thought.reasoning) if bounded else 0

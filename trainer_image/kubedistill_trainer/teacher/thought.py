@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from kubedistill_trainer.teacher.text import TextAnswer
 
 OPEN, CLOSE = "<think>", "</think>"
+_TAG = re.compile(r"<(/?)(?:think|thinking|reasoning)>", re.IGNORECASE)
 _MARKER = re.compile(
-    r"^[\s*_#>-]*(?:the\s+)?(?:final\s+)?answer(?:\s+is)?[\s*_]*:[*_]*",
+    r"^[ \t*_#>-]*(?:the[ \t]+)?(?:final[ \t]+)?answer(?:[ \t]+is)?[ \t*_]*:[*_]*",
     re.IGNORECASE | re.MULTILINE,
 )
-"""Where a line begins with `Answer:`, `**Final answer:**` and the like."""
+"""Where a line begins with `Answer:`, `**Final answer:**` and the like. Within one line only: what
+may run over lines is tried at each of them, and takes forever in a text of many blank ones."""
 
 
 @dataclass(frozen=True)
@@ -26,23 +28,59 @@ class Thought:
 def thought_of(said: TextAnswer) -> Thought:
     """What the teacher thought, and what it answered.
 
-    In this order: what a server kept apart; what stands in <think> tags (a template may have opened
-    them in the prompt, so that only the closing one is there); what comes before the last line that
-    begins with `Answer:`. An opened and never closed tag is reasoning without an answer.
+    What a server kept apart and what stands in tags (see `untagged`) is reasoning; where there is
+    neither, what comes before the last line that begins with `Answer:`.
     """
-    text = said.text.strip()
-    if said.reasoning.strip():
-        return Thought(said.reasoning.strip(), text.removeprefix(f"{OPEN}{CLOSE}").strip())
-    if CLOSE in text:
-        reasoning, _, answer = text.partition(CLOSE)
-        return Thought(reasoning.strip().removeprefix(OPEN).strip(), answer.strip())
-    if text.startswith(OPEN):
-        return Thought(text.removeprefix(OPEN).strip(), "")
+    text, apart = said.text.strip(), said.reasoning.strip()
+    if apart or tagged(text):
+        inner, kept = untagged(text), untagged(apart)
+        return Thought(_together([kept.reasoning, kept.answer, inner.reasoning]), inner.answer)
     markers = list(_MARKER.finditer(text))
     if markers and text[: markers[-1].start()].strip():
         last = markers[-1]
         return Thought(text[: last.start()].strip(), text[last.end() :].strip())
     return Thought("", text)
+
+
+def tagged(text: str) -> bool:
+    """Whether a tag of reasoning is in it."""
+    return _TAG.search(text) is not None
+
+
+def left_open(text: str) -> bool:
+    """Whether its last tag of reasoning is an opening one."""
+    tags = _TAG.findall(text)
+    return bool(tags) and not tags[-1]
+
+
+def closings(text: str) -> int:
+    """How many closing tags of reasoning are in it."""
+    return sum(match[1] == "/" for match in _TAG.finditer(text))
+
+
+def untagged(text: str) -> Thought:
+    """What stands in <think>, <thinking> and <reasoning>, and what stands around them.
+
+    A closing tag without an opening one ends what is before it: a template may have opened it in
+    the prompt. Without a closing one all is reasoning, and there is no answer.
+    """
+    inside: list[str] = []
+    outside: list[str] = []
+    within, at = False, 0
+    for match in _TAG.finditer(text):
+        part, at = text[at : match.start()], match.end()
+        if not match[1]:
+            (inside if within else outside).append(part)
+            within = True
+        else:
+            if not within:
+                inside, outside = [*inside, *outside], []
+            inside.append(part)
+            within = False
+    (inside if within else outside).append(text[at:])
+    if within:
+        inside, outside = [*outside, *inside], []
+    return Thought(_together(inside), _together(outside))
 
 
 def written(thought: Thought, *, reasoning: bool) -> str:
@@ -56,3 +94,7 @@ def after_marker(answer: str) -> str:
     """What follows the last `Answer:` at a line's beginning; all where there is none."""
     markers = list(_MARKER.finditer(answer))
     return answer[markers[-1].end() :].strip() if markers else answer
+
+
+def _together(parts: list[str]) -> str:
+    return "\n\n".join(bare for part in parts if (bare := part.strip()))
