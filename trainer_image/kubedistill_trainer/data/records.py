@@ -43,7 +43,7 @@ def text_of(line: str, source: DataSource) -> str:
     value = _field(_record(line), source.text_field)
     if not isinstance(value, str):
         raise BadRecord(f"field {source.text_field!r} is a {type(value).__name__}, not a string")
-    return value
+    return _whole(value, f"field {source.text_field!r}")
 
 
 def conversation_of(line: str, source: DataSource) -> Conversation:
@@ -91,6 +91,11 @@ def _record(line: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         shown = line[:_LONGEST_FRAGMENT]
         raise BadRecord(f"not JSON ({error.msg} at column {error.colno}): {shown!r}") from error
+    except (RecursionError, ValueError) as error:
+        # What Python cannot hold: brackets by the thousand, a number of thousands of digits.
+        raise BadRecord(
+            f"JSON that is too deep or too large ({str(error)[:_LONGEST_FRAGMENT]})"
+        ) from error
     if not isinstance(record, dict):
         raise BadRecord(f"a JSON {type(record).__name__}, not an object")
     return record
@@ -115,6 +120,19 @@ def _said(value: Any, what: str) -> str:
         raise BadRecord(f"{what} is a {type(value).__name__}, not a string")
     if not value.strip():
         raise BadRecord(f"{what} is empty")
+    return _whole(value, what)
+
+
+def _whole(value: str, what: str) -> str:
+    """A text of whole characters. JSON may name half of one (`\\ud83d` without what follows it), which
+    no tokenizer takes and no request can be sent with."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise BadRecord(
+            f"{what} holds half a character, {half} (a lone surrogate), at place {error.start + 1}"
+        ) from error
     return value
 
 
