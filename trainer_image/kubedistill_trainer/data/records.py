@@ -40,7 +40,7 @@ def is_conversation(source: DataSource) -> bool:
 
 def text_of(line: str, source: DataSource) -> str:
     """The text of a line of plain text. Raises BadRecord."""
-    value = _field(_record(line), source.text_field)
+    value = _field(record_of(line), source.text_field)
     if not isinstance(value, str):
         raise BadRecord(f"field {source.text_field!r} is a {type(value).__name__}, not a string")
     return _whole(value, f"field {source.text_field!r}")
@@ -48,7 +48,7 @@ def text_of(line: str, source: DataSource) -> str:
 
 def conversation_of(line: str, source: DataSource) -> Conversation:
     """The turns of a line, the assistant's last. Raises BadRecord."""
-    record = _record(line)
+    record = record_of(line)
     if source.messages_field is None:
         prompt = _words(record, source.prompt_field)
         if source.response_field not in record:
@@ -73,7 +73,7 @@ def prompt_of(line: str, source: DataSource, index: int, number: int) -> Prompt:
 
     `index`: place of the file in `spec.data.sources`; `number` of the line, from 1.
     """
-    record = _record(line)
+    record = record_of(line)
     if source.messages_field is None:
         messages: tuple[Message, ...] = (Message("user", _words(record, source.prompt_field)),)
     else:
@@ -85,7 +85,8 @@ def prompt_of(line: str, source: DataSource, index: int, number: int) -> Prompt:
     return Prompt(index, number, messages, _answer(record, source.answer_field))
 
 
-def _record(line: str) -> dict[str, Any]:
+def record_of(line: str) -> dict[str, Any]:
+    """The object of a line. Raises BadRecord."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
