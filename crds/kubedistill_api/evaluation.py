@@ -16,6 +16,13 @@ TaskName = Annotated[
     Field(description="Name of a task."),
 ]
 DEFAULT_TASKS = ["basic_arithmetic", "chain_sum", "gsm_symbolic", "simple_equations"]
+SIMPLE_TASKS = frozenset(
+    {
+        "basic_arithmetic", "chain_sum", "count_bits", "decimal_chain_sum", "letter_counting",
+        "number_format", "products", "spell_backward",
+    }
+)  # fmt: skip
+"""One step to the answer. All others take several, and count in the multi-step figures."""
 
 
 class Questions(ApiModel):

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from kubedistill_api.base import ApiModel, cel, rules
 
+MAX_TOKENS = 512
+"""Of an answer, where `generation` says nothing."""
+
 
 class Generation(ApiModel):
     """How the teacher answers a prompt."""
@@ -19,7 +22,9 @@ class Generation(ApiModel):
             )
         ]
     )
-    max_tokens: int = Field(512, ge=1, le=131_072, description="Tokens of an answer at most.")
+    max_tokens: int = Field(
+        MAX_TOKENS, ge=1, le=131_072, description="Tokens of an answer at most."
+    )
     temperature: float = Field(0.7, ge=0, le=2, description="Of the draw; 0 takes the likeliest.")
     top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest with this mass.")
     samples: int = Field(1, ge=1, le=64, description="Answers a prompt.")
@@ -30,6 +35,18 @@ class Generation(ApiModel):
 
 class ChainOfThought(ApiModel):
     """Which of the teacher's reasoning is learnt; what fails a filter is counted, not learnt."""
+
+    model_config = rules(
+        [
+            cel(
+                "!has(self.maxReasoningTokens) || !has(self.minReasoningTokens) || "
+                "self.minReasoningTokens <= self.maxReasoningTokens",
+                "no reasoning is so long and so short: `minReasoningTokens` is at most "
+                "`maxReasoningTokens`",
+                ".minReasoningTokens",
+            )
+        ]
+    )
 
     train_on_reasoning: bool = Field(
         True, description="Whether the student learns the reasoning, or the answer alone."

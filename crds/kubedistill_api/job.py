@@ -10,7 +10,7 @@ from kubedistill_api.base import ApiModel, cel, number_or, rules
 from kubedistill_api.data import Data
 from kubedistill_api.evaluation import Evaluation
 from kubedistill_api.gates import MAX_GATES, Gate
-from kubedistill_api.generation import ChainOfThought, Generation
+from kubedistill_api.generation import MAX_TOKENS, ChainOfThought, Generation
 from kubedistill_api.objective import Objective
 from kubedistill_api.references import (
     JobReference,
@@ -50,6 +50,14 @@ class Distill(ApiModel):
                 "(has(self.generation) && self.generation.samples > 1)",
                 "samples can agree only where there are several: raise `generation.samples`",
                 ".chainOfThought.minAgreement",
+            ),
+            cel(
+                "!has(self.chainOfThought) || !has(self.chainOfThought.minReasoningTokens) || "
+                "self.chainOfThought.minReasoningTokens <= (has(self.generation) && "
+                f"has(self.generation.maxTokens) ? self.generation.maxTokens : {MAX_TOKENS})",
+                "no answer holds so long a reasoning: `minReasoningTokens` is at most "
+                "`generation.maxTokens`",
+                ".chainOfThought.minReasoningTokens",
             ),
             cel(
                 "!has(self.signal) || self.signal == 'Logits' || !has(self.objective) || "

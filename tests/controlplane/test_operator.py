@@ -186,6 +186,37 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         },
         "samples can agree only where there are several",
     ),
+    (
+        "short-and-long",
+        {
+            "distill": {
+                "signal": "ChainOfThought",
+                "chainOfThought": {"minReasoningTokens": 50, "maxReasoningTokens": 10},
+            },
+            "data": {"sources": [ASKED]},
+        },
+        "`minReasoningTokens` is at most `maxReasoningTokens`",
+    ),
+    (
+        "no-room-to-think",
+        {
+            "distill": {
+                "signal": "ChainOfThought",
+                "generation": {"maxTokens": 16},
+                "chainOfThought": {"minReasoningTokens": 17},
+            },
+            "data": {"sources": [ASKED]},
+        },
+        "`minReasoningTokens` is at most `generation.maxTokens`",
+    ),
+    (
+        "little-room",
+        {
+            "distill": {"signal": "ChainOfThought", "chainOfThought": {"minReasoningTokens": 513}},
+            "data": {"sources": [ASKED]},
+        },
+        "`minReasoningTokens` is at most `generation.maxTokens`",
+    ),
 ]
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save, save_file
 ROWS, WIDTH, LAYERS = 4096, 96, 5
 CONFIG = {"model_type": "llama", "vocab_size": ROWS}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+MATRICES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
 Tensors = dict[str, torch.Tensor]
 
 
@@ -30,7 +31,7 @@ def model() -> Tensors:
     torch.manual_seed(0)
     found = {EMBEDDING: torch.randn(ROWS, WIDTH), HEAD: torch.randn(ROWS, WIDTH)}
     for layer in range(LAYERS):
-        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"):
+        for name in MATRICES:
             found[f"model.layers.{layer}.{name}.weight"] = torch.randn(WIDTH, WIDTH)
         found[f"model.layers.{layer}.input_layernorm.weight"] = torch.ones(WIDTH)
         found[f"model.layers.{layer}.input_layernorm.bias"] = torch.zeros(WIDTH)
@@ -76,20 +77,28 @@ SEEN_AT_ONCE = {
     "embedding": (zero(EMBEDDING), f"only zeros in {EMBEDDING}"),
     "head": (zero(HEAD), f"only zeros in {HEAD}"),
     "all": (all_zero, "only zeros in"),
+    "the layers": (
+        all_zero_but_the_vocabulary,
+        "only zeros in model.layers.0.mlp.up_proj.weight (model-00001-of-00002.safetensors), and "
+        "every other matrix of a layer of",
+    ),
     "nan": (fill(MIDDLE, 0, float("nan")), f"NaN or infinity in {MIDDLE}"),
     "infinity": (fill(EMBEDDING, 2, float("-inf")), f"NaN or infinity in {EMBEDDING}"),
 }
 NOT_IN_THE_SAMPLE = {
     "deep in a matrix": (fill(EMBEDDING, 900, float("nan")), f"NaN or infinity in {EMBEDDING}"),
     "in another layer": (
-        fill("model.layers.4.mlp.up_proj.weight", 5, float("inf")),
-        "NaN or infinity in model.layers.4.mlp.up_proj.weight",
+        fill("model.layers.1.mlp.up_proj.weight", 5, float("inf")),
+        "NaN or infinity in model.layers.1.mlp.up_proj.weight",
     ),
 }
 SOUND: dict[str, Callable[[Tensors], object]] = {
     "as trained": lambda _: None,
     "one matrix of a layer": zero("model.layers.2.self_attn.o_proj.weight"),
-    "the layers only": all_zero_but_the_vocabulary,
+    "one layer": zero(*(f"model.layers.0.{m}.weight" for m in MATRICES)),
+    "nearly all of each": zero(
+        *(f"model.layers.{n}.{m}.weight" for n in range(LAYERS) for m in MATRICES[1:])
+    ),
     "padded rows": lambda tensors: tensors[EMBEDDING][ROWS // 3 :].zero_(),
     "the first rows": lambda tensors: tensors[HEAD][: ROWS // 5].zero_(),
     "norms": zero(*(f"model.layers.{n}.input_layernorm.weight" for n in range(LAYERS))),
@@ -141,15 +150,39 @@ def test_zeros_that_a_model_may_have(store: Store, tmp_path: Path, name: str) ->
     download(store, tmp_path / "got", "spec.teacher")
 
 
-def test_a_model_that_does_not_say_its_vocabulary(store: Store) -> None:
+def test_a_layer_as_wide_as_the_vocabulary(store: Store) -> None:
     tensors = model()
-    zero(EMBEDDING)(tensors)
-    put(store, tensors, {"model_type": "llama"})
-    weights.check_sample(store, {"model_type": "llama"}, "spec.teacher")
-    all_zero(tensors)
-    put(store, tensors, {"model_type": "llama"})
-    with pytest.raises(InputsRefused, match="and every other matrix"):
-        weights.check_sample(store, {"model_type": "llama"}, "spec.teacher")
+    tensors[EMBEDDING], tensors[HEAD] = torch.randn(WIDTH, WIDTH), torch.randn(WIDTH, WIDTH)
+    zero("model.layers.2.self_attn.o_proj.weight")(tensors)
+    put(store, tensors, {"vocab_size": WIDTH})
+    weights.check_sample(store, {"vocab_size": WIDTH}, "spec.teacher")
+    zero(HEAD)(tensors)
+    put(store, tensors)
+    with pytest.raises(InputsRefused, match=f"only zeros in {HEAD}"):
+        weights.check_sample(store, {}, "spec.teacher")
+
+
+def test_only_the_models_own_files_are_looked_at(store: Store, tmp_path: Path) -> None:
+    tensors = model()
+    put(store, tensors)
+    store.put("optimizer.safetensors", save({"x": torch.full((4, 4), float("nan"))}))
+    store.put("model.safetensors", save({name: t * 0 for name, t in tensors.items()}))
+    weights.check_sample(store, CONFIG, "spec.teacher")
+    download(store, tmp_path / "got", "spec.teacher")
+
+
+def test_shards_without_an_index(store: Store, tmp_path: Path) -> None:
+    put(store, model())
+    store.delete(["model.safetensors.index.json"])
+    with pytest.raises(InputsRefused) as early:
+        weights.check_sample(store, CONFIG, "spec.teacher")
+    with pytest.raises(InputsRefused) as late:
+        download(store, tmp_path / "got", "spec.teacher")
+    for refused in (early, late):
+        assert refused.value.problems[0].found == (
+            f"model-00001-of-00002.safetensors and 1 more in {store.uri}, and neither "
+            "model.safetensors nor model.safetensors.index.json"
+        )
 
 
 def test_a_folder_without_weights(store: Store) -> None:
@@ -170,12 +203,46 @@ def test_a_file_that_the_index_names_is_missing(store: Store) -> None:
     )
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"weight_map": 1}'])
-def test_an_index_that_is_none(store: Store, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "no safetensors in s3://"),
+        (b"[" * 100_000, "no safetensors in s3://"),
+        (b"[]", "with no weight_map with a tensor in it"),
+        (b"{}", "with no weight_map with a tensor in it"),
+        (b'{"weight_map": 1}', "with no weight_map with a tensor in it"),
+        (b'{"weight_map": {}}', "with no weight_map with a tensor in it"),
+        (b'{"weight_map": {"a": 5, "b": "x"}}', "with a in 5, which is no .safetensors file"),
+        (b'{"weight_map": {"a": "x.bin"}}', "with a in 'x.bin', which is no .safetensors file"),
+        (b'{"weight_map": {"a": "sub/x.safetensors"}}', "no sub/x.safetensors in s3://"),
+    ],
+)
+def test_an_index_that_is_none(store: Store, content: bytes, words: str) -> None:
     put(store, model())
     store.put("model.safetensors.index.json", content)
-    with pytest.raises(InputsRefused, match=r"no safetensors in .*index\.json"):
+    with pytest.raises(InputsRefused) as refused:
         weights.check_sample(store, CONFIG, "spec.teacher")
+    [problem] = refused.value.problems
+    assert words in problem.found and "model.safetensors.index.json" in problem.found
+
+
+SIZES = {"vocab_size": ROWS, "hidden_size": WIDTH, "num_hidden_layers": LAYERS}
+OTHER_SIZES = {
+    "vocab_size": (ROWS + 8, f"{ROWS} rows in {HEAD} of "),
+    "hidden_size": (2 * WIDTH, f"{WIDTH} columns in {EMBEDDING} of "),
+    "num_hidden_layers": (LAYERS + 1, f"no tensor of model.layers.{LAYERS} of "),
+}
+
+
+@pytest.mark.parametrize("key", OTHER_SIZES)
+def test_a_config_of_another_model(store: Store, key: str) -> None:
+    size, words = OTHER_SIZES[key]
+    put(store, model())
+    weights.check_sample(store, SIZES, "spec.teacher")
+    with pytest.raises(InputsRefused) as refused:
+        weights.check_sample(store, SIZES | {key: size}, "spec.teacher")
+    [problem] = refused.value.problems
+    assert problem.found == f"{words}{store.uri}, whose config.json says {key} {size}"
 
 
 WHOLE = save({"a": torch.ones(64, 64)})

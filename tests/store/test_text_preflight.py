@@ -131,18 +131,61 @@ def test_prompts_that_a_template_refuses(store: Store) -> None:
         found = refusal(run, store)
         assert "data/q.jsonl line 2: " in found and "roles must alternate" in found
     # A system turn goes into the user's, for the teacher alone.
-    run = job(store, {"q": "Why?"}, teacher=data_kit.STRICT, **thoughtful())
+    run = job(store, {"q": "Why?", "a": "x"}, teacher=data_kit.STRICT, **thoughtful())
     run_preflight(context_of(run, store, Path()))
 
 
 def test_a_template_that_forgets_the_reasoning(store: Store) -> None:
-    found = refusal(job(store, {"q": "Why?"}, student=FORGETFUL, **thoughtful()), store)
+    found = refusal(job(store, {"q": "Why?", "a": "x"}, student=FORGETFUL, **thoughtful()), store)
     assert "leaves the reasoning before an answer out" in found
     assert "trainOnReasoning: false" in found
     answers = thoughtful(chainOfThought={"trainOnReasoning": False})
     run_preflight(
-        context_of(job(store, {"q": "Why?"}, student=FORGETFUL, **answers), store, Path())
+        context_of(job(store, {"q": "Why?", "a": "x"}, student=FORGETFUL, **answers), store, Path())
     )
+
+
+ONLY_ANSWERS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def test_templates_that_leave_the_user_out(store: Store) -> None:
+    found = refusal(job(store, {"q": "Why?"}, student=ONLY_ANSWERS), store)
+    assert "spec.data.tokenizer.uri: found a chat template that leaves the user's turn out" in found
+    found = refusal(job(store, {"q": "Why?"}, teacher="hello"), store)
+    assert "spec.teacher: found a chat template that leaves the user's turn out" in found
+
+
+def test_half_a_character_in_a_prompt_is_a_bad_record(store: Store) -> None:
+    found = refusal(job(store, {"q": "Why?"}, {"q": "x\ud83d"}), store)
+    assert "data/q.jsonl line 2: field 'q' holds half a character" in found
+    run = job(store, {"q": "Why?"}, {"q": "x\ud83d"}, data={"maxBadRecords": 1})
+    assert "1 answers to 1 prompts" in run_preflight(context_of(run, store, Path())).message
+
+
+def test_right_answers_that_no_record_has(store: Store) -> None:
+    records = [{"q": "Why?", "answer": "x"}, {"q": "Who?", "level": 2}]
+    run = job(store, *records, source={"answerField": "anser"}, **thoughtful())
+    found = refusal(run, store)
+    assert "spec.data.sources[0].answerField: found anser, which no record of s3://" in found
+    assert "write one of the fields that there are: answer, level, q;" in found
+    unchecked = thoughtful(chainOfThought={"checkAnswer": False})
+    run = job(store, *records, source={"answerField": "anser"}, **unchecked)
+    run_preflight(context_of(run, store, Path()))
+    run = job(store, *records, source={"answerField": "answer"}, **thoughtful())
+    run_preflight(context_of(run, store, Path()))
+
+
+def test_no_prompt_leaves_room_in_a_sequence(store: Store) -> None:
+    long = {"q": "Why? " * 20}
+    found = refusal(
+        job(store, long, data={"sequenceLength": 16}), store, ExitCode.BAD_CONFIGURATION
+    )
+    assert "spec.data.sequenceLength: found 16; the shortest prompt of s3://" in found
+    both = job(store, long, {"q": "Hi"}, data={"sequenceLength": 64})
+    run_preflight(context_of(both, store, Path()))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +201,7 @@ def test_a_template_that_forgets_the_reasoning(store: Store) -> None:
 )
 def test_no_room_for_an_answer(store: Store, tokens: int, question: str, words: str) -> None:
     distill = {"signal": "Responses", "generation": {"maxTokens": tokens}}
-    run = job(store, {"q": question}, distill=distill)
+    run = job(store, {"q": question}, distill=distill, data={"sequenceLength": 2048})
     found = refusal(run, store, ExitCode.BAD_CONFIGURATION)
     assert "spec.distill.generation.maxTokens" in found and words in found
 

@@ -114,6 +114,9 @@ def _source(uri: str = "s3://data/a.jsonl") -> DataSource:
         ("[1, 2]", "line 2: a JSON list, not an object"),
         ('{"body": "x"}', "line 2: no field 'text', only ['body']"),
         ('{"text": 5}', "line 2: field 'text' is a int, not a string"),
+        ('{"text": "a\\ud83d"}', "line 2: field 'text' holds half a character, \\ud83d"),
+        ("[" * 100_000, "line 2: JSON that is too deep or too large"),
+        ('{"text": ' + "1" * 5_000 + "}", "line 2: JSON that is too deep or too large"),
     ],
 )
 def test_a_bad_line_is_named(line: str, found: str) -> None:

@@ -111,6 +111,14 @@ def test_no_number_of_bad_records_allows_prompts_without_a_response_field() -> N
         ({"q": ""}, ASKED, "field 'q' is empty"),
         ({"turns": [SYSTEM]}, {**TALKS, "origin": "Teacher"}, "'turns' asks nothing"),
         ({"q": "x", "n": [2]}, {**ASKED, "answerField": "n"}, "field 'n' is a list"),
+        ({"q": "ab\ud83d", "a": "y"}, PAIRS, "field 'q' holds half a character, \\ud83d"),
+        ({"q": "x", "a": "\udc00"}, PAIRS, "field 'a' holds half a character, \\udc00"),
+        ({"q": "x", "n": "\ud83d"}, {**ASKED, "answerField": "n"}, "field 'n' holds half a character"),
+        (
+            {"turns": [USER, {**ASSISTANT, "content": "x\ud83d"}]}, TALKS,
+            "the content of message 2 of 'turns' holds half a character, \\ud83d (a lone surrogate), "
+            "at place 2",
+        ),
     ],
 )  # fmt: skip
 def test_a_bad_record_is_named(record: Any, source: Any, wrong: str) -> None:
@@ -120,6 +128,12 @@ def test_a_bad_record_is_named(record: Any, source: Any, wrong: str) -> None:
     assert "maxBadRecords" in expected
     assert (source.get("messagesField") or source["promptField"]) in expected
     assert ("origin: Teacher" in expected) == ("origin" not in source)
+
+
+def test_halves_of_characters_that_are_not_used_do_not_matter() -> None:
+    body = jsonl({"q": "\U0001f600", "a": "y", "id": "\ud83d"})
+    [record] = _read(body, **PAIRS).conversations
+    assert record.conversation.messages[0].content == "\U0001f600"
 
 
 def test_bad_records_within_the_limit_are_skipped() -> None:

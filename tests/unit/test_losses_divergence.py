@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kubedistill_trainer.losses import Divergence, TeacherHidden, distillation_loss
-from unit.test_losses_kit import TEMPERATURES, case, check, error, evaluate, sparse_of
+from kubedistill_trainer.losses import Divergence, TeacherHidden, distillation_loss, fused
+from unit.test_losses_kit import TEMPERATURES, Case, case, check, error, evaluate, sparse_of
 
 DIVERGENCES = {
     "reverse": Divergence(0, 1, 0),
@@ -84,6 +86,59 @@ def test_gradcheck(name: str, kind: str) -> None:
         ).total  # fmt: skip
 
     assert torch.autograd.gradcheck(loss, (c.hidden.requires_grad_(), c.head.requires_grad_()))
+
+
+def _sure(seed: int, spread: float) -> Case:
+    """Student and teacher that are sure, each of tokens of its own."""
+    c, other = (
+        case(64, 512, width=32, spread=spread, seed=seed),
+        case(64, 512, spread=spread, seed=9),
+    )
+    c.labels = c.labels.clamp_min(0)
+    c.teacher = other.teacher
+    return c
+
+
+@pytest.fixture(params=["blocks", "fused"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss as on a CPU, and step by step in the form that a GPU's compiler is given."""
+    if request.param == "fused":
+        monkeypatch.setattr(fused, "worth_fusing", lambda device: True)
+        monkeypatch.setattr(fused, "_compiled", lambda: fused.fused_chunk)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("beta", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_a_student_that_is_sure_keeps_its_digits(beta: float, temperature: float) -> None:
+    check(
+        _sure(1, 17.0), "hidden", 5e-6, torch.float32, temperature=temperature, soft_weight=1.0,
+        divergence=Divergence(0, 0, 1, beta=beta),
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("form")
+def test_the_tail_of_great_logits_keeps_its_digits() -> None:
+    """Against itself in fp64: the oracle's tail is 1 − Σ p, which is nothing here."""
+    c = case(65, 1031, width=3, spread=20.0)
+    kept = sparse_of(c.teacher, 4, 0.5)
+    options: dict[str, Any] = {
+        "temperature": 0.5, "soft_weight": 1.0, "divergence": Divergence(0, 0, 1, beta=0.05),
+    }  # fmt: skip
+    expected = evaluate(c, kept, **options)
+    for ours, wide in zip(evaluate(c.cast(torch.float32), kept, **options), expected, strict=True):
+        assert error(ours, wide) < 5e-6
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("teacher", ["none", "sparse"])
+def test_where_a_cap_holds_little_is_left_and_that_is_right(teacher: str) -> None:
+    """Logits of 8 to 18 under a cap of 1: its slope is 5e-7 and less."""
+    c = case(9, 23, width=1)
+    c.hidden, c.head = (x.sign() * (1 + x.abs() % 0.5) for x in (c.hidden, c.head))
+    c.head *= 8
+    options = {"temperature": 2.0, "soft_weight": 0.5, "softcap": 1.0}
+    check(c.cast(torch.float32).cast(torch.float64), teacher, 5e-6, torch.float32, **options)
 
 
 @settings(max_examples=60, deadline=None)

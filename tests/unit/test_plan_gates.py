@@ -79,8 +79,39 @@ def test_bounds_that_cannot_be_kept_are_refused(bounds: dict[str, Any], words: s
     assert words in "; ".join(problem.sentence() for problem in problems)
 
 
+@pytest.mark.parametrize(
+    ("thought", "generation", "words"),
+    [
+        ({"minReasoningTokens": 512, "maxReasoningTokens": 512}, {}, ""),
+        (
+            {"minReasoningTokens": 50, "maxReasoningTokens": 10},
+            {},
+            "at most `maxReasoningTokens`, 10",
+        ),
+        ({"minReasoningTokens": 513}, {}, "at most `distill.generation.maxTokens`, 512"),
+        ({"minReasoningTokens": 16}, {"generation": {"maxTokens": 16}}, ""),
+        (
+            {"minReasoningTokens": 17},
+            {"generation": {"maxTokens": 16}},
+            "generation.maxTokens`, 16",
+        ),
+    ],
+)
+def test_reasoning_that_no_answer_can_have_is_refused(
+    thought: dict[str, Any], generation: dict[str, Any], words: str
+) -> None:
+    distill = {"signal": "ChainOfThought", "chainOfThought": thought, **generation}
+    asked = {"uri": "s3://data/x.jsonl", "origin": "Teacher", "promptField": "q"}
+    _, problems = parse_spec(spec(distill=distill, data={"sources": [asked]}))
+    assert [problem.field for problem in problems] == (
+        ["spec.distill.chainOfThought.minReasoningTokens"] if words else []
+    )
+    assert words in "; ".join(problem.sentence() for problem in problems)
+
+
 SPARSE = {"model": {"uri": "s3://models/big"}, "payload": "Sparse"}
 SAMPLED = {"model": {"uri": "s3://models/big"}, "payload": "Sampled"}
+SPLIT = {"model": {"uri": "s3://models/big"}, "workers": {"gpusPerReplica": 2}}
 TUNED = {"distill": None, "teacher": None, "fineTune": {}}
 CONFIG = {
     "student": {"config": {"model_type": "llama"}},
@@ -114,6 +145,14 @@ CONFIG = {
         ("teacherHallucinationRate", {"teacher": SPARSE}, ""),
         ("hallucinationRate", {"evaluation": {"tasks": []}}, ""),
         ("simpleAccuracy", {"evaluation": {"tasks": []}}, "`evaluation.tasks` names none"),
+        ("multiStepAccuracy", {"evaluation": {"tasks": ["chain_sum"]}}, "names none of several steps"),
+        ("teacherMultiStepAccuracy", {"evaluation": {"tasks": ["products"]}}, "names none of several"),
+        ("simpleAccuracy", {"evaluation": {"tasks": ["gsm_symbolic"]}}, "names none of one step"),
+        ("multiStepAccuracy", {"evaluation": {"tasks": ["maze", "chain_sum"]}}, ""),
+        ("simpleAccuracy", {"teacher": SPLIT}, ""),
+        ("teacherSimpleAccuracy", {"teacher": SPLIT}, "a teacher that is split over GPUs"),
+        ("teacherHallucinationRate", {"teacher": SPLIT}, "a teacher that is split over GPUs"),
+        ("teacherSimpleAccuracy", {"teacher": SPLIT | {"delivery": "Online"}}, ""),
         ("hallucinationRate", {"evaluation": {"examples": 0}}, "`evaluation.examples: 0` asks nothing"),
         ("teacherQuestionAccuracy", TUNED | CONFIG, "a figure of a teacher, and a `fineTune` job has none"),
     ],

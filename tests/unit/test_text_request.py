@@ -16,11 +16,13 @@ from kubedistill_trainer.teacher.text_request import (
     instructed,
     question,
     request_of,
+    shows,
     teacher_template,
     text_identity,
 )
 
 USER, SYSTEM = Message("user", "Hi"), Message("system", "Be brief")
+ASSISTANT = Message("assistant", "Yes")
 PROMPTS = [Prompt(0, 1, (USER,)), Prompt(0, 2, (SYSTEM, USER))]
 ENDPOINT = {"url": "http://vllm:8000/v1", "model": "big"}
 
@@ -140,6 +142,27 @@ def test_a_template_without_system_turns_gets_them_in_the_users() -> None:
     turns = ChatTemplate(own, TURNS, "spec.teacher")
     assert question(turns, (SYSTEM, USER)).startswith("<|im_start|>system\nBe brief<|im_end|>")
     assert question(turns, (USER,)).endswith("<|im_start|>assistant\n")
+
+
+IGNORANT = (
+    "{% for m in messages %}{% if m.role == 'user' %}[Q]{{ m.content | trim }}[/Q]{% endif %}"
+    "{% endfor %}"
+)
+LAST = (
+    "{% for m in messages %}{% if m.role == 'user' %}[Q]"
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}. {% endif %}"
+    "{{ m.content }}[/Q]{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_drops_system_turns_gets_them_in_the_users() -> None:
+    drops = ChatTemplate(tokenizer(), IGNORANT, "spec.teacher")
+    assert question(drops, (SYSTEM, USER, ASSISTANT, USER)) == "[Q]Be brief\n\nHi[/Q][Q]Hi[/Q]"
+    assert question(drops, (USER,)) == "[Q]Hi[/Q]"
+    assert shows(drops, (SYSTEM, USER))
+    own = ChatTemplate(tokenizer(), LAST, "spec.teacher")
+    assert question(own, (SYSTEM, USER)) == "[Q]Be brief. Hi[/Q]"
+    assert not shows(ChatTemplate(tokenizer(), "hello", "spec.teacher"), (USER,))
 
 
 def test_a_teacher_needs_a_template_of_its_own() -> None:

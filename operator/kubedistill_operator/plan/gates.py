@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kubedistill_api import reasons
+from kubedistill_api.evaluation import SIMPLE_TASKS
 from kubedistill_api.gates import GateResult, failures, judged
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.metrics import METRICS
@@ -25,11 +26,9 @@ OF_A_TEACHER = frozenset(
 """Figures that need a teacher's logits."""
 OF_ITS_DISTRIBUTION = OF_A_TEACHER - {"teacherAgreement"}
 """Figures that need all of them: a Sparse stream holds the likeliest tokens, a Sampled one draws."""
-OF_TASKS = frozenset(
-    {
-        "simpleAccuracy", "multiStepAccuracy", "teacherSimpleAccuracy", "teacherMultiStepAccuracy",
-    }
-)  # fmt: skip
+OF_SIMPLE_TASKS = frozenset({"simpleAccuracy", "teacherSimpleAccuracy"})
+OF_MULTI_STEP_TASKS = frozenset({"multiStepAccuracy", "teacherMultiStepAccuracy"})
+OF_TASKS = OF_SIMPLE_TASKS | OF_MULTI_STEP_TASKS
 OF_QUESTIONS = frozenset(
     {
         "questionAccuracy", "hallucinationRate", "teacherQuestionAccuracy",
@@ -63,12 +62,19 @@ def _unasked(metric: str, spec: DistillationJobSpec) -> str:
         return "and `evaluation.examples: 0` asks nothing"
     if metric in OF_TASKS and not spec.evaluation.tasks:
         return "and `evaluation.tasks` names none"
+    tasks = set(spec.evaluation.tasks)
+    if metric in OF_SIMPLE_TASKS and not tasks & SIMPLE_TASKS:
+        return "and `evaluation.tasks` names none of one step, such as chain_sum"
+    if metric in OF_MULTI_STEP_TASKS and tasks <= SIMPLE_TASKS:
+        return "and `evaluation.tasks` names none of several steps, such as gsm_symbolic"
     if not metric.startswith("teacher"):
         return ""
     if spec.teacher is None:
         return "a figure of a teacher, and a `fineTune` job has none"
     if spec.teacher.endpoint is not None:
         return "and a teacher behind an endpoint is not asked"
+    if spec.teacher.delivery == "Stream" and spec.teacher.workers.gpus_per_replica > 1:
+        return "and a teacher that is split over GPUs (`gpusPerReplica` above 1) is not asked"
     return ""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kubedistill_api.data import DataSource
+from kubedistill_api.generation import Generation
 from kubedistill_api.job import Distill, DistillationJobSpec
 from kubedistill_api.runspec import Problem, ResolvedModel
 from kubedistill_api.teacher import Teacher
@@ -235,6 +236,18 @@ def _thought_problems(distill: Distill, samples: int, refuse: Any) -> None:
         refuse(
             "distill.chainOfThought.minAgreement", str(thought.min_agreement),
             "several samples: raise distill.generation.samples, or leave it out",
+        )  # fmt: skip
+    least, most = thought.min_reasoning_tokens, thought.max_reasoning_tokens
+    if most is not None and least > most:
+        refuse(
+            "distill.chainOfThought.minReasoningTokens", str(least),
+            f"at most `maxReasoningTokens`, {most}: no reasoning is so long and so short",
+        )  # fmt: skip
+    room = (distill.generation or Generation()).max_tokens
+    if least > room:
+        refuse(
+            "distill.chainOfThought.minReasoningTokens", str(least),
+            f"at most `distill.generation.maxTokens`, {room}: no answer holds so long a reasoning",
         )  # fmt: skip
 
 

@@ -40,15 +40,15 @@ def is_conversation(source: DataSource) -> bool:
 
 def text_of(line: str, source: DataSource) -> str:
     """The text of a line of plain text. Raises BadRecord."""
-    value = _field(_record(line), source.text_field)
+    value = _field(record_of(line), source.text_field)
     if not isinstance(value, str):
         raise BadRecord(f"field {source.text_field!r} is a {type(value).__name__}, not a string")
-    return value
+    return _whole(value, f"field {source.text_field!r}")
 
 
 def conversation_of(line: str, source: DataSource) -> Conversation:
     """The turns of a line, the assistant's last. Raises BadRecord."""
-    record = _record(line)
+    record = record_of(line)
     if source.messages_field is None:
         prompt = _words(record, source.prompt_field)
         if source.response_field not in record:
@@ -73,7 +73,7 @@ def prompt_of(line: str, source: DataSource, index: int, number: int) -> Prompt:
 
     `index`: place of the file in `spec.data.sources`; `number` of the line, from 1.
     """
-    record = _record(line)
+    record = record_of(line)
     if source.messages_field is None:
         messages: tuple[Message, ...] = (Message("user", _words(record, source.prompt_field)),)
     else:
@@ -85,12 +85,18 @@ def prompt_of(line: str, source: DataSource, index: int, number: int) -> Prompt:
     return Prompt(index, number, messages, _answer(record, source.answer_field))
 
 
-def _record(line: str) -> dict[str, Any]:
+def record_of(line: str) -> dict[str, Any]:
+    """The object of a line. Raises BadRecord."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         shown = line[:_LONGEST_FRAGMENT]
         raise BadRecord(f"not JSON ({error.msg} at column {error.colno}): {shown!r}") from error
+    except (RecursionError, ValueError) as error:
+        # What Python cannot hold: brackets by the thousand, a number of thousands of digits.
+        raise BadRecord(
+            f"JSON that is too deep or too large ({str(error)[:_LONGEST_FRAGMENT]})"
+        ) from error
     if not isinstance(record, dict):
         raise BadRecord(f"a JSON {type(record).__name__}, not an object")
     return record
@@ -115,6 +121,19 @@ def _said(value: Any, what: str) -> str:
         raise BadRecord(f"{what} is a {type(value).__name__}, not a string")
     if not value.strip():
         raise BadRecord(f"{what} is empty")
+    return _whole(value, what)
+
+
+def _whole(value: str, what: str) -> str:
+    """A text of whole characters. JSON may name half of one (`\\ud83d` without what follows it), which
+    no tokenizer takes and no request can be sent with."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise BadRecord(
+            f"{what} holds half a character, {half} (a lone surrogate), at place {error.start + 1}"
+        ) from error
     return value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from kubedistill_api.data import Data, DataSource
@@ -16,6 +17,7 @@ from kubedistill_trainer.data.records import (
     conversation_of,
     is_conversation,
     prompt_of,
+    record_of,
     text_of,
 )
 from kubedistill_trainer.failures import unreadable
@@ -79,6 +81,15 @@ def read_corpus(data: Data, open_store: OpenStore, bad: BadRecords) -> Corpus:
         raise unreadable("spec.data.sources", f"no text in {names}", "give a file that holds text")
     corpus.digest = digest.hexdigest()
     return corpus
+
+
+def fields_of(body: bytes) -> list[str]:
+    """Names of the fields that records of a .jsonl file have, in order; of lines that are records."""
+    found: set[str] = set()
+    for _, line in _lines(body.decode(errors="replace")):
+        with suppress(BadRecord):
+            found |= record_of(line).keys()
+    return sorted(found)
 
 
 def field_of(index: int) -> str:

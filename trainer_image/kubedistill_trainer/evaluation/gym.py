@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from kubedistill_api.evaluation import DEFAULT_TASKS
+from kubedistill_api.evaluation import DEFAULT_TASKS, SIMPLE_TASKS
 from kubedistill_api.runspec import Problem
 
 from kubedistill_trainer.failures import InputsRefused
@@ -21,13 +21,6 @@ SEED = 7
 """Of the examples: a part of what a figure means, so no setting."""
 SHOTS = 2
 """Solved examples before each one that is asked, where a model is not talked to by a template."""
-_SIMPLE = frozenset(
-    {
-        "basic_arithmetic", "chain_sum", "count_bits", "decimal_chain_sum", "letter_counting",
-        "number_format", "products", "spell_backward",
-    }
-)  # fmt: skip
-"""One step to the answer. All others take several."""
 _EASIER: dict[str, dict[str, Any]] = {
     "basic_arithmetic": {
         "min_terms": 2, "max_terms": 2, "max_digits": 2, "allow_parentheses": False,
@@ -88,7 +81,7 @@ def load_task(name: str, examples: int) -> Task:
 
 def group_of(name: str) -> Group:
     """The group that a task's accuracy counts in."""
-    return "simple" if name in _SIMPLE else "multiStep"
+    return "simple" if name in SIMPLE_TASKS else "multiStep"
 
 
 def check_tasks(names: Sequence[str], examples: int, field: str) -> None:

@@ -71,9 +71,10 @@ def dense_divergence(
     Leaves q in `scratch.b_RV` and ∂D/∂u, u = z / T, in `scratch.c_RV`; t_RV is used up, z_RV is not
     touched.
     """
-    d_RV, excess_R1 = _log_ratio(z_RV, zmax_R1, t_RV, temperature, scratch)
     if not divergence.is_forward_kl:
+        d_RV, excess_R1 = _exact_log_ratio(z_RV, zmax_R1, t_RV, temperature, scratch)
         return _mixed(d_RV, excess_R1, divergence, scratch)
+    d_RV, excess_R1 = _log_ratio(z_RV, zmax_R1, t_RV, temperature, scratch)
     p_RV, q_RV, grad_RV = scratch.a_RV, scratch.b_RV, scratch.c_RV
     kl_R = d_RV.mul_(p_RV).sum(-1).double() + excess_R1.squeeze(-1)
     return kl_R + torch.sub(q_RV, p_RV, out=grad_RV).sum(-1)
@@ -95,6 +96,38 @@ def _log_ratio(
     return t_RV.sub_(x_RV).sub_(rounded_R1), rounded_R1.double() - offset_R1
 
 
+def _exact_log_ratio(
+    z_RV: Tensor, zmax_R1: Tensor, t_RV: Tensor, temperature: float, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
+    """As `_log_ratio`, by two passes more, with each row's greatest logits taken off first.
+
+    Logits of 100 are rounded by 4e-6, and so is log Z of such a row. What is left once the maximum is
+    off is exact where a probability counts, and log Z is at most log V. KL(p ‖ q) takes the shorter
+    way, for its gradient q − p is made without d.
+    """
+    p_RV, q_RV, x_RV = scratch.a_RV, scratch.b_RV, scratch.c_RV
+    tmax_R1 = t_RV.div_(temperature).amax(-1, keepdim=True)
+    xmax_R1 = zmax_R1 / temperature
+    log_zp_R1 = normalise(t_RV, p_RV, tmax_R1) - tmax_R1.double()
+    log_zq_R1 = normalise(torch.div(z_RV, temperature, out=x_RV), q_RV, xmax_R1) - xmax_R1.double()
+    offset_R1 = log_zp_R1 - log_zq_R1
+    rounded_R1 = offset_R1.to(t_RV.dtype)
+    d_RV = t_RV.sub_(tmax_R1).sub_(x_RV.sub_(xmax_R1)).sub_(rounded_R1)
+    return d_RV, rounded_R1.double() - offset_R1
+
+
+def centred(x_RV: Tensor, q_RV: Tensor, top_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ q x [R, 1] (fp64), and Σ q x − x [R, V]; top_R1 [R, 1]: places of the greatest q.
+
+    A student that is sure of a token has Σ q x ≈ x there, and their difference is of the size of what
+    q leaves to all others: lost in fp32, unless x is counted from its value at that place.
+    """
+    x_top_R1 = x_RV.gather(-1, top_R1)
+    x_RV = x_RV - x_top_R1
+    mean_R1 = (q_RV * x_RV).sum(-1, keepdim=True)
+    return x_top_R1.double() + mean_R1.double(), mean_R1 - x_RV
+
+
 def _mixed(d_RV: Tensor, excess_R1: Tensor, divergence: Divergence, scratch: Scratch) -> Tensor:
     """The weighted sum of the three divergences, from d = log p − log q.
 
@@ -108,6 +141,7 @@ def _mixed(d_RV: Tensor, excess_R1: Tensor, divergence: Divergence, scratch: Scr
     """
     p_RV, q_RV, grad_RV = scratch.a_RV, scratch.b_RV, scratch.c_RV
     total_R1 = torch.zeros_like(excess_R1)
+    top_R1 = q_RV.argmax(-1, keepdim=True)
     grad_RV.zero_()
     if divergence.forward:
         torch.sub(q_RV, p_RV, out=grad_RV)
@@ -115,16 +149,16 @@ def _mixed(d_RV: Tensor, excess_R1: Tensor, divergence: Divergence, scratch: Scr
         total_R1 += divergence.forward * forward_R1
         grad_RV.mul_(divergence.forward)
     if divergence.reverse:
-        mean_R1 = (d_RV * q_RV).sum(-1, keepdim=True)
+        mean_R1, slope_RV = centred(d_RV, q_RV, top_R1)
         excess = (p_RV - q_RV).sum(-1, keepdim=True).double() - excess_R1
-        total_R1 += divergence.reverse * (excess - mean_R1.double())
-        grad_RV.addcmul_(q_RV, mean_R1 - d_RV, value=divergence.reverse)
+        total_R1 += divergence.reverse * (excess - mean_R1)
+        grad_RV.addcmul_(q_RV, slope_RV, value=divergence.reverse)
     if divergence.jsd:
         beta = divergence.beta
         d_RV.clamp_(max=GREATEST_LOG_RATIO)
         l_RV = torch.expm1(d_RV).mul_(beta).log1p_()
-        mean_R1 = (q_RV * l_RV).sum(-1, keepdim=True)
-        teacher_R1 = (p_RV * (d_RV - l_RV)).sum(-1, keepdim=True)
-        total_R1 += divergence.jsd * (beta * teacher_R1 - (1 - beta) * mean_R1).double()
-        grad_RV.addcmul_(q_RV, mean_R1 - l_RV, value=divergence.jsd * (1 - beta))
+        mean_R1, slope_RV = centred(l_RV, q_RV, top_R1)
+        teacher_R1 = (p_RV * (d_RV - l_RV)).sum(-1, keepdim=True).double()
+        total_R1 += divergence.jsd * (beta * teacher_R1 - (1 - beta) * mean_R1)
+        grad_RV.addcmul_(q_RV, slope_RV, value=divergence.jsd * (1 - beta))
     return total_R1.squeeze(-1)

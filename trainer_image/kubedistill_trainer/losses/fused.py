@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from kubedistill_trainer.losses.buckets import of_buckets, teacher_buckets
-from kubedistill_trainer.losses.divergence import GREATEST_LOG_RATIO
+from kubedistill_trainer.losses.divergence import GREATEST_LOG_RATIO, centred
 from kubedistill_trainer.losses.types import (
     Divergence,
     Objective,
@@ -104,7 +104,8 @@ def fused_chunk(
     (ids, logprobs [C, K], log Z [C]) for Sparse. `caps`: of the student's and the teacher's logits.
     """
     T, w = temperature, soft_weight
-    z = _capped(z_CV.to(wide), caps[0])
+    x = z_CV.to(wide)
+    z = _capped(x, caps[0])
     soft = hard = z.new_zeros((), dtype=torch.float64)
     grad = torch.zeros_like(z)
     if teacher:
@@ -123,8 +124,8 @@ def fused_chunk(
         grad = grad + (1 - w) * log_q.exp().scatter_add(-1, labels_C1, -ones)
     if scale is not None:
         if caps[0] is not None:
-            # d(cap · tanh(x / cap)) / dx = 1 − (z / cap)²
-            grad = grad * (1 - (z / caps[0]).square())
+            # d(cap · tanh(x / cap)) / dx, which 1 − tanh² would lose where the cap holds.
+            grad = grad / torch.cosh(x / caps[0]).square()
         z_CV.copy_((grad * scale).to(z_CV.dtype))
     return torch.stack([soft, hard])
 
@@ -144,14 +145,16 @@ def _dense(u: Tensor, t: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor
         slope = slope + divergence.forward * (q - p)
     if divergence.reverse:
         value = value + divergence.reverse * (p - q - q * d).sum(-1).double()
-        slope = slope + divergence.reverse * q * ((q * d).sum(-1, keepdim=True) - d)
+        slope = slope + divergence.reverse * q * centred(d, q, q.argmax(-1, keepdim=True))[1]
     if divergence.jsd:
         beta, d = divergence.beta, d.clamp(max=GREATEST_LOG_RATIO)
         log_m_q = torch.log1p(beta * torch.expm1(d))
-        mean = (q * log_m_q).sum(-1, keepdim=True)
         terms = beta * p * (d - log_m_q) - (1 - beta) * q * log_m_q
         value = value + divergence.jsd * terms.sum(-1).double()
-        slope = slope + divergence.jsd * (1 - beta) * q * (mean - log_m_q)
+        slope = (
+            slope
+            + divergence.jsd * (1 - beta) * q * (centred(log_m_q, q, q.argmax(-1, keepdim=True))[1])
+        )
     return value, slope
 
 
@@ -174,9 +177,11 @@ def _sparse(
         value, slope = of_buckets(log_p, torch.log_softmax(kept, -1), divergence)
         return value, torch.zeros_like(u).scatter(-1, ids, slope.to(u.dtype))
     rest = u.scatter(-1, ids, float("-inf"))
-    log_tail = rest.logsumexp(-1, keepdim=True)
-    joint = torch.log_softmax(torch.cat([kept, log_tail.double()], -1), -1)
+    # Two numbers: a log Z of a hundred has no more than five digits behind the point in fp32.
+    top = rest.amax(-1, keepdim=True)
+    log_tail = top.double() + (rest - top).logsumexp(-1, keepdim=True).double()
+    joint = torch.log_softmax(torch.cat([kept, log_tail], -1), -1)
     value, slope = of_buckets(torch.cat([log_p, log_p_tail], -1), joint, divergence)
     slope = slope.to(u.dtype)
-    spread = (rest - log_tail).exp() * slope[:, -1:]
+    spread = torch.softmax(rest, -1) * slope[:, -1:]
     return value, spread.scatter(-1, ids, slope[:, :-1])

@@ -64,9 +64,16 @@ class Pointwise:
     def _block(self, z_RV: Tensor, t_RV: Tensor, rows_R: Tensor, labels_R1: Tensor) -> None:
         """Adds the block's loss to the sums and overwrites its logits by their gradient."""
         scratch = self._scratch.head(len(rows_R))
-        wide_RV = _widened(z_RV, self._student_RV, self._objective.softcap)
+        cap = self._objective.softcap
+        wide_RV = _widened(z_RV, self._student_RV)
+        if cap is not None:
+            # d(cap · tanh(x / cap)) / dx = 1 / cosh²(x / cap). As 1 − tanh² it would be lost where the
+            # cap holds, and after the cap nobody knows x.
+            slope_RV = wide_RV.div(cap).cosh_().square_().reciprocal_()
+            _cap(wide_RV, cap)
         if isinstance(self._teacher, TeacherHidden):
-            self._dense(wide_RV, _widened(t_RV, self._teacher_RV, self._teacher.softcap), scratch)
+            t_RV = _cap(_widened(t_RV, self._teacher_RV), self._teacher.softcap)
+            self._dense(wide_RV, t_RV, scratch)
             soft = None
         else:
             soft = self._cached(wide_RV, rows_R, scratch)
@@ -75,10 +82,6 @@ class Pointwise:
             self._cross_entropy(wide_RV, labels_R1, soft, scratch)
         if self._scale is None:
             return
-        cap = self._objective.softcap
-        if cap is not None:
-            # d(cap · tanh(x / cap)) / dx = 1 − (z / cap)², where z is what the cap let through.
-            slope_RV = wide_RV.div(cap).square_().neg_().add_(1)
         self._write_gradient(wide_RV, labels_R1 if hard else None, soft, scratch)
         if cap is not None:
             wide_RV.mul_(slope_RV)
@@ -152,10 +155,13 @@ class Pointwise:
         out_RV.scatter_add_(-1, labels_R1, out_RV.new_full(labels_R1.shape, -hard_scale))
 
 
-def _widened(x_RV: Tensor, buffer_RV: Tensor | None, softcap: float | None) -> Tensor:
-    """Logits in the wide type, capped; in place unless there is a buffer for the wide type."""
-    if buffer_RV is not None:
-        x_RV = buffer_RV[: len(x_RV)].copy_(x_RV)
+def _widened(x_RV: Tensor, buffer_RV: Tensor | None) -> Tensor:
+    """Logits in the wide type: as they are, unless there is a buffer for the wide type."""
+    return x_RV if buffer_RV is None else buffer_RV[: len(x_RV)].copy_(x_RV)
+
+
+def _cap(x_RV: Tensor, softcap: float | None) -> Tensor:
+    """Capped in place."""
     return x_RV if softcap is None else x_RV.div_(softcap).tanh_().mul_(softcap)
 
 

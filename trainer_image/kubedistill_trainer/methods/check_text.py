@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kubedistill_api.generation import ChainOfThought
 from kubedistill_api.runspec import RunSpec
 
 from kubedistill_trainer.context import Context
@@ -17,7 +18,7 @@ from kubedistill_trainer.data.dataset import (
     tokenizer_source,
 )
 from kubedistill_trainer.data.records import BadRecords
-from kubedistill_trainer.data.sources import field_of, read_corpus
+from kubedistill_trainer.data.sources import field_of, fields_of, read_corpus, read_file
 from kubedistill_trainer.data.template import ChatTemplate, Unrenderable, chat_template
 from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
 from kubedistill_trainer.failures import refuse, unreadable
@@ -27,11 +28,13 @@ from kubedistill_trainer.teacher.manifest import read_layout
 from kubedistill_trainer.teacher.text_manifest import TextIdentity, TextManifest
 from kubedistill_trainer.teacher.text_reader import read_text
 from kubedistill_trainer.teacher.text_request import (
+    USER,
     generation_of,
     instructed,
     positions_of,
     question,
     reasons,
+    shows,
     teacher_template,
     text_identity,
 )
@@ -39,6 +42,7 @@ from kubedistill_trainer.teacher.text_view import StreamView
 from kubedistill_trainer.teacher.thought import Thought, written
 
 _PROBE = Thought("what was thought", "what was said")
+_SHOWN_FIELDS = 8
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def check_text(context: Context, teacher_config: dict[str, Any] | None) -> TextC
         raise unreadable(
             "spec.data.sources", f"no prompt in {', '.join(asked)}", "give files with prompts"
         )
+    _check_answers(context, prompts)
     tokenizer = load_run_tokenizer(run, context.open_store)
     _check_student(run, prompts, tokenizer, bad)
     identity = text_identity(run, prompts, context.open_store)
@@ -83,18 +88,45 @@ def check_text(context: Context, teacher_config: dict[str, Any] | None) -> TextC
     return TextChecked(tokenizer, corpus.digest, uri, message)
 
 
+def _check_answers(context: Context, prompts: Sequence[Prompt]) -> None:
+    """A file that is said to hold right answers holds one, or the name of their field is wrong."""
+    spec = context.run.spec
+    thought = (spec.distill.chain_of_thought if spec.distill else None) or ChainOfThought()
+    if not reasons(spec) or not thought.check_answer:
+        return
+    answered = {prompt.source for prompt in prompts if prompt.answer is not None}
+    for index in sorted({prompt.source for prompt in prompts} - answered):
+        source = spec.data.sources[index]
+        if source.answer_field is None:
+            continue
+        fields = fields_of(read_file(source.uri, field_of(index), context.open_store))
+        raise unreadable(
+            f"spec.data.sources[{index}].answerField",
+            f"{source.answer_field}, which no record of {source.uri} has",
+            f"write one of the fields that there are: {', '.join(fields[:_SHOWN_FIELDS])}; or leave "
+            "it out, and answers are not checked",
+        )
+
+
 def _check_student(
     run: RunSpec, prompts: Sequence[Prompt], tokenizer: TextTokenizer, bad: BadRecords
 ) -> None:
-    """The student's template writes every prompt with an answer, and its reasoning if it is learnt.
+    """The student's template writes every prompt with an answer, and its reasoning if it is learnt;
+    some prompt of each file leaves room for an answer.
 
-    A prompt that it refuses is as bad as all of its answers will be.
+    A prompt that the template refuses is as bad as all of its answers will be.
     """
     field, _ = tokenizer_source(run)
     template = chat_template(tokenizer, field, run.spec.data.chat_template)
+    _check_turns(
+        template,
+        "give spec.data.chatTemplate one that keeps it: a student that does not see what it is asked "
+        "cannot learn to answer",
+    )
     settings = run.spec.distill.chain_of_thought if run.spec.distill else None
     reasoning = reasons(run.spec) and (settings is None or settings.train_on_reasoning)
     answer = Message("assistant", written(_PROBE, reasoning=reasoning))
+    questions: dict[int, list[str]] = {}
     for prompt in prompts:
         try:
             rendered = template.rendered(Conversation((*prompt.messages, answer)))
@@ -114,6 +146,40 @@ def _check_student(
                 "give spec.data.chatTemplate one that keeps it, or write "
                 "spec.distill.chainOfThought.trainOnReasoning: false",
             )
+        start, _ = rendered.learnt[-1]
+        questions.setdefault(prompt.source, []).append(rendered.text[:start])
+    for source, texts in sorted(questions.items()):
+        _check_room(run, source, texts, tokenizer)
+
+
+def _check_turns(template: ChatTemplate, expected: str) -> None:
+    """A template that shows what the user says. One that does not take the probe says so of each
+    prompt."""
+    try:
+        shown = shows(template, [USER])
+    except Unrenderable:
+        return
+    if not shown:
+        raise unreadable(
+            template.field, "a chat template that leaves the user's turn out", expected
+        )
+
+
+def _check_room(run: RunSpec, source: int, texts: Sequence[str], tokenizer: TextTokenizer) -> None:
+    """A token of an answer is learnt where it lies within the sequence, as in `pack_conversations`."""
+    shortest = min(map(len, _encoded(tokenizer, texts)))
+    length = run.spec.data.sequence_length
+    if shortest >= length:
+        raise refuse(
+            "spec.data.sequenceLength", str(length),
+            f"the shortest prompt of {run.spec.data.sources[source].uri} has {shortest} tokens by the "
+            "student's chat template, and an answer follows it: write more, or give shorter prompts",
+        )  # fmt: skip
+
+
+def _encoded(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    encodings = tokenizer.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 def _check_teacher(
@@ -130,9 +196,12 @@ def _check_teacher(
         )  # fmt: skip
     tokenizer = load_tokenizer(context.open_store(source.uri), "spec.teacher")
     template = teacher_template(tokenizer, source.uri)
+    _check_turns(
+        template,
+        "give a teacher whose template shows it: nothing of a prompt would reach the model",
+    )
     texts = [_question(run, template, prompt, identity) for prompt in prompts]
-    encodings = tokenizer.tokenizer.encode_batch(texts, add_special_tokens=False)
-    lengths = [len(encoding.ids) for encoding in encodings]
+    lengths = [len(ids) for ids in _encoded(tokenizer, texts)]
     if min(lengths) > longest:
         raise refuse(
             "spec.distill.generation.maxTokens", str(identity.max_tokens),

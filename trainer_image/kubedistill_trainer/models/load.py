@@ -11,6 +11,7 @@ from transformers.distributed import DistributedConfig
 
 from kubedistill_trainer.failures import refuse, unreadable
 from kubedistill_trainer.models.sizes import check_vocabulary
+from kubedistill_trainer.models.weights import INDEX
 
 Model = Any
 """A transformers causal language model (the library has no types worth the name)."""
@@ -60,8 +61,13 @@ def load_model(
     """
     split = {"distributed_config": DistributedConfig(tp_plan=plan)} if plan else {}
     try:
+        config = _config(folder)
+        if (folder / INDEX).is_file():
+            # Of a single file beside an index transformers takes the file, which nobody looked at.
+            config.transformers_weights = INDEX
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -85,11 +91,15 @@ def load_model(
 def config_of_folder(folder: Path, field: str) -> Any:
     """The Hugging Face config object of a local folder."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return _config(folder)
     except Exception as error:
         raise unreadable(
             field, f"{type(error).__name__}: {error}", "give a model that transformers loads"
         ) from error
+
+
+def _config(folder: Path) -> Any:
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def kept_layers(total: int, wanted: int) -> list[int]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kubedistill_trainer.failures import InputsRefused, unreadable
+from kubedistill_trainer.models.shapes import check_shapes, is_vocabulary, layer_of
 from kubedistill_trainer.store import Store
 
 _PREFIX_BYTES = 8
@@ -31,12 +31,12 @@ _HEADER_LIMIT_BYTES = 100_000_000
 """The format's own limit."""
 _PIECES, _PIECE_BYTES = 4, 64 << 10
 """What a sample takes of a tensor: so many pieces, evenly spread. Padded rows are at the end."""
-_LAYER_MATRICES = 16
+_LAYER_MATRICES = 8
 """Of a layer's matrices, which of a mixture of experts may be hundreds."""
 _CHUNK_BYTES = 32 << 20
-_LAYER = re.compile(r"\.(\d+)\.")
 _SUFFIX = ".safetensors"
-_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 Verdict = Literal["zero", "not finite", "sound"]
 ReadRange = Callable[[int, int], bytes]
@@ -82,56 +82,86 @@ class Tensor:
 
 
 def check_sample(store: Store, config: Mapping[str, Any], field: str) -> None:
-    """Refuse a model folder in S3 that a few pieces of a few tensors already tell is dead.
+    """Refuse a model folder in S3 whose files do not make the model of its `config`, or that a few
+    pieces of a few tensors already tell is dead.
 
-    Read are the matrices over the vocabulary (embedding, LM head) and those of one middle layer,
-    some 256 KiB of each. InputsRefused (unreadable) names `field`, the folder and the tensor.
+    Read are the headers, and some 256 KiB each of the matrices over the vocabulary (embedding, LM
+    head) and of those of three layers. InputsRefused (unreadable) names `field`, the folder and the
+    tensor.
     """
+    sizes = {info.key: info.size_bytes for info in store.list("") if "/" not in info.key}
+    index = store.get(INDEX) if INDEX in sizes else None
     tensors: list[Tensor] = []
-    files = [info for info in store.list("") if "/" not in info.key]
-    _check_index(store, {info.key for info in files}, field)
-    for info in files:
-        if info.key.endswith(_SUFFIX):
-            with _naming(field, store.uri_of(info.key)):
-                read = partial(store.get_range, info.key)
-                tensors += read_header(info.key, info.size_bytes, read)
-    if not tensors:
-        raise no_weights(field, store.uri)
-    rows = vocabulary_rows(config)
+    for name in weight_files(sizes, index, field, store.uri):
+        with _naming(field, store.uri_of(name)):
+            tensors += read_header(name, sizes[name], partial(store.get_range, name))
+    check_shapes({tensor.name: tensor.shape for tensor in tensors}, config, field, store.uri)
     verdicts = [
-        (tensor, _verdict(tensor.dtype, _pieces(store, tensor)))
-        for tensor in sample_of(tensors, rows)
+        (tensor, _verdict(tensor.dtype, _pieces(store, tensor))) for tensor in sample_of(tensors)
     ]
-    _refuse_dead(verdicts, rows, field, store.uri)
-
-
-def _check_index(store: Store, files: set[str], field: str) -> None:
-    """A model of several files names them all in one."""
-    if _INDEX not in files:
-        return
-    with _naming(field, store.uri_of(_INDEX)):
-        named = set(json.loads(store.get(_INDEX))["weight_map"].values())
-    missing = sorted(named - files)
-    if missing:
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise unreadable(
-            field,
-            f"no {missing[0]}{others} in {store.uri}, of {len(named)} that {_INDEX} names",
-            "upload all of the model's files",
-        )
+    _refuse_dead(verdicts, field, store.uri)
 
 
 def check_files(folder: Path, field: str, uri: str) -> None:
     """Refuse a downloaded model folder, after looking at every number of it; `uri`: whence."""
-    config = folder / "config.json"
-    rows = vocabulary_rows(json.loads(config.read_text())) if config.is_file() else None
+    index = folder / INDEX
+    names = {path.name for path in folder.iterdir()}
     verdicts: list[tuple[Tensor, Verdict]] = []
-    for path in sorted(folder.glob(f"*{_SUFFIX}")):
-        with path.open("rb") as file, _naming(field, f"{uri}/{path.name}"):
+    for name in weight_files(names, index.read_bytes() if INDEX in names else None, field, uri):
+        path = folder / name
+        with path.open("rb") as file, _naming(field, f"{uri}/{name}"):
             read = partial(_read_at, file.fileno())
-            tensors = read_header(path.name, path.stat().st_size, read)
+            tensors = read_header(name, path.stat().st_size, read)
             verdicts += [(t, _verdict(t.dtype, _chunks(read, t))) for t in tensors]
-    _refuse_dead(verdicts, rows, field, uri)
+    _refuse_dead(verdicts, field, uri)
+
+
+def weight_files(names: Collection[str], index: bytes | None, field: str, uri: str) -> list[str]:
+    """The files of a folder that hold the model: those that its index names, or its only one.
+
+    What else lies there (an optimizer's state, what another tool wrote) is nobody's business.
+    InputsRefused where one is missing, and where nothing says which ones they are.
+    """
+    if index is not None:
+        return _named_by(index, names, field, uri)
+    if _SINGLE in names:
+        return [_SINGLE]
+    found = sorted(name for name in names if name.endswith(_SUFFIX))
+    if not found:
+        raise no_weights(field, uri)
+    raise unreadable(
+        field,
+        f"{_and_more(found)} in {uri}, and neither {_SINGLE} nor {INDEX}",
+        f"upload {INDEX} too: it says what lies in which file",
+    )
+
+
+def _named_by(index: bytes, names: Collection[str], field: str, uri: str) -> list[str]:
+    with _naming(field, f"{uri}/{INDEX}"):
+        content = json.loads(index)
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise _no_index(field, uri, "no weight_map with a tensor in it")
+    for tensor, name in files.items():
+        if not isinstance(name, str) or not name.endswith(_SUFFIX):
+            raise _no_index(field, uri, f"{tensor} in {name!r}, which is no {_SUFFIX} file")
+    named = sorted(set(files.values()))
+    missing = [name for name in named if name not in names]
+    if missing:
+        raise unreadable(
+            field,
+            f"no {_and_more(missing)} in {uri}, of {len(named)} that {INDEX} names",
+            "upload all of the model's files",
+        )
+    return named
+
+
+def _no_index(field: str, uri: str, found: str) -> InputsRefused:
+    return unreadable(field, f"{uri}/{INDEX} with {found}", "upload the model's files again")
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def no_weights(field: str, uri: str) -> InputsRefused:
@@ -174,19 +204,29 @@ def vocabulary_rows(config: Mapping[str, Any]) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
-def sample_of(tensors: Iterable[Tensor], rows: int | None) -> list[Tensor]:
-    """The matrices over the vocabulary, and those of one middle layer (all, if there is no layer)."""
-    matrices = [tensor for tensor in tensors if tensor.is_matrix]
-    vocabulary = [tensor for tensor in matrices if tensor.shape[0] == rows]
-    layers = {tensor.name: int(m[1]) for tensor in matrices if (m := _LAYER.search(tensor.name))}
-    middle = max(layers.values(), default=0) // 2
-    inner = [t for t in matrices if layers.get(t.name, middle) == middle and t not in vocabulary]
-    return vocabulary + inner[:_LAYER_MATRICES]
+def sample_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The matrices over the vocabulary, those of the first, a middle and the last layer, and a few
+    that are neither."""
+    vocabulary: list[Tensor] = []
+    others: list[Tensor] = []
+    layers: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        layer = layer_of(tensor.name)
+        if not tensor.is_matrix:
+            continue
+        if is_vocabulary(tensor.name):
+            vocabulary.append(tensor)
+        elif layer is None:
+            others.append(tensor)
+        else:
+            layers.setdefault(layer, []).append(tensor)
+    numbers = sorted(layers)
+    chosen = {numbers[i] for i in (0, len(numbers) // 2, -1)} if numbers else set()
+    inner = [t for number in sorted(chosen) for t in layers[number][:_LAYER_MATRICES]]
+    return vocabulary + inner + others[:_LAYER_MATRICES]
 
 
-def _refuse_dead(
-    verdicts: Iterable[tuple[Tensor, Verdict]], rows: int | None, field: str, uri: str
-) -> None:
+def _refuse_dead(verdicts: Iterable[tuple[Tensor, Verdict]], field: str, uri: str) -> None:
     """One message for the first tensor that shows that nothing can be learnt of this model."""
     matrices: list[tuple[Tensor, Verdict]] = []
     for tensor, verdict in verdicts:
@@ -198,17 +238,20 @@ def _refuse_dead(
             )
         if tensor.is_matrix:
             matrices.append((tensor, verdict))
-    zero = [tensor for tensor, verdict in matrices if verdict == "zero"]
-    vocabulary = [tensor for tensor in zero if tensor.shape[0] == rows]
-    if not vocabulary and len(zero) < max(1, len(matrices)):
-        return
-    tensor = (vocabulary or zero)[0]
-    others = "" if vocabulary else f", and every other matrix of {len(zero)} that were read"
-    raise unreadable(
-        field,
-        f"only zeros in {tensor.name} ({tensor.file}){others} of {uri}",
-        "give a model with trained weights: this folder was not written whole",
-    )
+    vocabulary = [one for one in matrices if is_vocabulary(one[0].name)]
+    layers = [one for one in matrices if layer_of(one[0].name) is not None]
+    zero = next((tensor for tensor, verdict in vocabulary if verdict == "zero"), None)
+    others = ""
+    for kind, group in (("matrix", matrices), ("matrix of a layer", layers)):
+        if zero is None and group and all(verdict == "zero" for _, verdict in group):
+            zero = group[0][0]
+            others = f", and every other {kind} of {len(group)} that were read"
+    if zero is not None:
+        raise unreadable(
+            field,
+            f"only zeros in {zero.name} ({zero.file}){others} of {uri}",
+            "give a model with trained weights: this folder was not written whole",
+        )
 
 
 def _verdict(dtype: str, parts: Iterable[bytes]) -> Verdict:
@@ -249,7 +292,9 @@ def _naming(field: str, uri: str) -> Iterator[None]:
     """Turns what a broken header raises into one message about the file."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError,
+    ) as error:  # fmt: skip
         raise unreadable(
             field, f"no safetensors in {uri}: {error}", "upload the model's files again"
         ) from error

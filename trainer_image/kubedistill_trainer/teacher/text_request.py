@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from kubedistill_api.generation import Generation
@@ -26,6 +27,9 @@ REASON_FIRST = (
 )
 """What a teacher is told with `signal: ChainOfThought`, unless generation.systemPrompt is given."""
 _SEED_BYTES = 4
+_SYSTEM = Message("system", "systemprobe")
+USER = Message("user", "userprobe")
+"""A turn that a template is tried with."""
 
 
 def generation_of(spec: DistillationJobSpec) -> Generation:
@@ -113,15 +117,32 @@ def teacher_template(tokenizer: TextTokenizer, uri: str) -> ChatTemplate:
 
 
 def question(template: ChatTemplate, messages: Sequence[Message]) -> str:
-    """The text that asks for an answer. A template that knows no system turn is given it as the
-    beginning of the first turn of the user. Raises Unrenderable."""
-    try:
+    """The text that asks for an answer. A template that refuses a system turn, or leaves it out
+    without a word, is given it as the beginning of the first turn of the user. Raises Unrenderable."""
+    if messages[0].role != "system" or len(messages) == 1:
         return template.render(messages, ask=True)
-    except Unrenderable:
-        if messages[0].role != "system" or len(messages) == 1:
-            raise
+    if _shows_system(template):
+        try:
+            return template.render(messages, ask=True)
+        except Unrenderable:
+            pass  # some know a system turn at some places only
     first = Message(messages[1].role, f"{messages[0].content}\n\n{messages[1].content}")
     return template.render((first, *messages[2:]), ask=True)
+
+
+def shows(template: ChatTemplate, messages: Sequence[Message]) -> bool:
+    """Whether a text that asks for an answer holds all of these turns' words. Raises Unrenderable."""
+    text = question(template, messages)
+    return all(message.content in text for message in messages)
+
+
+@lru_cache(maxsize=8)
+def _shows_system(template: ChatTemplate) -> bool:
+    """Asked once a template, of words that no template changes: it may trim those of a prompt."""
+    try:
+        return _SYSTEM.content in template.render((_SYSTEM, USER), ask=True)
+    except Unrenderable:
+        return False
 
 
 def positions_of(config: Mapping[str, Any]) -> int:
