@@ -27,7 +27,7 @@ _EMPHASIS = re.compile(r"(?<![\w*])\*([^*\s][^*\n]{0,80})\*(?![\w*])")
 _BULLET = re.compile(r"^[ \t]*[*•][ \t]+", re.MULTILINE)
 _HTML = re.compile(r"</?[a-z]{1,6}>", re.IGNORECASE)
 _MARKS = {
-    "\\$": "$", "\\%": "%", "\\,": "", "\\!": "", "{,}": ",", "\\times": "×", "\\cdot": "·",
+    "\\$": "$", "\\%": "%", "\\,": "", "\\!": "", "\\times": "×", "\\cdot": "·",
     "^\\circ": "°", "^{\\circ}": "°", "\\degree": "°",
     "**": "", "__": "", "`": "", "\\(": "", "\\)": "", "\\[": "", "\\]": "",
 }  # fmt: skip
@@ -119,7 +119,8 @@ def _plain(text: str) -> str:
     text = _THOUSANDS.sub("", _VULGAR.sub(r" \g<0>", text))
     text = _RAISED.sub(lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
     text = unicodedata.normalize("NFKC", text).translate(_MINUS)
-    text = _FRACTION.sub(_fraction, _SIZE.sub("", _TEXT.sub(r"\1", text)))
+    text = _TEXT.sub(r"\1", text).replace("{,}", ",")
+    text = _FRACTION.sub(_fraction, _SIZE.sub("", text))
     for mark, instead in _MARKS.items():
         text = text.replace(mark, instead)
     text = _UNIT_POWER.sub(r"\1", _SPACE.sub(" ", text))

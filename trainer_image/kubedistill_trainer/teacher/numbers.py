@@ -31,7 +31,7 @@ _GROUPED = re.compile(rf"([-+]?\d{{1,3}})((?:[{_BLANKS}]\d{{3}})+)(?!\d)")
 _BEFORE = re.compile(
     r"""(?: [\^_*/+|{√×·÷] | \\[A-Za-z]+ | (?<![-=])[<>]   # an operator, a command, a bound
     | [\w)]- | [\d)]\s*-\s* | \b[A-Za-z]\s+-\s+             # what it is taken from; 10-20
-    | \d[:.,](?!\s) | \d[ ]+ | \w\(                        # 12:30; 1,23; 1 2; f(3)
+    | \d[:.,](?!\s) | \d[ ]+ | \d\s*x | \w\(                        # 12:30; 1,23; 1 2; f(3)
     | \b(?:not|(?:cannot|can't)\ be)\s | \d\s+(?:or|and)\s+                          # not 6; 5 or 6
     )\s*$""",
     re.VERBOSE | re.IGNORECASE,
