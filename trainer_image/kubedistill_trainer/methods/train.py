@@ -144,7 +144,7 @@ class Loop:
         exporter.EVALUATION.labels("perplexity").set(perplexity)
         best = self.watch.record(step, math.log(perplexity))
         _log.info("held out", extra={"step": step, "perplexity": perplexity, "best": best})
-        if found := overfitting(self.watch.looks, self.history.points):
+        if found := overfitting(self.watch.looks, self.history.points, self.watch.min_delta):
             _log.warning("overfitting: %s", found.sentence(), extra={"step": step})
         return best
 

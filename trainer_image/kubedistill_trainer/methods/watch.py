@@ -28,6 +28,11 @@ class Watch:
         self._rule = rule
         self.looks = looks
 
+    @property
+    def min_delta(self) -> float:
+        """A fall of the loss that counts as one, in nats a token."""
+        return 0.0 if self._rule is None else self._rule.min_delta
+
     def due(self, step: int, total_steps: int) -> bool:
         """Whether the held-out loss is to be measured after this step."""
         return self._rule is not None and (
@@ -78,7 +83,6 @@ class Watch:
         for index, look in enumerate(self.looks):
             if not math.isfinite(look.loss):
                 continue
-            delta = self._rule.min_delta if self._rule is not None else 0.0
-            if best is None or look.loss < self.looks[best].loss - delta:
+            if best is None or look.loss < self.looks[best].loss - self.min_delta:
                 best = index
         return best

@@ -200,7 +200,7 @@ def _point(point: Point) -> dict[str, Any]:
 def _early_stopping(finished: Finished) -> dict[str, Any] | None:
     """The looks at the held-out loss that were finite; None where there was none."""
     watch = finished.watch
-    found = overfitting(watch.looks, finished.history)
+    found = overfitting(watch.looks, finished.history, watch.min_delta)
     looks = [
         {"step": look.step, "loss": look.loss, "perplexity": math.exp(look.loss)}
         for look in watch.looks
