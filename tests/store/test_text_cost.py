@@ -181,6 +181,20 @@ def test_a_server_that_refuses_all_from_some_point_on_spoils_nothing(
     assert len(asked(server)) == len(set(asked(server))) == PROMPTS
 
 
+@pytest.mark.parametrize("fault", [Fault(401), Fault(429, {"Retry-After": "86400"})])
+def test_what_was_answered_before_the_end_is_committed_and_reported(
+    store: Store, server: Server, tmp_path: Path, fault: Fault
+) -> None:
+    server.faults += [None] * 5 + [fault] * 3
+    board = ProgressBoard()
+    with pytest.raises(RunFailure):
+        run_endpoint_teacher(context_of(job(store, server), store, tmp_path), board)
+    view = view_of(job(store, server), store)
+    stream = board.report.teacher_stream
+    assert view is not None and stream is not None
+    assert view.totals.answers == stream.answers == len(server.paid) == 5
+
+
 def test_long_prompts_that_are_left_for_a_later_pod_are_refused_by_it(
     store: Store, server: Server, tmp_path: Path
 ) -> None:

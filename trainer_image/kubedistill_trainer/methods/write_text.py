@@ -119,6 +119,7 @@ class _Desk:
             # Also when asked to stop: what was answered is paid for.
             with contextlib.suppress(StoreError):
                 writer.commit_all()
+                self._look()
                 self.report.now()
             raise
         self._look()

@@ -30,7 +30,7 @@ _RETRIES = 3
 """At most: who waits for the preflight wants to know soon, and the operator tries it again."""
 _LONGEST_ASKED = 30.0
 """Seconds that a server may ask to wait, for the same reason."""
-_ASKED = "Answer with one word: Hello"
+_ASKED = "Hello"
 _PROBE = TextRequest(prompt=0, sample=0, messages=(Message("user", _ASKED),), seed=0)
 _SHOWN = 10
 
@@ -43,8 +43,8 @@ def check_endpoint(
 ) -> None:
     """Nothing where the teacher has no endpoint, or all is well.
 
-    `longest_text`: tokens of the longest that is scored, for `signal: Logits`. Costs an answer of a
-    word, or what scoring such a text costs. InputsRefused, or RunFailure where the endpoint cannot be
+    `longest_text`: tokens of the longest that is scored, for `signal: Logits`. Costs a short
+    answer, or what scoring such a text costs. InputsRefused, or RunFailure where the endpoint cannot be
     reached.
     """
     if spec.teacher is None or spec.teacher.endpoint is None or spec.distill is None:
@@ -110,7 +110,7 @@ def _check_room(endpoint: Endpoint, generation: Generation, room: int) -> None:
 
 
 def _check_answer(endpoint: Endpoint, generation: Generation, patience: Patience) -> None:
-    """One question with the run's settings, and an answer of one word."""
+    """One question with the run's settings: what is answered to it is short."""
     answerer = EndpointAnswerer(endpoint, generation, patience)
     try:
         [(_, answer)] = answerer.answers([_PROBE])
