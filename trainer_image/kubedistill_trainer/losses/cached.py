@@ -97,16 +97,19 @@ def sparse_divergence(
     little mass is left. With K = V there is no tail and it is the full divergence.
     """
     ids_RK, count = teacher.ids_NK, teacher.ids_NK.shape[-1]
-    softmax(u_RV, out_RV)
-    log_z_R1 = log_normaliser(u_RV, out_RV, ids_RK)
     u_RK = u_RV.gather(-1, ids_RK).double()
     log_p, log_pt_R1 = teacher_buckets(teacher, temperature)
     if count == u_RV.shape[-1]:
         out_RV.zero_()
+        log_z_R1 = u_RK.logsumexp(-1, keepdim=True)
         log_q = u_RK - log_z_R1
         value_R, slope = of_buckets(log_p, log_q, divergence)
         one = torch.ones_like(log_z_R1)
         return SoftTerm(value_R, log_z_R1, out_RV, one, one, ids_RK, slope, log_q.exp())
+    # By torch's own softmax: that its rows do not quite add up to 1 cancels, for nothing below but
+    # shares of the tail is taken from it.
+    torch.softmax(u_RV, -1, out=out_RV)
+    log_z_R1 = log_normaliser(u_RV, out_RV, ids_RK)
     log_base_R1 = out_RV.scatter_(-1, ids_RK, 0.0).sum(-1, keepdim=True).double().log()
     log_tail_R1 = log_z_R1 + log_base_R1
     if bool((log_base_R1 < _LOG_TINY).any()):
