@@ -4,7 +4,7 @@ The student has SmolLM2-135M's shape with half of its layers (vocabulary 49,152,
 weights, fp32, AdamW, at T = 1, the schema's default, and at T = 4. A step is forward, loss, backward
 and optimizer, as the trainer runs it (`StudentWithLoss`) without DeepSpeed. The cached teacher's
 outputs are in memory, as the stream's reader has them once it has worked ahead; `bench/codec.py`
-measures that work.
+measures that work. Hidden multiplies by the teacher's LM head once more, which is not to be had for 2%.
 
     uv run python bench/kd_step.py [--quick] [--json]
 """
@@ -92,8 +92,8 @@ def main() -> None:
     measures = []
     for name, times in seconds.items():
         ratio, value = paired_ratio(times, baseline), 1e3 * median(times)
-        judged = () if name.startswith("Hidden") else (f"≤ {GOAL}", ratio <= GOAL)
-        measures.append(Measure(f"step, {name}", value, "ms", ALONE, value / ratio, *judged))
+        goal, met = f"≤ {GOAL}", ratio <= GOAL
+        measures.append(Measure(f"step, {name}", value, "ms", ALONE, value / ratio, goal, met))
     report(measures, as_json=options.json)
 
 
