@@ -11,7 +11,11 @@ import pytest
 import torch
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.runspec import ResolvedModel, RunSpec
-from kubedistill_trainer.data.tokenizer import TextTokenizer
+from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
+from kubedistill_trainer.evaluation import record
+from kubedistill_trainer.evaluation.measure import plan_of
+from kubedistill_trainer.evaluation.results import Abilities
+from kubedistill_trainer.evaluation.teacher import request_of_teacher
 from kubedistill_trainer.exporter import ProgressBoard
 from kubedistill_trainer.failures import InputsRefused
 from kubedistill_trainer.methods.learn_text import read_taught
@@ -33,6 +37,7 @@ FORGETFUL = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 )
 """In the manner of DeepSeek-R1's: no reasoning of answers that were given."""
+UNASKED = {"examples": 0, "latency": False}
 SYSTEM = {"role": "system", "content": "Be brief"}
 USER = {"role": "user", "content": "Hi"}
 
@@ -78,7 +83,7 @@ def job(
     fields = {
         "teacher": {"model": {"uri": store.uri_of("teacher")}}, "data": data,
         "student": {"config": LLAMA}, "workers": {"gpusPerNode": 0},
-        "training": {"globalBatchSize": 2}, **parts,
+        "training": {"globalBatchSize": 2}, "evaluation": UNASKED, **parts,
     }  # fmt: skip
     run = text_job(store, "", **fields)
     return run.model_copy(update={"teacher_model": ResolvedModel(uri=store.uri_of("teacher"))})
@@ -245,6 +250,23 @@ def test_what_is_there_needs_no_teacher(store: Store, tmp_path: Path) -> None:
     write(run, store, tmp_path)
     taught = read_taught(student)
     assert taught is not None and len(taught.learnt.conversations) == 40
+
+
+def test_a_teacher_that_nobody_has_measured_is_started_for_it(store: Store, tmp_path: Path) -> None:
+    """Every job is held beside its teacher, also where there is nothing to write any more."""
+    asked = {"tasks": ["chain_sum"], "examples": 2, "latency": False}
+    run = job(store, *({"q": f"What is {n}?"} for n in range(40)), evaluation=asked)
+    write(run, store, tmp_path)
+    context = context_of(run, store, tmp_path)
+    before = run_preflight(context).resolved
+    assert before is not None
+    assert (before.stream_complete, before.total_steps > 0) == (False, True)
+    speaks = load_tokenizer(store.child("teacher"), "spec.teacher")
+    plan = plan_of(run.spec.evaluation, context.open_store)
+    request = request_of_teacher(context, plan, speaks)
+    record.publish(store, request, Abilities(prompting="ChatTemplate"))
+    after = run_preflight(context).resolved
+    assert after is not None and after.stream_complete
 
 
 def test_a_shard_that_rots_is_asked_for_by_the_preflight(store: Store, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def run_preflight(context: Context) -> Outcome:
         training_tokens=dataset.packed.take(dataset.split.training).valid_tokens,
         data_digest=dataset.digest,
         stream_uri=stream_uri,
-        stream_complete=complete,
+        stream_complete=complete and not _has_to_measure(context, dataset.tokenizer),
     )
     return Outcome(reason="Completed", message=_verdict(dataset), resolved=found)
 
@@ -88,7 +88,7 @@ def _text_preflight(context: Context) -> Outcome:
         student_parameters=parameters,
         data_digest=text.data_digest,
         stream_uri=text.stream_uri,
-        stream_complete=text.dataset is not None,
+        stream_complete=(text.dataset is not None and not _has_to_measure(context, text.tokenizer)),
     )
     dataset = text.dataset
     if dataset is not None:
@@ -317,6 +317,15 @@ def _check_evaluation(context: Context) -> None:
     check_tasks(settings.tasks, settings.examples, "spec.evaluation.tasks")
     check_suites(settings.lm_eval)
     read_questions(settings.questions, context.open_store, settings.examples)
+
+
+def _has_to_measure(context: Context, tokenizer: TextTokenizer) -> bool:
+    """Whether a teacher whose stream is there has pods to start all the same: for the figures that
+    the student is held beside."""
+    with quiet_collector():
+        from kubedistill_trainer.evaluation.teacher import is_to_be_measured
+
+    return is_to_be_measured(context, tokenizer)
 
 
 def _stream(context: Context, dataset: Dataset) -> tuple[str, bool]:

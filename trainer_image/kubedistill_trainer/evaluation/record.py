@@ -113,12 +113,17 @@ def awaited(store: Store, request: Request, tick: Tick) -> Abilities | None:
     """What was found; where a teacher's pod is at it, after a short wait."""
     deadline = time.monotonic() + _WAIT_SECONDS
     while (found := read(store, request)) is None:
-        begun = store.head(request.mark)
-        if begun is None or time.monotonic() > deadline or _age(begun.last_modified) > _OLD_SECONDS:
+        if time.monotonic() > deadline or not is_coming(store, request):
             return None
         tick()
         time.sleep(_POLL_SECONDS)
     return found
+
+
+def is_coming(store: Store, request: Request) -> bool:
+    """Whether a teacher's pod has begun to measure, and may be at it still."""
+    begun = store.head(request.mark)
+    return begun is not None and _age(begun.last_modified) <= _OLD_SECONDS
 
 
 def _age(since: datetime) -> float:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from kubedistill_trainer.context import Context
-from kubedistill_trainer.data.tokenizer import TextTokenizer
+from kubedistill_trainer.data.dataset import learns_text
+from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
 from kubedistill_trainer.evaluation import record
-from kubedistill_trainer.evaluation.measure import measure, plan_of
+from kubedistill_trainer.evaluation.measure import Plan, measure, plan_of
 from kubedistill_trainer.evaluation.prompts import asking
 from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.teacher.digest import teacher_digest
@@ -32,15 +33,39 @@ def measure_teacher(
     over devices repeats calls of its decoder, whose cache would have to travel with them: it is not
     measured.
     """
-    spec, source = context.run.spec, context.run.teacher_model
-    if context.partition != 0 or source is None or split:
+    if context.partition != 0 or split or context.run.teacher_model is None:
         return
-    plan = plan_of(spec.evaluation, context.open_store)
-    digest = teacher_digest(source, context.open_store(source.uri))
-    request = record.request_of(spec.evaluation, plan, tokenizer, digest, spec.training.precision)
+    plan = plan_of(context.run.spec.evaluation, context.open_store)
+    request = request_of_teacher(context, plan, tokenizer)
     if record.read(context.storage, request) is not None:
         return
     record.begin(context.storage, request)
     _log.info("measuring the teacher")
     found = measure(model(), asking(tokenizer, "spec.teacher"), plan, tick)
     record.publish(context.storage, request, found)
+
+
+def request_of_teacher(context: Context, plan: Plan, tokenizer: TextTokenizer) -> record.Request:
+    """What a job asks its teacher, a model in a store; by the teacher's own tokenizer where it is
+    learnt by its text."""
+    spec, source = context.run.spec, context.run.teacher_model
+    assert source is not None
+    store = context.open_store(source.uri)
+    digest = teacher_digest(source, store)
+    return record.request_of(spec.evaluation, plan, tokenizer, digest, spec.training.precision)
+
+
+def is_to_be_measured(context: Context, tokenizer: TextTokenizer) -> bool:
+    """Whether the teacher's pods have something to measure, also where its stream is complete."""
+    spec = context.run.spec
+    teacher = spec.teacher
+    if teacher is None or context.run.teacher_model is None or teacher.workers.gpus_per_replica > 1:
+        return False
+    plan = plan_of(spec.evaluation, context.open_store)
+    if not (plan.tasks or plan.questions or plan.latency):
+        return False
+    if learns_text(spec):
+        uri = context.run.teacher_model.uri
+        tokenizer = load_tokenizer(context.open_store(uri), "spec.teacher")
+    store, request = context.storage, request_of_teacher(context, plan, tokenizer)
+    return record.read(store, request) is None and not record.is_coming(store, request)

@@ -19,10 +19,10 @@ from kubedistill_trainer.evaluation.prompts import asking
 from kubedistill_trainer.evaluation.results import Abilities
 from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.evaluation.suites import run_suites
+from kubedistill_trainer.evaluation.teacher import request_of_teacher
 from kubedistill_trainer.methods.signal import OnlineTeacher, Signal
 from kubedistill_trainer.models.export import weights_on_disk
 from kubedistill_trainer.models.load import dtype_of, load_model
-from kubedistill_trainer.teacher.digest import teacher_digest
 
 _log = logging.getLogger(__name__)
 _NO_RECORD = (
@@ -125,16 +125,10 @@ def _teacher(
             teacher.model, asking(dataset.tokenizer, "spec.teacher"), plan, tick
         )
     else:
-        store = context.open_store(source.uri)
-        # A teacher of text is asked in its own words.
-        text = learns_text(run.spec)
-        request = record.request_of(
-            run.spec.evaluation,
-            plan,
-            load_tokenizer(store, "spec.teacher") if text else dataset.tokenizer,
-            teacher_digest(source, store),
-            run.spec.training.precision,
-        )
+        tokenizer = dataset.tokenizer
+        if learns_text(run.spec):  # then it is asked in its own words
+            tokenizer = load_tokenizer(context.open_store(source.uri), "spec.teacher")
+        request = request_of_teacher(context, plan, tokenizer)
         found = record.awaited(context.storage, request, tick)
     if found is None:
         problems["teacher"] = _NO_RECORD
