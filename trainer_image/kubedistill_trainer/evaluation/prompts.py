@@ -17,11 +17,10 @@ from kubedistill_trainer.evaluation.gym import Solved
 from kubedistill_trainer.evaluation.speak import Said
 from kubedistill_trainer.failures import InputsRefused
 from kubedistill_trainer.teacher.thought import (
-    CLOSE,
-    OPEN,
     closings,
     left_open,
     tagged,
+    unsaid_ids,
     untagged,
 )
 
@@ -98,8 +97,7 @@ class Asking:
 
     @cached_property
     def _unsaid(self) -> frozenset[int]:
-        added = self.tokenizer.tokenizer.get_added_tokens_decoder().items()
-        return frozenset(i for i, t in added if t.special and t.content not in (OPEN, CLOSE))
+        return unsaid_ids(self.tokenizer)
 
 
 def asking(tokenizer: TextTokenizer, field: str) -> Asking:

@@ -16,7 +16,7 @@ from kubedistill_trainer.models.generation import generate
 from kubedistill_trainer.teacher.text import TextAnswer, TextRequest
 from kubedistill_trainer.teacher.text_manifest import TextIdentity
 from kubedistill_trainer.teacher.text_request import positions_of, question
-from kubedistill_trainer.teacher.thought import CLOSE, OPEN
+from kubedistill_trainer.teacher.thought import unsaid_ids
 
 _log = logging.getLogger(__name__)
 _ROWS = 32
@@ -119,12 +119,6 @@ class OwnTeacher:
             prompt_tokens=len(prompt),
             answer_tokens=len(said) + finished,
         )
-
-
-def unsaid_ids(tokenizer: TextTokenizer) -> frozenset[int]:
-    """Special tokens, which are no part of what is said; those that mark reasoning are."""
-    added = tokenizer.tokenizer.get_added_tokens_decoder().items()
-    return frozenset(i for i, t in added if t.special and t.content not in (OPEN, CLOSE))
 
 
 def end_ids(model: Any, tokenizer: TextTokenizer, template: ChatTemplate) -> frozenset[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from kubedistill_trainer.data.tokenizer import TextTokenizer
 from kubedistill_trainer.teacher.text import TextAnswer
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -98,3 +99,9 @@ def after_marker(answer: str) -> str:
 
 def _together(parts: list[str]) -> str:
     return "\n\n".join(bare for part in parts if (bare := part.strip()))
+
+
+def unsaid_ids(tokenizer: TextTokenizer) -> frozenset[int]:
+    """Special tokens, which are no part of what is said; those that mark reasoning are."""
+    added = tokenizer.tokenizer.get_added_tokens_decoder().items()
+    return frozenset(i for i, t in added if t.special and t.content not in (OPEN, CLOSE))
