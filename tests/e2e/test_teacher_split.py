@@ -16,6 +16,7 @@ from devcluster.s3 import S3Server
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import ResolvedModel
 from kubedistill_trainer.data.template import EXAMPLE
+from kubedistill_trainer.evaluation.results import Abilities
 from kubedistill_trainer.store import Store
 from kubedistill_trainer.teacher.manifest import Manifest
 from kubedistill_trainer.teacher.payload import TeacherOutputs
@@ -29,6 +30,7 @@ from e2e.gang import Trainer, put_inputs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 TEACHER = "teachers/split"
+EVALUATION = {"tasks": ["chain_sum"], "examples": 8, "maxAnswerTokens": 12, "latency": True}
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,16 @@ class Bench:
             },
             student={"fromTeacher": {"layers": 1}},
             storage={"uri": f"s3://{self.server.access.bucket}/{name}"},
+            evaluation=EVALUATION,
         )
+
+    def figures(self, name: str) -> Abilities:
+        """What was found of the teacher of the job with this prefix."""
+        store = Store(
+            f"s3://{self.server.access.bucket}/{name}", endpoint=self.server.access.endpoint
+        )
+        [key] = [k.key for k in store.list("evaluations/") if k.key.endswith(".json")]
+        return Abilities.model_validate_json(store.get(key))
 
     def written(self, name: str, gpus: int, payload: str) -> list[TeacherOutputs]:
         """What a teacher's pod wrote, sample by sample."""
@@ -131,6 +142,24 @@ def test_hidden_states_of_a_split_teacher(bench: Bench) -> None:
         difference = (one.hidden.states - other.hidden.states).abs()
         assert float(difference.max()) <= step
         assert float((difference > step / 1000).float().mean()) < 0.01
+    _measured_alike(bench.figures("hidden-1"), bench.figures("hidden-2"))
+
+
+def _measured_alike(whole: Abilities, split: Abilities) -> None:
+    """All of it, with keys and values in both processes; the time is each machine's own."""
+    assert not whole.problems
+    assert not split.problems
+    assert split.tasks == whole.tasks
+    assert whole.questions is not None
+    assert split.questions is not None
+    assert whole.questions.confidence > 0
+    # An answer that falls on the other side of a tie is another one from there on.
+    assert split.questions.confidence == pytest.approx(whole.questions.confidence, rel=0.05)
+    assert whole.performance is not None
+    assert split.performance is not None
+    assert (whole.performance.device, split.performance.device) == ("CPU", "2 × CPU")
+    assert split.performance.weights_bytes == whole.performance.weights_bytes
+    assert all(pace.tokens_per_second > 0 for pace in split.performance.paces)
 
 
 def test_a_split_teacher_measures_its_payloads(bench: Bench) -> None:
@@ -154,6 +183,7 @@ def _answers(bench: Bench, name: str, gpus: int) -> dict[int, TextAnswer]:
         student={"fromTeacher": {"layers": 1}},
         data={"sources": [prompts]},
         storage={"uri": f"{bucket}/{name}"},
+        evaluation=EVALUATION,
     )
     result = bench.trainer.run("teacher", spec, name=name, teacher=bench.model)
     assert result.codes == [0], result.log
@@ -170,6 +200,7 @@ def test_a_split_teacher_says_the_same(bench: Bench) -> None:
     # Sums are made in another order: now and then a draw falls on the other side.
     same = sum(whole[n] == split[n] for n in whole)
     assert same >= 120
+    _measured_alike(bench.figures("text-1"), bench.figures("text-2"))
 
 
 def test_the_death_of_one_process_ends_the_other(bench: Bench) -> None:

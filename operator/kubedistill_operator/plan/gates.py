@@ -73,8 +73,6 @@ def _unasked(metric: str, spec: DistillationJobSpec) -> str:
         return "a figure of a teacher, and a `fineTune` job has none"
     if spec.teacher.endpoint is not None:
         return "and a teacher behind an endpoint is not asked"
-    if spec.teacher.delivery == "Stream" and spec.teacher.workers.gpus_per_replica > 1:
-        return "and a teacher that is split over GPUs (`gpusPerReplica` above 1) is not asked"
     return ""
 
 

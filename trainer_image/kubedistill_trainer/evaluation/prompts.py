@@ -8,12 +8,12 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 from kubedistill_trainer.data.conversation import Message
 from kubedistill_trainer.data.template import ChatTemplate
 from kubedistill_trainer.data.tokenizer import TextTokenizer
 from kubedistill_trainer.evaluation.gym import Solved
+from kubedistill_trainer.evaluation.results import Prompting
 from kubedistill_trainer.evaluation.speak import Said
 from kubedistill_trainer.failures import InputsRefused
 from kubedistill_trainer.teacher.thought import (
@@ -56,7 +56,7 @@ class Asking:
         return self.template is None
 
     @property
-    def prompting(self) -> Literal["ChatTemplate", "Examples"]:
+    def prompting(self) -> Prompting:
         return "Examples" if self.one_line else "ChatTemplate"
 
     def encode(self, question: str, shots: Sequence[Solved], request: str) -> list[int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from kubedistill_trainer.evaluation.gym import Group
 
+Prompting = Literal["ChatTemplate", "Examples"]
 GROUPS: tuple[Group, ...] = ("simple", "multiStep")
 _METRIC = {"simple": "simpleAccuracy", "multiStep": "multiStepAccuracy"}
 
@@ -71,7 +72,8 @@ class Performance(_Found):
     """Time and memory, as measured on one machine.
 
     `working_bytes`: greatest use beside the weights while the largest batch was answered, by
-    `memory`: what CUDA allocated, or by how much the process grew.
+    `memory`: what CUDA allocated, or by how much the process grew. Of a model that is split over
+    devices: of all of them, each taken to need what the first one does.
     """
 
     device: str
@@ -91,11 +93,19 @@ class Performance(_Found):
 class Abilities(_Found):
     """All of one model. None: not asked for, or `problems` say by name why it is not there."""
 
-    prompting: Literal["ChatTemplate", "Examples"]
+    prompting: Prompting
     tasks: tuple[TaskScore, ...] = ()
     questions: QuestionScore | None = None
     performance: Performance | None = None
     problems: dict[str, str] = {}
+
+    @classmethod
+    def none(
+        cls, prompting: Prompting, why: str, problems: Mapping[str, str] | None = None
+    ) -> Abilities:
+        """Of a model that could not be asked for anything."""
+        parts = dict.fromkeys(("tasks", "questions", "performance"), why)
+        return cls(prompting=prompting, problems={**(problems or {}), **parts})
 
     def figures(self) -> dict[str, float]:
         """By the names of `status.metrics`: of groups of tasks, and of the questions."""

@@ -44,15 +44,16 @@ def measure_speed(model: Any, tick: Tick) -> Performance:
                 run.once()
             working = max(working, used())
             paces.append(pace(batch, [run.once() for _ in range(ROUNDS)]))
-    cuda = device.type == "cuda"
+    cuda, parts = device.type == "cuda", getattr(model, "tp_size", None) or 1
+    name = torch.cuda.get_device_name(device) if cuda else "CPU"
     return Performance(
-        device=torch.cuda.get_device_name(device) if cuda else "CPU",
+        device=name if parts == 1 else f"{parts} × {name}",
         prompt_tokens=prompt,
         answer_tokens=answer,
         rounds=ROUNDS,
         paces=tuple(paces),
         weights_bytes=weights_bytes(model),
-        working_bytes=working,
+        working_bytes=working * parts,
         memory="CUDA allocations" if cuda else "growth of the process",
     )
 

@@ -6,34 +6,34 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from kubedistill_api.exit_codes import ExitCode
+
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import learns_text
 from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
 from kubedistill_trainer.evaluation import record
 from kubedistill_trainer.evaluation.measure import Plan, measure, plan_of
 from kubedistill_trainer.evaluation.prompts import asking
+from kubedistill_trainer.evaluation.results import Abilities
 from kubedistill_trainer.evaluation.speak import Tick
+from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.teacher.digest import teacher_digest
 
 _log = logging.getLogger(__name__)
 
 
 def measure_teacher(
-    context: Context,
-    model: Callable[[], Any],
-    tokenizer: TextTokenizer,
-    tick: Tick,
-    *,
-    split: bool,
+    context: Context, model: Callable[[], Any], tokenizer: TextTokenizer, tick: Tick
 ) -> None:
     """Measure the teacher for all jobs that ask the same, unless that was done.
 
     `model` gives it, and is called where it is needed. In the pod of the first partition only, once
-    its part of the stream is written: no student of logits waits for this. A teacher that is `split`
-    over devices repeats calls of its decoder, whose cache would have to travel with them: it is not
-    measured.
+    its part of the stream is written: no student of logits waits for this.
+
+    RunFailure where memory runs out in a split teacher, whose processes then are out of step. The
+    next attempt finds that written down and does not try again.
     """
-    if context.partition != 0 or split or context.run.teacher_model is None:
+    if context.partition != 0 or context.run.teacher_model is None:
         return
     plan = plan_of(context.run.spec.evaluation, context.open_store)
     request = request_of_teacher(context, plan, tokenizer)
@@ -41,7 +41,14 @@ def measure_teacher(
         return
     record.begin(context.storage, request)
     _log.info("measuring the teacher")
-    found = measure(model(), asking(tokenizer, "spec.teacher"), plan, tick)
+    way = asking(tokenizer, "spec.teacher")
+    try:
+        found = measure(model(), way, plan, tick)
+    except RunFailure as error:
+        if error.code == ExitCode.OUT_OF_MEMORY:
+            failed = Abilities.none(way.prompting, error.message, plan.problems)
+            record.publish(context.storage, request, failed)
+        raise
     record.publish(context.storage, request, found)
 
 
@@ -59,7 +66,7 @@ def is_to_be_measured(context: Context, tokenizer: TextTokenizer) -> bool:
     """Whether the teacher's pods have something to measure, also where its stream is complete."""
     spec = context.run.spec
     teacher = spec.teacher
-    if teacher is None or context.run.teacher_model is None or teacher.workers.gpus_per_replica > 1:
+    if teacher is None or context.run.teacher_model is None:
         return False
     plan = plan_of(spec.evaluation, context.open_store)
     if not (plan.tasks or plan.questions or plan.latency):

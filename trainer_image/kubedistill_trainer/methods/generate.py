@@ -99,9 +99,7 @@ def run_teacher(context: Context, board: exporter.ProgressBoard, group: Any = No
         head_sha256=head,
         probe=rows,
     )
-    measure = partial(
-        measure_teacher, context, lambda: model, dataset.tokenizer, split=group is not None
-    )
+    measure = partial(measure_teacher, context, lambda: model, dataset.tokenizer)
     return _write(context, board, dataset, manifest, _Model(model, dataset, identity), measure)
 
 

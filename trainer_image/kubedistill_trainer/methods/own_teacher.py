@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.runspec import Outcome
 
 from kubedistill_trainer import exporter
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.tokenizer import load_tokenizer
 from kubedistill_trainer.evaluation.teacher import measure_teacher
-from kubedistill_trainer.failures import RunFailure, refuse
+from kubedistill_trainer.failures import refuse
 from kubedistill_trainer.methods import sharding
 from kubedistill_trainer.methods.answer import Generate, OwnTeacher
 from kubedistill_trainer.methods.write_text import run_text_teacher
@@ -43,8 +42,13 @@ def run_own_teacher(context: Context, board: exporter.ProgressBoard, group: Any 
         return OwnTeacher(model(), tokenizer, template, manifest.identity, **together)
 
     outcome = run_text_teacher(context, board, opened)
-    tick = partial(_tick, board)
-    measure_teacher(context, model, tokenizer, tick, split=group is not None)
+
+    def asked() -> Any:
+        if group is not None:
+            sharding.lead(model(), group)
+        return model()
+
+    measure_teacher(context, asked, tokenizer, partial(_tick, board))
     return outcome
 
 
@@ -55,13 +59,12 @@ def _tick(board: exporter.ProgressBoard) -> None:
 def follow_own_teacher(context: Context, group: Any) -> Outcome:
     """Do whatever the first process does with its part of the teacher, until that is done.
 
-    Every process generates the same: the layers' results are summed up over all of them, and the
-    draws are by each request's seed.
+    Every process generates the same answers: the layers' results are summed up over all of them, and
+    the draws are by each request's seed. What is measured is asked by the first process alone.
     """
     if sharding.receive(group) == _LOAD:
         model = sharding.load_shard(_folder(context), _dtype(context), group).eval()
-        while (batch := sharding.receive(group)) is not None:
-            generate(model, **batch)
+        sharding.follow(model, group, generate)
     return Outcome(reason="Completed", message="the first process writes the answers")
 
 
@@ -89,15 +92,8 @@ def _together(group: Any) -> Generate:
 
     def generate_together(model: Any, **batch: Any) -> list[list[int]]:
         sharding.send(batch, group)
-        try:
+        with sharding.in_step():
             return generate(model, **batch)
-        except torch.OutOfMemoryError as error:
-            # The others are in the middle of it: there is no trying again with less.
-            raise RunFailure(
-                ExitCode.OUT_OF_MEMORY,
-                "memory ran out while the split teacher answered: raise "
-                "spec.teacher.workers.gpusPerReplica, or lower generation.maxTokens",
-            ) from error
 
     return generate_together
 

@@ -7,15 +7,21 @@ program; whenever that calls the decoder, the others are sent the arguments and 
 
 from __future__ import annotations
 
+import functools
 import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from kubedistill_api.exit_codes import ExitCode
 
-from kubedistill_trainer.failures import refuse
+from kubedistill_trainer.failures import RunFailure, refuse
 from kubedistill_trainer.models.load import config_of_folder, empty_model, load_model
 
 FIELD = "spec.teacher.workers.gpusPerReplica"
@@ -60,19 +66,74 @@ def load_shard(folder: Path, dtype: torch.dtype, group: Any) -> Any:
     return load_model(folder, "spec.teacher", dtype, plan)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call of the decoder: which of its layers it has, and the arguments.
+
+    `continues`: with the cache of the call before, which is not among them.
+    """
+
+    layers: list[int]
+    arguments: dict[str, Any]
+    continues: bool
+
+
 def lead(model: Any, group: Any) -> None:
-    """From now on the others repeat every call of the decoder, with the layers that it has then."""
+    """From now on the others repeat every call of the decoder, with the layers that it has then.
+
+    Keys and values stay where they are made: each process goes on with a cache of its own part, and
+    an empty one is sent as what it is. A call that fails here is RunFailure, whatever it was.
+    """
     decoder = model.get_decoder()
     number = {id(layer): index for index, layer in enumerate(decoder.layers)}
+    forward, before = decoder.forward, _LastCache()
 
-    def send(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args:
-            raise TypeError("a split decoder takes keyword arguments")
-        layers = [number[id(layer)] for layer in module.layers]
-        sent = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
-        dist.broadcast_object_list([(layers, sent)], src=0, group=group)
+    @functools.wraps(forward)
+    def together(**arguments: Any) -> Any:
+        continues = before.continues(arguments.get("past_key_values"))
+        sent = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        if continues:
+            del sent["past_key_values"]
+        send(_Call([number[id(layer)] for layer in decoder.layers], sent, continues), group)
+        with in_step():
+            return forward(**arguments)
 
-    decoder.register_forward_pre_hook(send, with_kwargs=True)
+    decoder.forward = together
+
+
+class _LastCache:
+    """Which cache the call before had."""
+
+    def __init__(self) -> None:
+        self._cache: weakref.ref[Any] | None = None
+
+    def continues(self, cache: Any) -> bool:
+        """Whether a call with `cache` goes on with it. ValueError for what others do not have."""
+        filled = cache is not None and cache.get_seq_length() > 0
+        if filled and (self._cache is None or self._cache() is not cache):
+            raise ValueError("a split decoder goes on with the cache of the call before only")
+        self._cache = None if cache is None else weakref.ref(cache)
+        return filled
+
+
+@contextmanager
+def in_step() -> Iterator[None]:
+    """Around what all processes do at once: where it fails in one, the others are in the middle of
+    it, and nobody can try again with less."""
+    try:
+        yield
+    except RunFailure:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise RunFailure(
+            ExitCode.OUT_OF_MEMORY,
+            f"memory ran out while the split teacher answered: raise {FIELD}, or lower "
+            "generation.maxTokens",
+        ) from error
+    except Exception as error:
+        raise RunFailure(
+            ExitCode.UNKNOWN, f"the split teacher failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 def send(message: Any, group: Any) -> None:
@@ -93,11 +154,23 @@ def dismiss(group: Any) -> None:
 
 
 @torch.inference_mode()
-def follow(model: Any, group: Any) -> None:
-    """Repeat the first process's calls until it dismisses this one."""
+def follow(model: Any, group: Any, answer: Callable[..., object] | None = None) -> None:
+    """Do what the first process does until it dismisses this one: its calls of the decoder, and
+    whatever else it sends, by `answer(model, **message)`."""
     decoder = model.get_decoder()
     layers, device = list(decoder.layers), next(model.parameters()).device
+    cache = None
     while (message := receive(group)) is not None:
-        numbers, sent = message
-        decoder.layers = torch.nn.ModuleList(layers[n] for n in numbers)
-        decoder(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in sent.items()})
+        if not isinstance(message, _Call):
+            assert answer is not None
+            answer(model, **message)
+            continue
+        decoder.layers = torch.nn.ModuleList(layers[n] for n in message.layers)
+        arguments = {
+            k: v.to(device) if isinstance(v, torch.Tensor) else v
+            for k, v in message.arguments.items()
+        }
+        if message.continues:
+            arguments["past_key_values"] = cache
+        cache = arguments.get("past_key_values")
+        decoder(**arguments)

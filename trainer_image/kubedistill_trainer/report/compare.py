@@ -87,10 +87,7 @@ def _student(
         torch.cuda.empty_cache()
         _log.warning("the student is not measured: %s", error)
         why = "memory ran out beside the training state"
-        parts = ("tasks", "questions", "performance")
-        return Abilities(
-            prompting=way.prompting, problems=plan.problems | dict.fromkeys(parts, why)
-        )
+        return Abilities.none(way.prompting, why, plan.problems)
     return measure(model, way, plan, tick)
 
 
