@@ -15,10 +15,12 @@ def of_buckets(log_p_RB: Tensor, log_q_RB: Tensor, divergence: Divergence) -> tu
     A bucket without teacher mass counts in KL(q ‖ p) as if it had e^-40: infinite on paper.
     """
     p, q = log_p_RB.exp(), log_q_RB.exp()
-    value_R, slope = torch.zeros_like(p[:, 0]), torch.zeros_like(p)
-    if divergence.forward:
-        value_R += divergence.forward * _bregman(log_p_RB, log_q_RB).sum(-1)
-        slope += divergence.forward * (q - p)
+    slope = q - p
+    # A Bregman sum (see `divergence.py`), with 0 · log 0 = 0.
+    value_R = (torch.where(p > 0, p * (log_p_RB - log_q_RB), 0.0) + slope).sum(-1)
+    if divergence.is_forward_kl:
+        return value_R, slope
+    value_R, slope = divergence.forward * value_R, divergence.forward * slope
     d = (log_p_RB - log_q_RB).clamp(-GREATEST_LOG_RATIO, GREATEST_LOG_RATIO)
     if divergence.reverse:
         mean_R1 = (q * d).sum(-1, keepdim=True)
@@ -42,9 +44,3 @@ def teacher_buckets(teacher: TeacherSparse, temperature: float) -> tuple[Tensor,
     log_kept_R1 = log_p_RK.logsumexp(-1, keepdim=True)
     log_p_RK = log_p_RK - log_kept_R1.clamp_min(0)
     return log_p_RK, (-torch.expm1(log_kept_R1.clamp_max(0))).log()
-
-
-def _bregman(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """p (log p − log q) − p + q, with 0 · log 0 = 0."""
-    p, q = log_p.exp(), log_q.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0) - p + q

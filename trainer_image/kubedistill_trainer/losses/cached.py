@@ -10,18 +10,77 @@ entries; and log Z follows from any entry whose probability did not underflow: l
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from kubedistill_trainer.losses.buckets import of_buckets, teacher_buckets
-from kubedistill_trainer.losses.divergence import normalise, softmax
+from kubedistill_trainer.losses.divergence import normalise, softmax, tempered
 from kubedistill_trainer.losses.types import Divergence, TeacherSampled, TeacherSparse
 
 _TINY = 1e-30
 """Below it a probability in fp32 loses digits, and then vanishes."""
 _LOG_TINY = math.log(_TINY)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What is known of the tokens that a cache names before any pass over the vocabulary.
+
+    It is made for many rows at once: an operator on [R, K] costs as much for five rows as for
+    hundreds, and there are dozens of them. ids_RK; u_RK (fp64): the student's u there; top_R1 and
+    u_top_R1 (fp64): id and u of the likeliest of them.
+    """
+
+    ids_RK: Tensor
+    u_RK: Tensor
+    top_R1: Tensor
+    u_top_R1: Tensor
+
+    def blocks(self, rows: int) -> Iterator[Self]:
+        """The same, `rows` at a time."""
+        return map(type(self), *(getattr(self, f.name).split(rows) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class SampledTokens(_Tokens):
+    """`share_RK`: of the draws, fp64."""
+
+    share_RK: Tensor
+
+    @classmethod
+    def of(cls, teacher: TeacherSampled, u_RK: Tensor) -> SampledTokens:
+        """`u_RK`: the student's u at the teacher's ids."""
+        return cls(*_student(teacher.ids_NK, u_RK), teacher.shares_NK.double())
+
+
+@dataclass(frozen=True)
+class SparseTokens(_Tokens):
+    """`log_p_RB`: of the K tokens, and of the tail where there is one; `log_kept_R1`: log Σ_k e^{u_k}.
+    Both fp64."""
+
+    log_p_RB: Tensor
+    log_kept_R1: Tensor
+
+    @classmethod
+    def of(
+        cls, teacher: TeacherSparse, u_RK: Tensor, temperature: float, vocab_size: int
+    ) -> SparseTokens:
+        """`u_RK`: the student's u at the teacher's ids."""
+        log_p, log_pt_R1 = teacher_buckets(teacher, temperature)
+        if log_p.shape[-1] < vocab_size:
+            log_p = torch.cat([log_p, log_pt_R1], -1)
+        log_kept_R1 = u_RK.double().logsumexp(-1, keepdim=True)
+        return cls(*_student(teacher.ids_NK, u_RK), log_p, log_kept_R1)
+
+
+def _student(ids_RK: Tensor, u_RK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    u_RK = u_RK.double()
+    u_top_R1, place_R1 = u_RK.max(-1, keepdim=True)
+    return ids_RK, u_RK, ids_RK.gather(-1, place_R1), u_top_R1
 
 
 @dataclass(frozen=True)
@@ -39,40 +98,41 @@ class SoftTerm:
     unit_R1: Tensor
     ids_RK: Tensor
     add_RK: Tensor
-    kept_RK: Tensor
+    kept_RK: Tensor | None
 
 
-def log_normaliser(u_RV: Tensor, q_RV: Tensor, ids_RK: Tensor) -> Tensor:
-    """log Σ exp(u_RV) [R, 1] (fp64), from q_RV = softmax(u_RV) at the likeliest of ids_RK [R, K].
+def log_normaliser(
+    z_RV: Tensor, temperature: float, q_RV: Tensor, top_R1: Tensor, u_top_R1: Tensor
+) -> Tensor:
+    """log Σ exp(z_RV / T) [R, 1] (fp64), from q_RV = softmax(z_RV / T) at top_R1, where u is u_top_R1.
 
     Where that underflowed, from the greatest entry of the row, which takes two passes to find.
     """
-    u_RK = u_RV.gather(-1, ids_RK)
-    top_R1, place_R1 = u_RK.max(-1, keepdim=True)
-    q_R1 = q_RV.gather(-1, ids_RK.gather(-1, place_R1))
-    if bool((q_R1 < _TINY).any()):
-        top_R1, q_R1 = u_RV.amax(-1, keepdim=True), q_RV.amax(-1, keepdim=True)
-    return top_R1.double() - q_R1.double().log()
+    q_R1 = q_RV.gather(-1, top_R1)
+    if float(q_R1.min()) < _TINY:
+        u_top_R1 = z_RV.amax(-1, keepdim=True) * (1 / temperature)
+        q_R1 = q_RV.amax(-1, keepdim=True)
+    return u_top_R1.double() - q_R1.double().log()
 
 
-def sampled_kl(u_RV: Tensor, teacher: TeacherSampled, out_RV: Tensor) -> SoftTerm:
-    """KL(p̂ ‖ q), p̂ the shares of the draws; `base_RV` is out_RV, which becomes q.
+def sampled_kl(z_RV: Tensor, tokens: SampledTokens, temperature: float, out_RV: Tensor) -> SoftTerm:
+    """KL(p̂ ‖ q), p̂ the shares of the draws; `base_RV` is out_RV.
 
     Its gradient q − p̂ is unbiased, as p̂ enters linearly; its value is not: of p̂'s own entropy.
     """
-    softmax(u_RV, out_RV)
-    log_z_R1 = log_normaliser(u_RV, out_RV, teacher.ids_NK)
-    share_RK = teacher.shares_NK.double()
-    log_q_RK = u_RV.gather(-1, teacher.ids_NK).double() - log_z_R1
+    unit_R1 = softmax(tempered(z_RV, temperature, out_RV), out_RV).double()
+    log_z_R1 = log_normaliser(z_RV, temperature, out_RV, tokens.top_R1, tokens.u_top_R1)
+    log_z_R1 -= unit_R1.log()
+    share_RK, log_q_RK = tokens.share_RK, tokens.u_RK - log_z_R1
     value_R = (torch.xlogy(share_RK, share_RK) - share_RK * log_q_RK).sum(-1)
-    one = torch.ones_like(log_z_R1)
-    nothing = torch.zeros_like(share_RK)
-    return SoftTerm(value_R, log_z_R1, out_RV, one, one, teacher.ids_NK, -share_RK, nothing)
+    return SoftTerm(
+        value_R, log_z_R1, out_RV, unit_R1, unit_R1, tokens.ids_RK, share_RK.neg(), None
+    )
 
 
 def sparse_divergence(
-    u_RV: Tensor,
-    teacher: TeacherSparse,
+    z_RV: Tensor,
+    tokens: SparseTokens,
     temperature: float,
     divergence: Divergence,
     out_RV: Tensor,
@@ -96,30 +156,30 @@ def sparse_divergence(
     Where q_t underflows it is made anew by a softmax over the tail alone, which stays exact however
     little mass is left. With K = V there is no tail and it is the full divergence.
     """
-    ids_RK, count = teacher.ids_NK, teacher.ids_NK.shape[-1]
-    u_RK = u_RV.gather(-1, ids_RK).double()
-    log_p, log_pt_R1 = teacher_buckets(teacher, temperature)
-    if count == u_RV.shape[-1]:
+    ids_RK, count = tokens.ids_RK, tokens.ids_RK.shape[-1]
+    if count == z_RV.shape[-1]:
         out_RV.zero_()
-        log_z_R1 = u_RK.logsumexp(-1, keepdim=True)
-        log_q = u_RK - log_z_R1
-        value_R, slope = of_buckets(log_p, log_q, divergence)
-        one = torch.ones_like(log_z_R1)
-        return SoftTerm(value_R, log_z_R1, out_RV, one, one, ids_RK, slope, log_q.exp())
-    # By torch's own softmax: that its rows do not quite add up to 1 cancels, for nothing below but
-    # shares of the tail is taken from it.
-    torch.softmax(u_RV, -1, out=out_RV)
-    log_z_R1 = log_normaliser(u_RV, out_RV, ids_RK)
+        log_q = tokens.u_RK - tokens.log_kept_R1
+        value_R, slope = of_buckets(tokens.log_p_RB, log_q, divergence)
+        one = torch.ones_like(tokens.log_kept_R1)
+        return SoftTerm(value_R, tokens.log_kept_R1, out_RV, one, one, ids_RK, slope, log_q.exp())
+    # That its rows do not quite add up to 1 cancels, for nothing below but shares of the tail is
+    # taken from it.
+    torch.softmax(tempered(z_RV, temperature, out_RV), -1, out=out_RV)
+    log_z_R1 = log_normaliser(z_RV, temperature, out_RV, tokens.top_R1, tokens.u_top_R1)
     log_base_R1 = out_RV.scatter_(-1, ids_RK, 0.0).sum(-1, keepdim=True).double().log()
     log_tail_R1 = log_z_R1 + log_base_R1
-    if bool((log_base_R1 < _LOG_TINY).any()):
+    if float(log_base_R1.min()) < _LOG_TINY:
+        u_RV = tempered(z_RV, temperature, torch.empty_like(z_RV))
         log_tail_R1 = normalise(u_RV.scatter(-1, ids_RK, float("-inf")), out_RV)
         log_base_R1 = torch.zeros_like(log_tail_R1)
     # Once more, of the buckets: then what rounding did to the tail's sum is divided out of q_t.
-    log_z_R1 = torch.logaddexp(u_RK.logsumexp(-1, keepdim=True), log_tail_R1)
-    log_q = torch.cat([u_RK, log_tail_R1], -1) - log_z_R1
-    value_R, slope = of_buckets(torch.cat([log_p, log_pt_R1], -1), log_q, divergence)
-    factor_R1 = slope[:, count:] * (-log_base_R1).exp()
-    unit_R1 = (log_q[:, count:] - log_base_R1).exp()
-    add_RK, kept_RK = slope[:, :count], log_q[:, :count].exp()
-    return SoftTerm(value_R, log_z_R1, out_RV, factor_R1, unit_R1, ids_RK, add_RK, kept_RK)
+    log_z_R1 = torch.logaddexp(tokens.log_kept_R1, log_tail_R1)
+    log_q = torch.cat([tokens.u_RK, log_tail_R1], -1) - log_z_R1
+    value_R, slope = of_buckets(tokens.log_p_RB, log_q, divergence)
+    q = log_q.exp()
+    base_R1 = log_base_R1.exp()
+    return SoftTerm(
+        value_R, log_z_R1, out_RV, slope[:, count:] / base_R1, q[:, count:] / base_R1,
+        ids_RK, slope[:, :count], q[:, :count],
+    )  # fmt: skip

@@ -10,7 +10,7 @@ logarithm; its own greatest entry is 1 / Z, hence log Z = max x − log max soft
 **Rows whose sum is 1.** torch adds up the exponentials of a row a lane at a time, in fp32: with
 150,000 entries Z is off by 2e-5. That scales all of q, and where q − p is multiplied by the head most
 of q cancels and the error does not. So long rows are divided by their sum, which `torch.sum` takes by
-pairs.
+pairs; where a row is multiplied by something afterwards, by a factor of that.
 
 **KL as a Bregman sum.** KL = Σ_v [p_v (log p_v − log q_v) − p_v + q_v]. The last two terms sum to 0
 on paper; on a machine they make every term ≥ 0 and cancel the rounding of both log Z to first order.
@@ -33,7 +33,8 @@ _LONG_ROW = 4096
 
 @dataclass(frozen=True)
 class Scratch:
-    """Three buffers [R, V] of the wide type, overwritten by every call."""
+    """Three buffers [R, V] of the wide type, overwritten by every call; those that nobody needs have
+    no rows."""
 
     a_RV: Tensor
     b_RV: Tensor
@@ -43,17 +44,23 @@ class Scratch:
         return Scratch(self.a_RV[:rows], self.b_RV[:rows], self.c_RV[:rows])
 
 
+def tempered(z_RV: Tensor, temperature: float, out_RV: Tensor) -> Tensor:
+    """z / T, in out_RV where it is not z itself; a softmax may then overwrite it."""
+    return z_RV if temperature == 1 else torch.mul(z_RV, 1 / temperature, out=out_RV)
+
+
 def softmax(x_RV: Tensor, out_RV: Tensor) -> Tensor:
-    """out_RV = softmax(x_RV), whose rows add up to 1 within a few roundings however long they are."""
+    """out_RV = softmax(x_RV), but for the factor of each row [R, 1] that is returned: with it a row
+    adds up to 1 within a few roundings however long it is."""
     torch.softmax(x_RV, -1, out=out_RV)
     if x_RV.shape[-1] < _LONG_ROW:
-        return out_RV
-    return out_RV.div_(out_RV.sum(-1, keepdim=True))
+        return out_RV.new_ones(len(out_RV), 1)
+    return out_RV.sum(-1, keepdim=True).reciprocal_()
 
 
 def normalise(x_RV: Tensor, out_RV: Tensor, max_R1: Tensor | None = None) -> Tensor:
     """out_RV = softmax(x_RV); log Σ exp(x) [R, 1] in fp64. `max_R1`: x's row maximum, if known."""
-    softmax(x_RV, out_RV)
+    out_RV.mul_(softmax(x_RV, out_RV))
     max_R1 = x_RV.amax(-1, keepdim=True) if max_R1 is None else max_R1
     return max_R1.double() - out_RV.amax(-1, keepdim=True).double().log()
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import torch
 from torch import Tensor
 
 from kubedistill_trainer.losses.cached import (
+    SampledTokens,
     SoftTerm,
+    SparseTokens,
     log_normaliser,
     sampled_kl,
     sparse_divergence,
@@ -43,13 +47,18 @@ class Pointwise:
         self._teacher = teacher
         self._objective = objective
         self._scale = scale
+        self._hard = objective.soft_weight < 1
         self._block_tokens = block_tokens
+        self._wide = wide
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
 
-        def buffer() -> Tensor:
-            return torch.empty(block_tokens, objective.vocab_size, dtype=wide, device=device)
+        def buffer(wanted: bool = True) -> Tensor:
+            rows = block_tokens if wanted else 0
+            return torch.empty(rows, objective.vocab_size, dtype=wide, device=device)
 
-        self._scratch = Scratch(buffer(), buffer(), buffer())
+        dense = isinstance(teacher, TeacherHidden)
+        apart = teacher is not None and objective.temperature != 1
+        self._scratch = Scratch(buffer(dense), buffer(), buffer(dense or apart))
         self._student_RV, self._teacher_RV = (None if d == wide else buffer() for d in dtypes)
 
     def add(self, z_CV: Tensor, t_CV: Tensor, rows_C: Tensor, labels_C: Tensor) -> None:
@@ -57,101 +66,145 @@ class Pointwise:
 
         t_CV: the teacher's logits where it is a TeacherHidden, else empty.
         """
-        for start in range(0, len(z_CV), self._block_tokens):
-            block = slice(start, start + self._block_tokens)
-            self._block(z_CV[block], t_CV[block], rows_C[block], labels_C[block, None])
+        size, labels_C1, T = self._block_tokens, labels_C[:, None], self._objective.temperature
+        z_label_C1 = self._student_at(z_CV, labels_C1).double()
+        tokens = self._tokens(z_CV, rows_C)
+        named = repeat(None) if tokens is None else tokens.blocks(size)
+        soft: list[Tensor] = []
+        log_z: list[Tensor] = []
+        for start, some in zip(range(0, len(z_CV), size), named, strict=False):
+            block = slice(start, start + size)
+            soft_R, log_z_R1 = self._block(
+                z_CV[block], t_CV[block], some, labels_C1[block], z_label_C1[block]
+            )
+            soft += [] if soft_R is None else [soft_R]
+            log_z += [] if log_z_R1 is None else [log_z_R1]
+        if soft:
+            self.sums[0] += T * T * torch.cat(soft).sum()
+        if log_z:
+            self.sums[1] += (torch.cat(log_z) - z_label_C1).sum()
 
-    def _block(self, z_RV: Tensor, t_RV: Tensor, rows_R: Tensor, labels_R1: Tensor) -> None:
-        """Adds the block's loss to the sums and overwrites its logits by their gradient."""
-        scratch = self._scratch.head(len(rows_R))
+    def _tokens(self, z_CV: Tensor, rows_C: Tensor) -> SampledTokens | SparseTokens | None:
+        """What a cache names of these rows."""
+        teacher, T = self._teacher, self._objective.temperature
+        if teacher is None or isinstance(teacher, TeacherHidden):
+            return None
+        ids_CK = teacher.ids_NK[rows_C]
+        u_CK = self._student_at(z_CV, ids_CK) * (1 / T)
+        if isinstance(teacher, TeacherSampled):
+            return SampledTokens.of(TeacherSampled(ids_CK, teacher.shares_NK[rows_C]), u_CK)
+        kept = TeacherSparse(ids_CK, teacher.logprobs_NK[rows_C], teacher.log_z_N[rows_C])
+        return SparseTokens.of(kept, u_CK, T, z_CV.shape[-1])
+
+    def _student_at(self, z_CV: Tensor, ids_CK: Tensor) -> Tensor:
+        """The student's logits at ids_CK, as `_block` gets to see them."""
+        found_CK = z_CV.gather(-1, ids_CK).to(self._wide)
+        return _capped(found_CK, self._objective.softcap)
+
+    def _block(
+        self,
+        z_RV: Tensor,
+        t_RV: Tensor,
+        tokens: SampledTokens | SparseTokens | None,
+        labels_R1: Tensor,
+        z_label_R1: Tensor,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """D of each token [R] and the student's log Z [R, 1], as far as they are wanted; the logits
+        are overwritten by their gradient."""
+        scratch = self._scratch.head(len(z_RV))
         cap = self._objective.softcap
         wide_RV = _widened(z_RV, self._student_RV)
         if cap is not None:
             # d(cap · tanh(x / cap)) / dx = 1 / cosh²(x / cap). As 1 − tanh² it would be lost where the
             # cap holds, and after the cap nobody knows x.
             slope_RV = wide_RV.div(cap).cosh_().square_().reciprocal_()
-            _cap(wide_RV, cap)
+            _capped(wide_RV, cap)
+        soft, soft_R = None, None
         if isinstance(self._teacher, TeacherHidden):
-            t_RV = _cap(_widened(t_RV, self._teacher_RV), self._teacher.softcap)
-            self._dense(wide_RV, t_RV, scratch)
-            soft = None
-        else:
-            soft = self._cached(wide_RV, rows_R, scratch)
-        hard = self._objective.soft_weight < 1
-        if hard:
-            self._cross_entropy(wide_RV, labels_R1, soft, scratch)
-        if self._scale is None:
-            return
-        self._write_gradient(wide_RV, labels_R1 if hard else None, soft, scratch)
-        if cap is not None:
-            wide_RV.mul_(slope_RV)
-        if wide_RV.dtype != z_RV.dtype:
-            z_RV.copy_(wide_RV)
+            t_RV = _capped(_widened(t_RV, self._teacher_RV), self._teacher.softcap)
+            soft_R = self._dense(wide_RV, t_RV, scratch)
+        elif tokens is not None:
+            soft = self._cached(wide_RV, tokens, scratch)
+            soft_R = soft.value_R
+        log_z_R1, unit_R1 = None, None
+        if self._hard:
+            log_z_R1, unit_R1 = self._cross_entropy(wide_RV, labels_R1, z_label_R1, soft, scratch)
+        if self._scale is not None:
+            self._write_gradient(wide_RV, labels_R1, soft, unit_R1, scratch)
+            if cap is not None:
+                wide_RV.mul_(slope_RV)
+            if wide_RV.dtype != z_RV.dtype:
+                z_RV.copy_(wide_RV)
+        return soft_R, log_z_R1
 
-    def _dense(self, z_RV: Tensor, t_RV: Tensor, scratch: Scratch) -> None:
+    def _dense(self, z_RV: Tensor, t_RV: Tensor, scratch: Scratch) -> Tensor:
+        T, max_R1 = self._objective.temperature, z_RV.amax(-1, keepdim=True)
+        return dense_divergence(z_RV, max_R1, t_RV, T, self._objective.divergence, scratch)
+
+    def _cached(
+        self, z_RV: Tensor, tokens: SampledTokens | SparseTokens, scratch: Scratch
+    ) -> SoftTerm:
+        """At T = 1 its base is `scratch.b_RV`, which cross-entropy shares, else `scratch.c_RV`."""
         T = self._objective.temperature
-        max_R1 = z_RV.amax(-1, keepdim=True)
-        soft_R = dense_divergence(z_RV, max_R1, t_RV, T, self._objective.divergence, scratch)
-        self.sums[0] += T * T * soft_R.sum()
-
-    def _cached(self, z_RV: Tensor, rows_R: Tensor, scratch: Scratch) -> SoftTerm | None:
-        """The soft term where the teacher is no TeacherHidden; None without a teacher.
-
-        At T = 1 its base is `scratch.b_RV`, which cross-entropy shares, else `scratch.c_RV`.
-        """
-        T, teacher = self._objective.temperature, self._teacher
-        if teacher is None:
-            return None
-        u_RV = z_RV if T == 1 else torch.mul(z_RV, 1 / T, out=scratch.a_RV)
         out_RV = scratch.b_RV if T == 1 else scratch.c_RV
-        if isinstance(teacher, TeacherSampled):
-            soft = sampled_kl(
-                u_RV, TeacherSampled(teacher.ids_NK[rows_R], teacher.shares_NK[rows_R]), out_RV
-            )
-        else:
-            assert isinstance(teacher, TeacherSparse)
-            kept = _rows(teacher, rows_R)
-            soft = sparse_divergence(u_RV, kept, T, self._objective.divergence, out_RV)
-        self.sums[0] += T * T * soft.value_R.sum()
-        return soft
+        if isinstance(tokens, SampledTokens):
+            return sampled_kl(z_RV, tokens, T, out_RV)
+        return sparse_divergence(z_RV, tokens, T, self._objective.divergence, out_RV)
 
     def _cross_entropy(
-        self, z_RV: Tensor, labels_R1: Tensor, soft: SoftTerm | None, scratch: Scratch
-    ) -> None:
-        """Leaves softmax(z) in `scratch.b_RV`, but for T = 1 and a cached teacher."""
-        if soft is not None and self._objective.temperature == 1:
-            log_z_R1 = soft.log_z_R1
-        else:
-            q_RV = scratch.b_RV
-            # dense_divergence has left it there for T = 1.
-            if self._objective.temperature != 1 or not isinstance(self._teacher, TeacherHidden):
-                softmax(z_RV, q_RV)
-            log_z_R1 = log_normaliser(z_RV, q_RV, labels_R1)
-        self.sums[1] += (log_z_R1 - z_RV.gather(-1, labels_R1)).sum()
+        self,
+        z_RV: Tensor,
+        labels_R1: Tensor,
+        z_label_R1: Tensor,
+        soft: SoftTerm | None,
+        scratch: Scratch,
+    ) -> tuple[Tensor, Tensor | None]:
+        """log Z [R, 1], and the factor that makes `scratch.b_RV` softmax(z), None where it is that.
+
+        At T = 1 a cached teacher's `soft` has all that is needed.
+        """
+        q_RV, T = scratch.b_RV, self._objective.temperature
+        if soft is not None and T == 1:
+            return soft.log_z_R1, None
+        if T == 1 and isinstance(self._teacher, TeacherHidden):
+            # dense_divergence has left it there.
+            return log_normaliser(z_RV, 1, q_RV, labels_R1, z_label_R1), None
+        unit_R1 = softmax(z_RV, q_RV)
+        log_z_R1 = log_normaliser(z_RV, 1, q_RV, labels_R1, z_label_R1)
+        return log_z_R1 - unit_R1.double().log(), unit_R1
 
     def _write_gradient(
-        self, out_RV: Tensor, labels_R1: Tensor | None, soft: SoftTerm | None, scratch: Scratch
+        self,
+        out_RV: Tensor,
+        labels_R1: Tensor,
+        soft: SoftTerm | None,
+        unit_R1: Tensor | None,
+        scratch: Scratch,
     ) -> None:
-        """out_RV = scale · (w · T · ∂D/∂u + (1 − w) · ∂CE/∂z); no labels where w = 1."""
+        """out_RV = scale · (w · T · ∂D/∂u + (1 − w) · ∂CE/∂z)."""
         assert self._scale is not None
         w, T = self._objective.soft_weight, self._objective.temperature
         soft_scale, hard_scale = self._scale * w * T, self._scale * (1 - w)
         shared = soft is not None and T == 1
         if soft is not None:
             factor_R1, add_RK = soft_scale * soft.factor_R1, soft_scale * soft.add_RK
-            if shared:
-                factor_R1 = factor_R1 + hard_scale * soft.unit_R1
-                add_RK = add_RK + hard_scale * soft.kept_RK
+            if shared and self._hard:
+                factor_R1 += hard_scale * soft.unit_R1
+                if soft.kept_RK is not None:
+                    add_RK += hard_scale * soft.kept_RK
             torch.mul(soft.base_RV, factor_R1.to(out_RV.dtype), out=out_RV)
             out_RV.scatter_add_(-1, soft.ids_RK, add_RK.to(out_RV.dtype))
         elif self._teacher is not None:
             torch.mul(scratch.c_RV, soft_scale, out=out_RV)
-        if labels_R1 is None:
+        if not self._hard:
             return
-        if self._teacher is None:
-            torch.mul(scratch.b_RV, hard_scale, out=out_RV)
-        elif not shared:
-            out_RV.add_(scratch.b_RV, alpha=hard_scale)
+        if unit_R1 is None:
+            if not shared:
+                out_RV.add_(scratch.b_RV, alpha=hard_scale)
+        elif self._teacher is None:
+            torch.mul(scratch.b_RV, hard_scale * unit_R1, out=out_RV)
+        else:
+            out_RV.addcmul_(scratch.b_RV, hard_scale * unit_R1)
         out_RV.scatter_add_(-1, labels_R1, out_RV.new_full(labels_R1.shape, -hard_scale))
 
 
@@ -160,10 +213,6 @@ def _widened(x_RV: Tensor, buffer_RV: Tensor | None) -> Tensor:
     return x_RV if buffer_RV is None else buffer_RV[: len(x_RV)].copy_(x_RV)
 
 
-def _cap(x_RV: Tensor, softcap: float | None) -> Tensor:
-    """Capped in place."""
+def _capped(x_RV: Tensor, softcap: float | None) -> Tensor:
+    """In place."""
     return x_RV if softcap is None else x_RV.div_(softcap).tanh_().mul_(softcap)
-
-
-def _rows(teacher: TeacherSparse, rows: Tensor) -> TeacherSparse:
-    return TeacherSparse(teacher.ids_NK[rows], teacher.logprobs_NK[rows], teacher.log_z_N[rows])

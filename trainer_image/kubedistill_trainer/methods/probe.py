@@ -15,7 +15,12 @@ from kubedistill_api.status import PayloadProbe
 from torch import Tensor
 
 from kubedistill_trainer.data.packing import IGNORED, Packed
-from kubedistill_trainer.losses.cached import sampled_kl, sparse_divergence
+from kubedistill_trainer.losses.cached import (
+    SampledTokens,
+    SparseTokens,
+    sampled_kl,
+    sparse_divergence,
+)
 from kubedistill_trainer.losses.divergence import Scratch, dense_divergence
 from kubedistill_trainer.losses.types import Divergence, TeacherSampled, TeacherSparse
 from kubedistill_trainer.methods.signal import final_hidden, softcap_of, softcapped
@@ -155,11 +160,13 @@ class Compared:
         self, teacher: TeacherSparse | TeacherSampled, temperature: float, divergence: Divergence
     ) -> Tensor:
         """∂D/∂u for what is known of the teacher at the compared positions."""
-        u, out = self.student / temperature, torch.empty_like(self.student)
+        z, out = self.student, torch.empty_like(self.student)
+        u = z.gather(-1, teacher.ids_NK) * (1 / temperature)
         if isinstance(teacher, TeacherSampled):
-            soft = sampled_kl(u, teacher, out)
+            soft = sampled_kl(z, SampledTokens.of(teacher, u), temperature, out)
         else:
-            soft = sparse_divergence(u, teacher, temperature, divergence, out)
+            tokens = SparseTokens.of(teacher, u, temperature, z.shape[-1])
+            soft = sparse_divergence(z, tokens, temperature, divergence, out)
         gradient = out.mul_(soft.factor_R1.to(out.dtype))
         return gradient.scatter_add_(-1, soft.ids_RK, soft.add_RK.to(out.dtype))
 
