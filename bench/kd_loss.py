@@ -47,7 +47,7 @@ class Plan:
     seconds_per_vocabulary: float
 
 
-FULL = Plan((32_000, 49_152, 128_256, 151_936), 1024, 2048, 576, 7, 60)
+FULL = Plan((32_000, 49_152, 128_256, 151_936), 1024, 2048, 576, 7, 45)
 # As many tokens as fill the workspace at the smallest vocabulary: memory is flat from there on.
 QUICK = Plan((32_000, 128_256), 256, 1024, 64, 5, 4)
 

@@ -16,9 +16,10 @@ from kubedistill_trainer.losses.workers import each
 
 WORKSPACE_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 """All the logits of a chunk with their temporaries. A GPU wants tall matrix products."""
-_BLOCK_BYTES = 4 << 20
-"""One fp32 temporary, per core. A smaller one stays in a nearer cache from the first pass to the last,
-but costs the dozens of small operators of a block once more: of 1, 2 and 4 MiB, 4 was fastest."""
+_BLOCKS_BYTES = 8 << 20
+"""One fp32 temporary of all of a CPU's workers together, each with a block of its tokens. A smaller
+block stays in a nearer cache from the first pass to the last, but costs its dozens of small operators
+once more: of 1, 2 and 4 MiB a core, 4 was fastest."""
 _TILE_ROWS = 8192
 """Rows of the LM head whose half-precision gradient is widened at a time, or whose product with few
 tokens is."""
@@ -122,15 +123,19 @@ class ChunkRunner:
         wide_buffers = 3 if narrow == wide else 5
         # What a mix of divergences makes beside its buffers.
         wide_buffers += 0 if self._objective.divergence.is_forward_kl else 2
-        # On a GPU the temporaries are as large as the chunk.
-        token_bytes = vocab * (2 * narrow + (0 if device == "cpu" else wide_buffers * wide))
         budget = WORKSPACE_BYTES.get(device, WORKSPACE_BYTES["cuda"])
+        token_bytes = 2 * vocab * narrow
+        if device == "cpu":
+            budget -= wide_buffers * _BLOCKS_BYTES
+        else:  # the temporaries are as large as the chunk
+            token_bytes += vocab * wide_buffers * wide
         chunk = chunk_tokens or max(1, budget // token_bytes)
         chunk = max(1, min(chunk, len(self._hidden_NH)))
         if device != "cpu":
             return chunk, chunk
-        share = math.ceil(chunk / torch.get_num_threads())
-        return chunk, min(share, max(1, _BLOCK_BYTES // (vocab * wide)))
+        threads = torch.get_num_threads()
+        block = max(1, _BLOCKS_BYTES // threads // (vocab * wide))
+        return chunk, min(block, math.ceil(chunk / threads))
 
     def _to_hidden(self, grad_CV: Tensor) -> Tensor:
         """grad_CV · head [C, H] in the wide type."""
