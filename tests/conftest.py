@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
+from endpoint_kit import Mind, Server, serving
 from hypothesis import settings
 
 # How long an example takes depends on what else the machine does: no statement about the code.
 settings.register_profile("kubedistill", deadline=None, print_blob=True)
 settings.load_profile("kubedistill")
+
+
+@pytest.fixture(scope="module")
+def mind() -> Mind:
+    """A tiny model with its tokenizer."""
+    return Mind.tiny()
+
+
+@pytest.fixture
+def server(mind: Mind) -> Iterator[Server]:
+    """An endpoint that it answers behind."""
+    with serving(mind) as running:
+        yield running

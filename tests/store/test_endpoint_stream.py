@@ -33,11 +33,6 @@ from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
 K, LENGTH, WRITERS = 20, 24, 2
 
 
-@pytest.fixture(scope="module")
-def mind() -> Mind:
-    return Mind.tiny()
-
-
 @pytest.fixture
 def server(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("API_KEY", "sk-1")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import data_kit
 import pytest
-from endpoint_kit import Fault, Mind, Server, serving
+from endpoint_kit import Fault, Server
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.runspec import RunSpec
 from kubedistill_api.status import TeacherStreamStatus
@@ -26,17 +25,6 @@ from text_kit import context_of, identity_of, put_prompts, text_job, view_of
 
 PROMPTS = 40
 PRICE = {"inputPerMillion": 1000, "outputPerMillion": 4000}
-
-
-@pytest.fixture(scope="module")
-def mind() -> Mind:
-    return Mind.tiny()
-
-
-@pytest.fixture
-def server(mind: Mind) -> Iterator[Server]:
-    with serving(mind) as running:
-        yield running
 
 
 @pytest.fixture

@@ -25,11 +25,6 @@ REQUESTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def mind() -> Mind:
-    return Mind.tiny()
-
-
 def teacher(mind: Mind, template: str = data_kit.TURNS, **changes: Any) -> OwnTeacher:
     generated = changes.pop("generate", generate)
     chat = ChatTemplate(mind.tokenizer, template, "spec.teacher")

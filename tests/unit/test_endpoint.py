@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from endpoint_kit import Fault, Mind, Server, Trouble, serving
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.generation import Generation
-from kubedistill_api.teacher import Endpoint
 from kubedistill_trainer.data.conversation import Message
 from kubedistill_trainer.failures import InputsRefused, RunFailure
 from kubedistill_trainer.teacher.endpoint import EndpointAnswerer
@@ -20,25 +17,11 @@ from kubedistill_trainer.teacher.endpoint_client import Ask, Client, Patience
 from kubedistill_trainer.teacher.endpoint_reply import Reply
 from kubedistill_trainer.teacher.text import TextAnswer, TextRequest
 from prometheus_client import REGISTRY
+from unit.test_endpoint_kit import GENERATION, KEY, PROMPTS, QUICK, asked, endpoint, requests
 
-KEY = "sk-very-secret-0123456789"
-QUICK = Patience(first_wait=0.01, longest_wait=0.05, jitter=0.01)
 DRIP = Fault("drip", pause=0.05)
 HANG = Fault("hang", pause=60)
 APART = ("drip", "hang", "other-model", "other-body")
-GENERATION = Generation(max_tokens=6, temperature=0.0)
-PROMPTS = 10
-
-
-@pytest.fixture(scope="module")
-def mind() -> Mind:
-    return Mind.tiny()
-
-
-@pytest.fixture
-def server(mind: Mind) -> Iterator[Server]:
-    with serving(mind) as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)
@@ -46,41 +29,10 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEY", KEY)
 
 
-def endpoint(server: Server, **changes: Any) -> Endpoint:
-    fields = {"url": server.url, "model": "tiny", "concurrency": 3, "maxRetries": 4, **changes}
-    return Endpoint.model_validate(fields)
-
-
 def limits(fault: Fault) -> tuple[int, Patience]:
     """(timeoutSeconds, patience) by which a fault shows soon, and an answer of a busy machine not."""
     whole = replace(QUICK, whole_answer=0.1)
     return {"hang": (1, QUICK), "drip": (15, whole)}.get(str(fault.what), (60, QUICK))
-
-
-def requests(count: int = PROMPTS, samples: int = 1) -> list[TextRequest]:
-    return [
-        TextRequest(p, s, (Message("user", f"question {p}"),), seed=100 * p + s)
-        for p in range(count)
-        for s in range(samples)
-    ]
-
-
-def asked(
-    found: Endpoint,
-    generation: Generation = GENERATION,
-    wanted: list[TextRequest] | None = None,
-    patience: Patience = QUICK,
-) -> dict[tuple[int, int], TextAnswer]:
-    """All answers; that each request has one is part of it."""
-    answerer = EndpointAnswerer(found, generation, patience)
-    wanted = requests() if wanted is None else wanted
-    try:
-        pairs = list(answerer.answers(iter(wanted)))
-    finally:
-        answerer.close()
-    answers = {(request.prompt, request.sample): answer for request, answer in pairs}
-    assert len(answers) == len(pairs) == len(wanted)
-    return answers
 
 
 @pytest.fixture(scope="module")
@@ -406,36 +358,3 @@ def test_what_was_asked_and_paid_is_counted(
         "prompt": sum(answer.prompt_tokens for answer in kept),
         "answer": sum(answer.answer_tokens for answer in kept),
     }  # fmt: skip
-
-
-def test_the_key_is_sent_and_never_said(
-    server: Server, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    server.key = KEY
-    server.faults = [Fault(500), Fault("reset"), Fault("half")]
-    asked(endpoint(server))
-    assert {seen.key for seen in server.seen} == {KEY}
-    server.key = "another"
-    with pytest.raises(InputsRefused) as met:
-        asked(endpoint(server))
-    assert "Incorrect API key provided: ***" in met.value.message
-    written = caplog.text + "".join(capfd.readouterr()) + repr(met.value) + repr(met.value.__dict__)
-    assert "asked again" in caplog.text
-    assert KEY not in written
-
-
-def test_a_keys_newline_is_not_part_of_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("API_KEY", f"{KEY}\n")
-    asked(endpoint(server), wanted=requests(1))
-    assert server.seen[0].key == KEY
-    monkeypatch.setenv("API_KEY", "sk-\nbroken")
-    with pytest.raises(InputsRefused, match=r"endpoint\.secretRef") as met:
-        asked(endpoint(server), wanted=requests(1))
-    assert "broken" not in met.value.message
-
-
-def test_without_a_key_none_is_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("API_KEY")
-    asked(endpoint(server), wanted=requests(1))
-    assert server.seen[0].key == ""

@@ -17,11 +17,6 @@ from kubedistill_trainer.teacher.endpoint_preflight import check_endpoint
 QUICK = Patience(first_wait=0.01, longest_wait=0.02, jitter=0.0)
 
 
-@pytest.fixture(scope="module")
-def mind() -> Mind:
-    return Mind.tiny()
-
-
 @pytest.fixture
 def server(mind: Mind, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("API_KEY", "sk-1")

@@ -10,7 +10,7 @@ import data_kit
 import numpy as np
 import pytest
 import torch
-from endpoint_kit import Fault, Mind, Server, serving
+from endpoint_kit import Fault, Mind, Server
 from kubedistill_api.teacher import Endpoint
 from kubedistill_trainer.data.packing import IGNORED, Packed, pack
 from kubedistill_trainer.data.tokenizer import TextTokenizer
@@ -34,17 +34,6 @@ from tokenizers import Tokenizer
 
 QUICK = Patience(first_wait=0.01, longest_wait=0.05, jitter=0.01)
 K = 12
-
-
-@pytest.fixture(scope="module")
-def mind() -> Mind:
-    return Mind.tiny()
-
-
-@pytest.fixture
-def server(mind: Mind) -> Iterator[Server]:
-    with serving(mind) as running:
-        yield running
 
 
 @pytest.fixture
