@@ -53,8 +53,8 @@ def test_a_rotten_shard_ends_the_attempt_and_the_next_has_it_whole(team: Team, s
     team.handle.s3.client().put_object(**_at(stream, key), Body=bytes(data))
     team.apply(team.distilled("fourth", "giver", **SHORT))
     status = team.ends("fourth", "Completed")
-    first, second = status["attempts"]
-    assert (first["reason"], second["reason"]) == ("StreamDamaged", "Completed")
+    assert [a["reason"] for a in status["attempts"]] == ["StreamDamaged", "Completed"], status
+    first = status["attempts"][0]
     assert key in first["message"]
     assert "SHA-256" in first["message"]
     assert team.condition("fourth", "TeacherReady")["reason"] == "StreamComplete"
