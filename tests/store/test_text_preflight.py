@@ -64,6 +64,7 @@ def job(
     student: str | None = data_kit.TURNS,
     teacher: str | None = data_kit.TURNS,
     source: dict[str, Any] | None = None,
+    student_config: dict[str, Any] = LLAMA,
     **parts: Any,
 ) -> RunSpec:
     """A job with these prompts, templates and folders."""
@@ -82,7 +83,7 @@ def job(
     data["sources"] = [{k: v for k, v in one.items() if v is not None} for one in data["sources"]]
     fields = {
         "teacher": {"model": {"uri": store.uri_of("teacher")}}, "data": data,
-        "student": {"config": LLAMA}, "workers": {"gpusPerNode": 0},
+        "student": {"config": student_config}, "workers": {"gpusPerNode": 0},
         "training": {"globalBatchSize": 2}, "evaluation": UNASKED, **parts,
     }  # fmt: skip
     run = text_job(store, "", **fields)
@@ -321,3 +322,50 @@ def test_a_prompt_that_is_bad_for_the_student_counts_as_often_as_it_is_answered(
     # All that will be learnt is read here, and counted again.
     resolved = run_preflight(context_of(run, store, tmp_path)).resolved
     assert resolved is not None and resolved.stream_complete
+
+
+@pytest.mark.parametrize(
+    ("record", "source", "words"),
+    [
+        ({"text": "short"}, {}, "tokens of text in s3://"),
+        ({"m": [USER, USER, {"role": "assistant", "content": "x"}]}, {"messagesField": "m"},
+         "roles must alternate"),
+        ({"q": "why " * 99, "a": "x"}, {"promptField": "q", "responseField": "a"},
+         "has a response within 64 tokens"),
+    ],
+)  # fmt: skip
+def test_what_people_wrote_fits_before_the_teacher_is_asked(
+    store: Store, record: dict[str, Any], source: dict[str, Any], words: str
+) -> None:
+    store.put("data/human.jsonl", data_kit.jsonl(record))
+    run = job(store, {"q": "Why?"}, student=data_kit.STRICT)
+    both = [
+        *run.spec.to_wire()["data"]["sources"],
+        {"uri": store.uri_of("data/human.jsonl"), **source},
+    ]
+    run = job(store, {"q": "Why?"}, student=data_kit.STRICT, data={"sources": both})
+    assert words in refusal(run, store)
+
+
+def test_a_teacher_without_a_row_for_what_its_template_writes(store: Store) -> None:
+    run = job(store, {"q": "Why?"}, teacher=data_kit.TURNS + "é")
+    speaks = data_kit.tokenizer(data_kit.TURNS)
+    end = speaks.tokenizer.token_to_id("<|im_end|>")
+    sizes = {"vocab_size": end, "max_position_embeddings": POSITIONS}
+    put(store, "teacher", speaks, LLAMA | sizes | {"tie_word_embeddings": True})
+    found = refusal(run, store)
+    assert f"spec.teacher: found an embedding of {end} rows" in found and "own tokenizer" in found
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rms_norm_eps": "1e-5"}, {"hidden_act": "silly"}, {"rope_theta": "10000"},
+        {"pad_token_id": 99_999}, {"head_dim": 0}, {"head_dim": "8"}, {"vocab_size": "many"},
+        {"rope_scaling": {"rope_type": "none"}},
+    ],
+)  # fmt: skip
+def test_a_config_that_makes_no_model(store: Store, keys: dict[str, Any]) -> None:
+    run = job(store, {"q": "Why?"}, student_config=LLAMA | keys)
+    found = refusal(run, store, ExitCode.BAD_CONFIGURATION)
+    assert found.startswith("spec.student.config")

@@ -8,12 +8,15 @@ import sys
 from dataclasses import replace
 
 import pytest
-from data_kit import END, STRICT, TURNS, tokenizer
+from data_kit import END, STRICT, TURNS, Bucket, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kubedistill_trainer.data.conversation import Conversation, Message
+from kubedistill_trainer.data.packing import encode
 from kubedistill_trainer.data.template import EXAMPLE, ChatTemplate, Unrenderable, chat_template
+from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
 from kubedistill_trainer.failures import InputsRefused
+from tokenizers import Tokenizer
 
 SYSTEM = Message("system", "Be brief")
 USER = Message("user", "What is the question? ")
@@ -162,3 +165,38 @@ def test_a_template_is_rendered_without_torch() -> None:
         env={"PYTHONPATH": ":".join(sys.path)},
     )  # fmt: skip
     assert found.stdout.strip() == "False"
+
+
+def _loaded(**files: bytes) -> TextTokenizer:
+    bucket = Bucket()
+    bucket.put("t", {**tokenizer().files, **files})
+    return load_tokenizer(bucket.open("s3://data/t"), "spec.teacher")
+
+
+def test_what_a_file_says_of_truncation_and_padding_is_not_done() -> None:
+    kept = Tokenizer.from_str(tokenizer().tokenizer.to_str())
+    kept.enable_truncation(8)
+    kept.enable_padding(pad_token="<|im_start|>", pad_id=1)
+    found = _loaded(**{"tokenizer.json": kept.to_str().encode()})
+    texts = ["the question is the question and the answer", "the"]
+    plain = tokenizer()
+    assert found.digest == plain.digest
+    for mine, other in zip(
+        encode(texts, found.tokenizer, 0), encode(texts, plain.tokenizer, 0), strict=True
+    ):
+        assert mine.tolist() == other.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("tokenizer_config.json", b'{"eos_token":'),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b""),
+        ("tokenizer_config.json", b'{"a": "\xe4"}'),
+        ("chat_template.jinja", b"\xe4"),
+    ],
+)
+def test_a_broken_file_beside_a_tokenizer_is_named(name: str, body: bytes) -> None:
+    with pytest.raises(InputsRefused, match=f"spec.teacher: found s3://data/t/{name}: "):
+        _loaded(**{name: body})

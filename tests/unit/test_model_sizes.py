@@ -59,6 +59,9 @@ def test_the_unusual_is_built(keys: dict[str, Any]) -> None:
         ({"hidden_size": 50}, "spec.student.config.hidden_size"),
         ({"num_key_value_heads": 4}, "spec.student.config.num_attention_heads"),
         ({"num_hidden_layers": 0}, "spec.student.config.num_hidden_layers"),
+        ({"head_dim": 0}, "spec.student.config.head_dim"),
+        ({"head_dim": "8"}, "spec.student.config.head_dim"),
+        ({"vocab_size": "many"}, "spec.student.config.vocab_size"),
         ({"intermediate_size": "wide"}, "spec.student.config.intermediate_size"),
     ],
 )

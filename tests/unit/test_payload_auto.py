@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from kubedistill_api.status import PayloadProbe
-from kubedistill_trainer.data.packing import pack
+from kubedistill_trainer.data.packing import IGNORED, pack
 from kubedistill_trainer.failures import InputsRefused
 from kubedistill_trainer.losses import FORWARD_KL, Divergence
 from kubedistill_trainer.methods.probe import probe
@@ -57,6 +59,8 @@ def row(payload: Any, size: float, error: float, temperature: float = 1.0) -> Pa
         # One temperature beyond the bound is enough.
         ([row(SPECS[0], 10, 0.01), row(SPECS[0], 10, 0.9, 4.0), row(SPECS[2], 70, 0.02)], SPECS[2]),
         ([row(SPECS[0], 10, 0.06), row(SPECS[1], 90, 0.07), row(SPECS[2], 70, 0.08)], None),
+        ([row(SPECS[0], 10, math.nan), row(SPECS[2], 70, 0.02)], SPECS[2]),
+        ([row(SPECS[0], 10, 0.01), row(SPECS[0], 10, math.nan, 4.0)], None),
         ([], None),
     ],
 )
@@ -134,6 +138,16 @@ def test_all_of_the_vocabulary_kept_has_the_quantisations_error_only(
     found = _worst(answer, SparseSpec(k=VOCABULARY - 7), 4.0)
     assert found.kept_mass == pytest.approx(1, abs=1e-3)
     assert found.gradient_error < 0.1
+
+
+def test_a_single_learnt_token_of_a_sequence_is_compared(teacher: Any) -> None:
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY - 7, 1024 * 8)
+    whole = pack([tokens], 1024)
+    labels = np.full_like(whole.labels, IGNORED)
+    labels[:, 500] = whole.labels[:, 500]
+    answer = probe(teacher, replace(whole, labels=labels), question(1.0), FORWARD_KL)
+    found = _worst(answer, SparseSpec(k=32), 1.0)
+    assert 0 < found.kept_mass < 1 and found.gradient_error > 0
 
 
 def test_the_first_answer_holds() -> None:

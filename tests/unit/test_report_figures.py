@@ -231,3 +231,20 @@ def test_all_figures_fit_a_termination_message() -> None:
     metrics = [*sums.evaluation(data.sources).metrics, Metric(name="initialPerplexity", value=1e5)]
     outcome = Outcome(reason="Completed", message="model exported", metrics=metrics)
     assert len(outcome.to_termination_message()) < TERMINATION_MESSAGE_BYTES / 4
+
+
+def test_a_teacher_that_is_not_a_number_leaves_what_is_one() -> None:
+    sums, torn = Sums(2), torch.tensor([1.0, math.nan])
+    for source, nll in ((0, torch.ones(2)), (1, torn)):
+        sources = torch.full((2,), source)
+        sums.add(
+            sources, tokens=torch.ones(2), nll=torch.ones(2), teacherTokens=torch.ones(2),
+            exactTokens=torch.ones(2), teacherNll=nll, divergence=nll, agreements=torch.ones(2),
+        )  # fmt: skip
+        sums.add_confidence("student", torch.full((2,), 0.5), torch.ones(2))
+        sums.add_confidence("teacher", nll / 2, torch.ones(2))
+    found = sums.evaluation(("sound", "torn"))
+    assert math.isnan(found.figures["teacherKL"])  # which whoever publishes it leaves out
+    assert found.teacher is None
+    assert "teacherKL" in found.slices[0].figures
+    assert set(found.slices[1].figures) == {"perplexity", "accuracy", "teacherAgreement"}

@@ -25,7 +25,7 @@ from kubedistill_trainer.imports import quiet_collector
 from kubedistill_trainer.methods.check_text import check_text
 from kubedistill_trainer.methods.request import job_request
 from kubedistill_trainer.models.folder import read_config
-from kubedistill_trainer.models.sizes import check_layers, decoder_parameters
+from kubedistill_trainer.models.sizes import check_layers, decoder_parameters, is_plain
 from kubedistill_trainer.models.weights import check_sample, vocabulary_rows
 from kubedistill_trainer.store import preflight as check_store
 from kubedistill_trainer.teacher.endpoint_preflight import check_endpoint
@@ -245,7 +245,9 @@ def _student_parameters(
     field, keys = _student_config(context, teacher_config)
     vocab_size = tokenizer.vocab_size
     counted = decoder_parameters(keys, vocab_size, field)
-    if counted is not None:
+    # A config that a person wrote is looked at as it will be loaded: a folder's was loaded before.
+    written = context.run.spec.student.config is not None
+    if counted is not None and (is_plain(keys) or not written):
         return counted
     # Here, not at the top: torch takes seconds to import, and a wrong key should not wait for it.
     with quiet_collector():

@@ -51,7 +51,7 @@ class TextTokenizer:
             return self.files["chat_template.jinja"].decode()
         found = self._settings().get("chat_template")
         if isinstance(found, list):  # several, each with a name
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+            found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
         return found if isinstance(found, str) else None
 
     @property
@@ -77,7 +77,11 @@ class TextTokenizer:
 
 
 def load_tokenizer(store: Store, field: str) -> TextTokenizer:
-    """Read the tokenizer of a folder. InputsRefused when there is none or it does not parse."""
+    """Read the tokenizer of a folder. InputsRefused when there is none or a file does not parse.
+
+    Whole texts are encoded, each by itself: what the file says of truncation and padding, which
+    whoever saved it left on, would cut and fill them.
+    """
     try:
         body = store.get("tokenizer.json")
     except (NotFound, NoSuchBucket) as error:
@@ -94,9 +98,27 @@ def load_tokenizer(store: Store, field: str) -> TextTokenizer:
         raise unreadable(
             field, f"{store.uri_of('tokenizer.json')}: {error}", "give a tokenizers-library file"
         ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _check_files(files, field, store)
     return TextTokenizer(
         tokenizer, _end_of_text(tokenizer, files, field, store), tokenizer_digest(body), files
     )
+
+
+def _check_files(files: Mapping[str, bytes], field: str, store: Store) -> None:
+    """The files beside tokenizer.json hold what is read of them later."""
+    try:
+        name = "tokenizer_config.json"
+        settings = json.loads(files.get(name, b"{}"))
+        if not isinstance(settings, dict):
+            raise ValueError("no JSON object")
+        name = "chat_template.jinja"
+        files.get(name, b"").decode()
+    except ValueError as error:
+        raise unreadable(
+            field, f"{store.uri_of(name)}: {error}", "upload the tokenizer's files again"
+        ) from error
 
 
 def tokenizer_digest(body: bytes) -> str:

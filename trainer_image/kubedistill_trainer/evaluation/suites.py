@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -59,7 +60,10 @@ def run_suites(names: Sequence[str], folder: Path, device: str) -> dict[str, dic
             # `acc,none`: a metric and the filter that the answers went through.
             key.removesuffix(",none"): round(float(value), 6)
             for key, value in values.items()
-            if isinstance(value, int | float) and "_stderr" not in key and "," in key
+            if isinstance(value, int | float)
+            and math.isfinite(value)
+            and "_stderr" not in key
+            and "," in key
         }
         for task, values in found["results"].items()
     }

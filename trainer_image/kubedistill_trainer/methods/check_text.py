@@ -17,11 +17,13 @@ from kubedistill_trainer.data.dataset import (
     load_run_tokenizer,
     tokenizer_source,
 )
+from kubedistill_trainer.data.mixing import conversation_parts, text_parts
 from kubedistill_trainer.data.records import BadRecords
-from kubedistill_trainer.data.sources import field_of, fields_of, read_corpus, read_file
+from kubedistill_trainer.data.sources import Corpus, field_of, fields_of, read_corpus, read_file
 from kubedistill_trainer.data.template import ChatTemplate, Unrenderable, chat_template
 from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
 from kubedistill_trainer.failures import refuse, unreadable
+from kubedistill_trainer.models.weights import vocabulary_rows
 from kubedistill_trainer.teacher.errors import StreamDamaged
 from kubedistill_trainer.teacher.learn import learn
 from kubedistill_trainer.teacher.manifest import read_layout
@@ -70,11 +72,12 @@ def check_text(context: Context, teacher_config: dict[str, Any] | None) -> TextC
         )
     _check_answers(context, prompts)
     tokenizer = load_run_tokenizer(run, context.open_store)
-    _check_student(run, prompts, tokenizer, bad)
+    template = _check_student(run, prompts, tokenizer, bad)
+    _check_given(run, corpus, tokenizer, template, bad)
     identity = text_identity(run, prompts, context.open_store)
     too_long = 0
     if teacher_config is not None and run.teacher_model is not None:
-        too_long = _check_teacher(context, prompts, identity, positions_of(teacher_config))
+        too_long = _check_teacher(context, prompts, identity, teacher_config)
     uri = context.storage.child(identity.address).uri
     taught = _taught(context, identity, prompts, tokenizer)
     if taught is not None:
@@ -110,9 +113,9 @@ def _check_answers(context: Context, prompts: Sequence[Prompt]) -> None:
 
 def _check_student(
     run: RunSpec, prompts: Sequence[Prompt], tokenizer: TextTokenizer, bad: BadRecords
-) -> None:
-    """The student's template writes every prompt with an answer, and its reasoning if it is learnt;
-    some prompt of each file leaves room for an answer.
+) -> ChatTemplate:
+    """The student's template, which writes every prompt with an answer, and its reasoning if it is
+    learnt; some prompt of each file leaves room for an answer.
 
     A prompt that the template refuses is as bad as all of its answers will be.
     """
@@ -150,6 +153,21 @@ def _check_student(
         questions.setdefault(prompt.source, []).append(rendered.text[:start])
     for source, texts in sorted(questions.items()):
         _check_room(run, source, texts, tokenizer)
+    return template
+
+
+def _check_given(
+    run: RunSpec,
+    corpus: Corpus,
+    tokenizer: TextTokenizer,
+    template: ChatTemplate,
+    bad: BadRecords,
+) -> None:
+    """Text and conversations beside the prompts are packed as they will be: what of them cannot be
+    learnt is said before an answer is paid for."""
+    data = run.spec.data
+    text_parts(data, corpus, tokenizer)
+    conversation_parts(data, corpus.conversations, template, tokenizer.end_of_text, bad)
 
 
 def _check_turns(template: ChatTemplate, expected: str) -> None:
@@ -183,11 +201,15 @@ def _encoded(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _check_teacher(
-    context: Context, prompts: Sequence[Prompt], identity: TextIdentity, positions: int
+    context: Context,
+    prompts: Sequence[Prompt],
+    identity: TextIdentity,
+    teacher_config: dict[str, Any],
 ) -> int:
     """The teacher's own template writes every prompt; how many are too long for it."""
     run, source = context.run, context.run.teacher_model
     assert source is not None
+    positions = positions_of(teacher_config)
     longest = positions - identity.max_tokens
     if longest <= 0:
         raise refuse(
@@ -201,7 +223,16 @@ def _check_teacher(
         "give a teacher whose template shows it: nothing of a prompt would reach the model",
     )
     texts = [_question(run, template, prompt, identity) for prompt in prompts]
-    lengths = [len(ids) for ids in _encoded(tokenizer, texts)]
+    encoded = _encoded(tokenizer, texts)
+    rows, greatest = vocabulary_rows(teacher_config), max(max(ids, default=0) for ids in encoded)
+    if rows is not None and greatest >= rows:
+        raise unreadable(
+            "spec.teacher",
+            f"an embedding of {rows} rows (vocab_size) in {source.uri}",
+            f"its own tokenizer writes {tokenizer.tokenizer.id_to_token(greatest)!r}, id {greatest}, "
+            "into prompts: give the model's own tokenizer, or resize the embedding",
+        )
+    lengths = [len(ids) for ids in encoded]
     if min(lengths) > longest:
         raise refuse(
             "spec.distill.generation.maxTokens", str(identity.max_tokens),

@@ -121,7 +121,8 @@ class Compared:
         self.hidden = final_hidden(decoder, tokens, positions)[0]
         self.logits = self.logits_of(self.hidden)
         learnt = torch.from_numpy(sequence.labels[0] != IGNORED).nonzero().flatten()
-        self.rows = learnt[stride // 2 :: stride]
+        # Where little is learnt, the last place of it at least: of no place any payload is exact.
+        self.rows = learnt[max(0, min(stride // 2, len(learnt) - 1)) :: stride]
         with _thinned(decoder):
             near = final_hidden(decoder, tokens, positions)[0]
         self.student = self.logits_of(near[self.rows])

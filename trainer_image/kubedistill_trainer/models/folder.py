@@ -44,7 +44,7 @@ def read_config(store: Store, field: str) -> dict[str, Any]:
         raise unreadable(
             field, f"no config.json in {store.uri}", "give a folder in Hugging Face layout"
         ) from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text at all
         raise unreadable(field, f"{store.uri_of('config.json')}: {error}", "give JSON") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise unreadable(

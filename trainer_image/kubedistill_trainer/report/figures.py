@@ -79,11 +79,11 @@ class Sums:
         return Evaluation(
             {name: round(value, 6) for name, value in figures.items()},
             tuple(
-                Slice(name, int(row["tokens"]), _figures(row) if row["tokens"] else {})
+                Slice(name, int(row["tokens"]), _finite(_figures(row)) if row["tokens"] else {})
                 for name, row in zip(names, rows, strict=True)
             ),
             student,
-            teacher if teacher.tokens else None,
+            teacher if teacher.tokens and math.isfinite(teacher.confidence) else None,
         )
 
 
@@ -123,7 +123,8 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Slice:
-    """The held-out tokens of one source; no figures where there is no token."""
+    """The held-out tokens of one source, and those of its figures that are numbers; no figures where
+    there is no token."""
 
     name: str
     tokens: int
@@ -138,7 +139,7 @@ class Evaluation:
     slices: tuple[Slice, ...]
     student: Calibration
     teacher: Calibration | None
-    """None where its whole distribution is not known."""
+    """None where its whole distribution is not known, or is not a number."""
 
     @property
     def metrics(self) -> list[Metric]:
@@ -155,9 +156,10 @@ class Evaluation:
 
 
 def _grouped(index: Tensor, values: Tensor, groups: int) -> Tensor:
-    """Sum of values [N, C] by index [N]: [groups, C]. A product, which adds in a fixed order on
-    every device; `index_add_` does not."""
-    return one_hot(index, groups).double().T @ values.double()
+    """Sum of values [N, C] by index [N]: [groups, C], added in a fixed order on every device, which
+    `index_add_` does not. Chosen, not multiplied by 0: a NaN is one of its own group alone."""
+    mine = one_hot(index, groups).bool()[:, :, None]
+    return torch.where(mine, values.double()[:, None, :], 0.0).sum(0)
 
 
 def _figures(sums: Mapping[str, float]) -> dict[str, float]:
@@ -171,6 +173,10 @@ def _figures(sums: Mapping[str, float]) -> dict[str, float]:
         values["teacherPerplexity"] = _perplexity(sums["teacherNll"] / exact)
         values["perplexityRatio"] = values["perplexity"] / values["teacherPerplexity"]
     return {name: round(value, 6) for name, value in values.items()}
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def _perplexity(mean_nll: float) -> float:

@@ -77,12 +77,17 @@ def choose(
     specs: Sequence[PayloadSpec], rows: Sequence[PayloadProbe], max_gradient_error: float
 ) -> PayloadSpec | None:
     """The smallest payload whose error stays within the bound at every temperature."""
-    worst: dict[str, float] = defaultdict(float)
+    errors: dict[str, list[float]] = defaultdict(list)
     size: dict[str, float] = {}
     for row in rows:
-        worst[row.payload] = max(worst[row.payload], row.gradient_error)
+        errors[row.payload].append(row.gradient_error)
         size[row.payload] = row.bytes_per_token
-    fitting = [s for s in specs if label(s) in size and worst[label(s)] <= max_gradient_error]
+    # Each by itself, for of a NaN, which is within no bound, max() may make anything.
+    fitting = [
+        spec
+        for spec in specs
+        if label(spec) in size and all(e <= max_gradient_error for e in errors[label(spec)])
+    ]
     return min(fitting, key=lambda spec: size[label(spec)], default=None)
 
 
