@@ -6,8 +6,9 @@ import pytest
 import torch
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_trainer.failures import RunFailure
+from kubedistill_trainer.methods import sharding
 from kubedistill_trainer.methods.sharding import _LastCache, in_step
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 
 def filled(cache: DynamicCache) -> DynamicCache:
@@ -37,13 +38,41 @@ def test_a_cache_that_the_others_do_not_have_is_an_error() -> None:
     ("error", "code", "words"),
     [
         (torch.OutOfMemoryError("CUDA"), ExitCode.OUT_OF_MEMORY, "raise spec.teacher.workers.gpus"),
+        (
+            RuntimeError("gloo: Connection closed by peer"), ExitCode.PEER_LOST,
+            "a process of the split teacher ended",
+        ),
+        (
+            RuntimeError("gloo: Read error: Connection reset by peer"), ExitCode.PEER_LOST,
+            "a process of the split teacher ended",
+        ),
         (RuntimeError("NCCL"), ExitCode.UNKNOWN, "the split teacher failed: RuntimeError: NCCL"),
         (RunFailure(ExitCode.INTERRUPTED, "asked to stop"), ExitCode.INTERRUPTED, "asked to stop"),
     ],
-)
+)  # fmt: skip
 def test_whatever_fails_in_step_ends_the_process(
     error: Exception, code: ExitCode, words: str
 ) -> None:
     with pytest.raises(RunFailure, match=words) as failure, in_step():
         raise error
     assert failure.value.code == code
+
+
+def test_a_process_that_is_gone_between_two_calls_is_no_fault_of_what_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error of any other kind would be written down as a figure that cannot be had."""
+
+    def gone(message: object, group: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(sharding, "send", gone)
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    sharding.lead(model, None)
+    with pytest.raises(RunFailure, match="a process of the split teacher ended") as failure:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long))
+    assert failure.value.code == ExitCode.PEER_LOST

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from kubedistill_trainer.failures import RunFailure, refuse
 from kubedistill_trainer.models.load import config_of_folder, empty_model, load_model
 
 FIELD = "spec.teacher.workers.gpusPerReplica"
+_LOST = re.compile(r"Connection (closed|reset) by peer")
 _IDLE = timedelta(days=365)
 """The others wait for the next call for as long as it takes: a peer's death ends the wait."""
 
@@ -94,8 +96,9 @@ def lead(model: Any, group: Any) -> None:
         sent = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
         if continues:
             del sent["past_key_values"]
-        send(_Call([number[id(layer)] for layer in decoder.layers], sent, continues), group)
+        call = _Call([number[id(layer)] for layer in decoder.layers], sent, continues)
         with in_step():
+            send(call, group)
             return forward(**arguments)
 
     decoder.forward = together
@@ -131,6 +134,10 @@ def in_step() -> Iterator[None]:
             "generation.maxTokens",
         ) from error
     except Exception as error:
+        if _LOST.search(str(error)):
+            raise RunFailure(
+                ExitCode.PEER_LOST, "a process of the split teacher ended; its own exit says why"
+            ) from error
         raise RunFailure(
             ExitCode.UNKNOWN, f"the split teacher failed: {type(error).__name__}: {error}"
         ) from error
