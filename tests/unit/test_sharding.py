@@ -8,7 +8,7 @@ from kubedistill_api.exit_codes import ExitCode
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.methods import sharding
 from kubedistill_trainer.methods.sharding import _LastCache, in_step
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 
 def filled(cache: DynamicCache) -> DynamicCache:
@@ -76,3 +76,18 @@ def test_a_process_that_is_gone_between_two_calls_is_no_fault_of_what_is_measure
     with pytest.raises(RunFailure, match="a process of the split teacher ended") as failure:
         model(input_ids=torch.zeros(1, 1, dtype=torch.long))
     assert failure.value.code == ExitCode.PEER_LOST
+
+
+def test_a_width_of_each_layer_is_divided_like_one_of_all() -> None:
+    config = AutoConfig.for_model(
+        "gemma3n_text", num_hidden_layers=2, intermediate_size=[8, 12], num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=8, hidden_size=8, vocab_size_per_layer_input=8,
+        hidden_size_per_layer_input=4, laurel_rank=2, num_kv_shared_layers=0,
+        activation_sparsity_pattern=[0.0, 0.0], head_dim=4,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    assert sharding.check_plan(config, 2)
+    assert sharding.check_plan(config, 4)
+    config.intermediate_size = [8, 10]
+    with pytest.raises(RunFailure, match=r"intermediate_size \[8, 10\]"):
+        sharding.check_plan(config, 4)

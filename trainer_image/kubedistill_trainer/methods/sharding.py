@@ -52,7 +52,8 @@ def check_plan(config: Any, size: int) -> dict[str, str]:
         raise refuse(FIELD, f"{size}", f"transformers cannot split a {config.model_type}: {one}")
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         number = getattr(config, name, None)
-        if number and number % size:
+        # Some architectures have one a layer.
+        if any(each and each % size for each in (number if isinstance(number, list) else [number])):
             raise refuse(
                 FIELD, f"{size}, which does not divide the teacher's {name} {number}",
                 "give a number that does",
