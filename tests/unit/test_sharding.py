@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from kubedistill_api.exit_codes import ExitCode
@@ -9,6 +11,14 @@ from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.methods import sharding
 from kubedistill_trainer.methods.sharding import _LastCache, in_step
 from transformers import AutoConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+
+def tiny() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
 
 
 def filled(cache: DynamicCache) -> DynamicCache:
@@ -22,6 +32,42 @@ def test_a_cache_goes_on_where_it_was_left() -> None:
     assert last.continues(filled(cache))
     assert last.continues(cache)
     assert not last.continues(None)
+
+
+def test_a_cache_without_keys_in_its_first_layer_goes_on_all_the_same() -> None:
+    """Of layers that keep something else, such as MiniMax's linear attention, it tells no length."""
+    last, cache = _LastCache(), DynamicCache()
+    assert not last.continues(cache)
+    cache.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 1)
+    assert cache.get_seq_length() == 0
+    assert last.continues(cache)
+
+
+def test_a_cache_that_the_decoder_makes_goes_on_where_it_was_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(sharding, "send", lambda message, group: sent.append(message))
+    monkeypatch.setattr(sharding, "receive", lambda group: pending.pop(0) if pending else None)
+    model, ids = tiny(), torch.zeros(1, 3, dtype=torch.long)
+    other = tiny()
+    sharding.lead(model, None)
+    made = model(input_ids=ids).past_key_values
+    model(input_ids=ids[:, :1], past_key_values=made)
+    assert [call.continues for call in sent] == [False, True]
+    assert "past_key_values" not in sent[1].arguments
+    lengths: list[int] = []
+    forward = other.model.forward
+
+    def noted(**arguments: Any) -> Any:
+        output = forward(**arguments)
+        lengths.append(output.past_key_values.get_seq_length())
+        return output
+
+    monkeypatch.setattr(other.model, "forward", noted)
+    pending = list(sent)
+    sharding.follow(other, None)
+    assert lengths == [3, 4]
 
 
 def test_a_cache_that_the_others_do_not_have_is_an_error() -> None:
@@ -67,11 +113,7 @@ def test_a_process_that_is_gone_between_two_calls_is_no_fault_of_what_is_measure
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(sharding, "send", gone)
-    config = LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=1,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = tiny()
     sharding.lead(model, None)
     with pytest.raises(RunFailure, match="a process of the split teacher ended") as failure:
         model(input_ids=torch.zeros(1, 1, dtype=torch.long))

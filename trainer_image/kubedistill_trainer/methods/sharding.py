@@ -100,7 +100,9 @@ def lead(model: Any, group: Any) -> None:
         call = _Call([number[id(layer)] for layer in decoder.layers], sent, continues)
         with in_step():
             send(call, group)
-            return forward(**arguments)
+            output = forward(**arguments)
+        before.note(output)
+        return output
 
     decoder.forward = together
 
@@ -113,11 +115,27 @@ class _LastCache:
 
     def continues(self, cache: Any) -> bool:
         """Whether a call with `cache` goes on with it. ValueError for what others do not have."""
-        filled = cache is not None and cache.get_seq_length() > 0
-        if filled and (self._cache is None or self._cache() is not cache):
+        if cache is None:
+            self._cache = None
+            return False
+        # Not by its length: that is 0 for good where the first layer keeps no keys.
+        if self._cache is not None and self._cache() is cache:
+            return True
+        if cache.get_seq_length() > 0:
             raise ValueError("a split decoder goes on with the cache of the call before only")
-        self._cache = None if cache is None else weakref.ref(cache)
-        return filled
+        self._cache = weakref.ref(cache)
+        return False
+
+    def note(self, output: Any) -> None:
+        """Remember the cache that a call made which was given none."""
+        made = _made(output)
+        if self._cache is None and made is not None:
+            self._cache = weakref.ref(made)
+
+
+def _made(output: Any) -> Any:
+    """The cache that a decoder gives back, if any."""
+    return getattr(output, "past_key_values", None)
 
 
 @contextmanager
@@ -181,4 +199,6 @@ def follow(model: Any, group: Any, answer: Callable[..., object] | None = None) 
         if message.continues:
             arguments["past_key_values"] = cache
         cache = arguments.get("past_key_values")
-        decoder(**arguments)
+        output = decoder(**arguments)
+        if cache is None:
+            cache = _made(output)
