@@ -8,7 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kubedistill_trainer.losses import Divergence, TeacherHidden, distillation_loss, fused
+from kubedistill_trainer.losses import (
+    Divergence,
+    TeacherHidden,
+    TeacherSparse,
+    distillation_loss,
+    fused,
+)
 from unit.test_losses_kit import TEMPERATURES, Case, case, check, error, evaluate, sparse_of
 
 DIVERGENCES = {
@@ -139,6 +145,24 @@ def test_where_a_cap_holds_little_is_left_and_that_is_right(teacher: str) -> Non
     c.head *= 8
     options = {"temperature": 2.0, "soft_weight": 0.5, "softcap": 1.0}
     check(c.cast(torch.float32).cast(torch.float64), teacher, 5e-6, torch.float32, **options)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("name", ["reverse", "mix"])
+@pytest.mark.parametrize("kept", [9, 60])
+def test_a_token_that_the_teacher_all_but_excludes_counts_in_full(name: str, kept: int) -> None:
+    """Its log p is known, however small it is."""
+    c = case(7, 60)
+    logits = torch.randn(7, 60).double().scatter(-1, torch.arange(7)[:, None], -100.0)
+    log_p = logits.log_softmax(-1)
+    ids = torch.arange(kept).expand(7, -1)
+    teacher = TeacherSparse(ids, log_p[:, :kept], (log_p / 2).logsumexp(-1))
+    options: dict[str, Any] = {
+        "temperature": 2.0, "soft_weight": 1.0, "divergence": DIVERGENCES[name],
+    }  # fmt: skip
+    expected = evaluate(c, teacher, oracle=True, **options)
+    for ours, oracle in zip(evaluate(c, teacher, **options), expected, strict=True):
+        assert error(ours, oracle) < 1e-10
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,7 +12,8 @@ from kubedistill_trainer.losses.types import Divergence, TeacherSparse
 def of_buckets(log_p_RB: Tensor, log_q_RB: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
     """D [R] and s_b [R, B] (see `cached.sparse_divergence`), fp64, from log-probabilities of buckets.
 
-    A bucket without teacher mass counts in KL(q ‖ p) as if it had e^-40: infinite on paper.
+    A bucket without teacher mass counts in KL(q ‖ p) as if it had e^-40 of the student's: infinite
+    on paper. What a kept token has is known, and counts in full however little it is.
     """
     p, q = log_p_RB.exp(), log_q_RB.exp()
     slope = q - p
@@ -21,12 +22,13 @@ def of_buckets(log_p_RB: Tensor, log_q_RB: Tensor, divergence: Divergence) -> tu
     if divergence.is_forward_kl:
         return value_R, slope
     value_R, slope = divergence.forward * value_R, divergence.forward * slope
-    d = (log_p_RB - log_q_RB).clamp(-GREATEST_LOG_RATIO, GREATEST_LOG_RATIO)
+    d = torch.where(log_p_RB == float("-inf"), -GREATEST_LOG_RATIO, log_p_RB - log_q_RB)
     if divergence.reverse:
         mean_R1 = (q * d).sum(-1, keepdim=True)
         value_R -= divergence.reverse * mean_R1.squeeze(-1)
         slope += divergence.reverse * q * (mean_R1 - d)
     if divergence.jsd:
+        d = d.clamp_max(GREATEST_LOG_RATIO)  # e^d is finite; the term is p · log 1/β beyond it
         beta, log_m_q = divergence.beta, torch.log1p(divergence.beta * torch.expm1(d))
         mean_R1 = (q * log_m_q).sum(-1, keepdim=True)
         teacher_R = (p * (d - log_m_q)).sum(-1)

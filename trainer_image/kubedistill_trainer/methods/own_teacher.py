@@ -91,8 +91,8 @@ def _together(group: Any) -> Generate:
     """`generate` in all processes of the group at once."""
 
     def generate_together(model: Any, **batch: Any) -> list[list[int]]:
-        sharding.send(batch, group)
         with sharding.in_step():
+            sharding.send(batch, group)
             return generate(model, **batch)
 
     return generate_together

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from kubedistill_trainer.failures import RunFailure, refuse
 from kubedistill_trainer.models.load import config_of_folder, empty_model, load_model
 
 FIELD = "spec.teacher.workers.gpusPerReplica"
+_LOST = re.compile(r"Connection (closed|reset) by peer")
 _IDLE = timedelta(days=365)
 """The others wait for the next call for as long as it takes: a peer's death ends the wait."""
 
@@ -50,7 +52,8 @@ def check_plan(config: Any, size: int) -> dict[str, str]:
         raise refuse(FIELD, f"{size}", f"transformers cannot split a {config.model_type}: {one}")
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         number = getattr(config, name, None)
-        if number and number % size:
+        # Some architectures have one a layer.
+        if any(each and each % size for each in (number if isinstance(number, list) else [number])):
             raise refuse(
                 FIELD, f"{size}, which does not divide the teacher's {name} {number}",
                 "give a number that does",
@@ -94,9 +97,12 @@ def lead(model: Any, group: Any) -> None:
         sent = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
         if continues:
             del sent["past_key_values"]
-        send(_Call([number[id(layer)] for layer in decoder.layers], sent, continues), group)
+        call = _Call([number[id(layer)] for layer in decoder.layers], sent, continues)
         with in_step():
-            return forward(**arguments)
+            send(call, group)
+            output = forward(**arguments)
+        before.note(output)
+        return output
 
     decoder.forward = together
 
@@ -109,11 +115,27 @@ class _LastCache:
 
     def continues(self, cache: Any) -> bool:
         """Whether a call with `cache` goes on with it. ValueError for what others do not have."""
-        filled = cache is not None and cache.get_seq_length() > 0
-        if filled and (self._cache is None or self._cache() is not cache):
+        if cache is None:
+            self._cache = None
+            return False
+        # Not by its length: that is 0 for good where the first layer keeps no keys.
+        if self._cache is not None and self._cache() is cache:
+            return True
+        if cache.get_seq_length() > 0:
             raise ValueError("a split decoder goes on with the cache of the call before only")
-        self._cache = None if cache is None else weakref.ref(cache)
-        return filled
+        self._cache = weakref.ref(cache)
+        return False
+
+    def note(self, output: Any) -> None:
+        """Remember the cache that a call made which was given none."""
+        made = _made(output)
+        if self._cache is None and made is not None:
+            self._cache = weakref.ref(made)
+
+
+def _made(output: Any) -> Any:
+    """The cache that a decoder gives back, if any."""
+    return getattr(output, "past_key_values", None)
 
 
 @contextmanager
@@ -131,6 +153,10 @@ def in_step() -> Iterator[None]:
             "generation.maxTokens",
         ) from error
     except Exception as error:
+        if _LOST.search(str(error)):
+            raise RunFailure(
+                ExitCode.PEER_LOST, "a process of the split teacher ended; its own exit says why"
+            ) from error
         raise RunFailure(
             ExitCode.UNKNOWN, f"the split teacher failed: {type(error).__name__}: {error}"
         ) from error
@@ -173,4 +199,6 @@ def follow(model: Any, group: Any, answer: Callable[..., object] | None = None) 
         if message.continues:
             arguments["past_key_values"] = cache
         cache = arguments.get("past_key_values")
-        decoder(**arguments)
+        output = decoder(**arguments)
+        if cache is None:
+            cache = _made(output)
