@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 from data_kit import TURNS, tokenizer
 from kubedistill_api.evaluation import Evaluation
-from kubedistill_trainer.evaluation import record
+from kubedistill_api.exit_codes import ExitCode
+from kubedistill_api.runspec import ResolvedModel
+from kubedistill_trainer.evaluation import record, teacher
 from kubedistill_trainer.evaluation.measure import Plan
 from kubedistill_trainer.evaluation.questions import Question, QuestionSet
 from kubedistill_trainer.evaluation.results import Abilities, TaskScore
+from kubedistill_trainer.failures import RunFailure
 from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
+from text_kit import context_of, text_job
 
 
 def abilities(right: int) -> Abilities:
@@ -97,3 +102,40 @@ def test_figures_that_do_not_parse_are_none(s3: S3Server) -> None:  # noqa: F811
     store = s3.store()
     store.put(request().key, b'{"prompting": "Sung"}')
     assert record.read(store, request()) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [(RunFailure(ExitCode.PEER_LOST, "x"), 3), (RunFailure(ExitCode.INTERRUPTED, "x"), 6)],
+)
+def test_a_teacher_that_no_attempt_survives_is_given_up(
+    error: RunFailure,
+    tries: int,
+    s3: S3Server,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = s3.store()
+    store.put("teacher/model.safetensors", b"")
+    run = text_job(store, "s3://nowhere/q", evaluation={"examples": 2, "tasks": ["chain_sum"]})
+    source = ResolvedModel(uri=store.uri_of("teacher"), digest="t" * 64)
+    context = context_of(run.model_copy(update={"teacher_model": source}), store, tmp_path)
+    asked: list[int] = []
+
+    def dies() -> Any:
+        asked.append(1)
+        raise error
+
+    for _ in range(tries):
+        with pytest.raises(RunFailure):
+            teacher.measure_teacher(context, dies, tokenizer(TURNS), nothing)
+    plan = teacher.plan_of(run.spec.evaluation, context.open_store)
+    wanted = teacher.request_of_teacher(context, plan, tokenizer(TURNS))
+    assert record.read(store, wanted) is None
+    if error.code == ExitCode.INTERRUPTED:
+        return
+    teacher.measure_teacher(context, dies, tokenizer(TURNS), nothing)
+    found = record.read(store, wanted)
+    assert len(asked) == tries
+    assert found is not None
+    assert found.problems["tasks"] == "3 attempts to ask it ended in the middle"

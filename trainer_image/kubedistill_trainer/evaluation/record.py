@@ -96,9 +96,20 @@ def read(store: Store, request: Request) -> Abilities | None:
         return None
 
 
-def begin(store: Store, request: Request) -> None:
-    """Say that the figures are about to come."""
-    store.put(request.mark, b"")
+def begin(store: Store, request: Request) -> int:
+    """Say that the figures are about to come; how many times that was said, this one included."""
+    try:
+        said = store.get(request.mark)
+    except NotFound:
+        said = b""
+    times = int(said) + 1 if said.isdigit() else 1
+    count(store, request, times)
+    return times
+
+
+def count(store: Store, request: Request, times: int) -> None:
+    """Say how many times it was begun."""
+    store.put(request.mark, str(times).encode())
 
 
 def publish(store: Store, request: Request, found: Abilities) -> None:

@@ -20,6 +20,7 @@ from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.teacher.digest import teacher_digest
 
 _log = logging.getLogger(__name__)
+_TRIES = 3
 
 
 def measure_teacher(
@@ -30,8 +31,10 @@ def measure_teacher(
     `model` gives it, and is called where it is needed. In the pod of the first partition only, once
     its part of the stream is written: no student of logits waits for this.
 
-    RunFailure where memory runs out in a split teacher, whose processes then are out of step. The
-    next attempt finds that written down and does not try again.
+    RunFailure where memory runs out in a split teacher, whose processes then are out of step; that
+    is written down, and not tried again. What ends attempts in another way than SIGTERM, and
+    leaves nobody to write it down, is given up after `_TRIES`: the stream is there, and is worth
+    more than this.
     """
     if context.partition != 0 or context.run.teacher_model is None:
         return
@@ -39,15 +42,22 @@ def measure_teacher(
     request = request_of_teacher(context, plan, tokenizer)
     if record.read(context.storage, request) is not None:
         return
-    record.begin(context.storage, request)
-    _log.info("measuring the teacher")
     way = asking(tokenizer, "spec.teacher")
+    times = record.begin(context.storage, request)
+    if times > _TRIES:
+        why = f"{_TRIES} attempts to ask it ended in the middle"
+        _log.warning("the teacher is not measured: %s", why)
+        record.publish(context.storage, request, Abilities.none(way.prompting, why, plan.problems))
+        return
+    _log.info("measuring the teacher")
     try:
         found = measure(model(), way, plan, tick)
     except RunFailure as error:
         if error.code == ExitCode.OUT_OF_MEMORY:
             failed = Abilities.none(way.prompting, error.message, plan.problems)
             record.publish(context.storage, request, failed)
+        elif error.code == ExitCode.INTERRUPTED:
+            record.count(context.storage, request, times - 1)
         raise
     record.publish(context.storage, request, found)
 
