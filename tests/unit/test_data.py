@@ -136,6 +136,13 @@ def test_bad_lines_within_the_limit_are_counted() -> None:
     assert (corpus.documents, bad.count) == (["a", "b"], 1)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text() -> None:
+    corpus = Corpus()
+    body = '{"text": "a"}\r\n{"text": "b"}\r\n'.encode("utf-8-sig")
+    parse_source(corpus, 0, _source(), body, BadRecords(0))
+    assert corpus.documents == ["a", "b"]
+
+
 def test_text_that_is_not_utf_8_is_named() -> None:
     with pytest.raises(InputsRefused, match="line 2 is not UTF-8"):
         parse_source(Corpus(), 0, _source(), b'{"text": "a"}\n\xff\xfe\n', BadRecords(9))

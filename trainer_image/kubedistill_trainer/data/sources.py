@@ -177,7 +177,7 @@ def _decoded(source: DataSource, where: str, body: bytes) -> str:
     if not source.uri.endswith((".jsonl", ".txt")):
         raise unreadable(where, source.uri, "give a .jsonl or a .txt file")
     try:
-        return body.decode("utf-8")
+        return body.decode("utf-8-sig")  # editors on Windows write the mark
     except UnicodeDecodeError as error:
         line = body.count(b"\n", 0, error.start) + 1
         raise unreadable(
