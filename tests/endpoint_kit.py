@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import data_kit
+import endpoint_speech
 import torch
 from aiohttp import web
 from jinja2 import Environment
@@ -144,6 +145,11 @@ class Server:
         self.tokenizes = True
         self.only_max_completion_tokens = False
         self.knows_seed = True
+        self.logprobs: Literal["told", "kept", "refused"] = "told"
+        """What it does with `logprobs` of answers: tells them, says nothing, or answers 403."""
+        self.templates = True
+        """Whether its model has a chat template; a base model has none."""
+        self.streams = True
         self.limit: tuple[int, float] | None = None
         """(requests, seconds): more than that in that time are refused with `Retry-After`."""
         self.faults: list[Fault | None] = []
@@ -214,6 +220,8 @@ class Server:
         elif fault is not None:
             return await self._spoilt(request, content, fault)
         seen.paid = True
+        if seen.body.get("stream") and self.streams:
+            return await endpoint_speech.streamed(request, content, self.mind)
         return web.json_response(content, headers=fault.headers if fault else None)
 
     def _in_turn(self, work: Any, body: dict[str, Any]) -> Any:
@@ -244,6 +252,8 @@ class Server:
         if not self.knows_seed and "seed" in seen.body:
             wrong = {"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Not permitted"}
             return web.json_response({"detail": [wrong]}, status=422)
+        if self.logprobs == "refused" and seen.body.get("logprobs"):
+            return _error(403, "You are not allowed to request logprobs from this model")
         if self.limit is not None:
             count, seconds = self.limit
             recent = [s for s in self.seen if s.paid and s.came > seen.came - seconds]
@@ -258,6 +268,8 @@ class Server:
         return None
 
     def _chat(self, body: dict[str, Any]) -> dict[str, Any] | web.Response:
+        if not self.templates:
+            return _error(400, "default chat template is no longer allowed", "BadRequestError")
         prompt = self.mind.prompt(body["messages"])
         limit = int(body.get("max_completion_tokens") or body.get("max_tokens") or 16)
         if len(prompt) + limit > self.mind.context:
@@ -270,6 +282,8 @@ class Server:
         if self.reasons:
             message["reasoning_content"] = self.reasons
         choice = {"index": 0, "message": message, "finish_reason": "stop" if ended else "length"}
+        if body.get("logprobs") and self.logprobs == "told":
+            choice["logprobs"] = {"content": endpoint_speech.weighed(self.mind, prompt, answer)}
         return self._content("chat.completion", choice, len(prompt), len(answer))
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any] | web.Response:
@@ -285,6 +299,13 @@ class Server:
         if len(ids) + int(body.get("max_tokens", 16)) > self.mind.context:
             return _error(400, f"maximum context length is {self.mind.context}", "BadRequestError")
         choice: dict[str, Any] = {"index": 0, "text": "", "finish_reason": "length"}
+        if isinstance(prompt, str) and width is None and echoed is None:
+            answer, ended = self.mind.says(ids, body)
+            tells = bool(body.get("logprobs")) and self.logprobs == "told"
+            choice = endpoint_speech.continued(
+                self.mind, ids, answer, ended, body.get("stop"), tells
+            )
+            return self._content("text_completion", choice, len(ids), len(answer))
         if width is not None:
             choice["prompt_logprobs"] = self._scores(ids, width)
         if echoed is not None:

@@ -74,6 +74,7 @@ def text_job(store: Store, prompts: str, *, samples: int = 1, **parts: Any) -> R
             "tokenizer": {"uri": "s3://nowhere/tokenizer"},
         },
         "storage": {"uri": store.uri, "endpoint": store.endpoint},
+        "evaluation": {"examples": 0, "latency": False},
         **parts,
     }  # fmt: skip
     spec = DistillationJobSpec.model_validate(fields)

@@ -123,8 +123,11 @@ class TeacherStreamStatus(ApiModel):
     answers: int = Field(0, description="Answers committed, of a teacher that is learnt by text.")
     prompt_tokens: int = Field(0, description="Tokens of the prompts of these answers.")
     answer_tokens: int = Field(0, description="Tokens of these answers, reasoning included.")
+    evaluation_tokens: int = Field(
+        0, description="Tokens for which the endpoint's model was asked tasks and questions."
+    )
     cost: float | None = Field(
-        None, description="What these tokens cost by `endpoint.price`, whoever asked for them."
+        None, description="What all these tokens cost by `endpoint.price`, whoever asked for them."
     )
     learnt: str = Field("", max_length=512, description="How many answers the filters kept.")
 

@@ -152,7 +152,7 @@ def _measured_alike(whole: Abilities, split: Abilities) -> None:
     assert split.tasks == whole.tasks
     assert whole.questions is not None
     assert split.questions is not None
-    assert whole.questions.confidence > 0
+    assert whole.questions.confidence
     # An answer that falls on the other side of a tie is another one from there on.
     assert split.questions.confidence == pytest.approx(whole.questions.confidence, rel=0.05)
     assert whole.performance is not None

@@ -68,6 +68,7 @@ def run(s3: S3Server, server: Server, mind: Mind) -> RunSpec:  # noqa: F811
             "training": {"globalBatchSize": 4},
             "workers": {"gpusPerNode": 0},
             "storage": {"uri": f"{store.uri}/runs", "endpoint": s3.endpoint},
+            "evaluation": {"examples": 0, "latency": False},
         }
     )  # fmt: skip
     return RunSpec(namespace="n", name="j", uid="u", role="teacher", inputs_digest="d", spec=spec)

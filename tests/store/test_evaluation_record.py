@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_another_question_has_another_answer(changes: dict[str, Any]) -> None:
 
 def test_a_student_waits_for_a_teacher_that_has_begun(s3: S3Server) -> None:  # noqa: F811
     store = s3.store()
-    record.begin(store, request())
+    record.claim(store, request(), "a pod")
     waited = threading.Event()
 
     def write() -> None:
@@ -92,10 +93,59 @@ def test_the_wait_ends(
 ) -> None:
     """After a while, and at once where the teacher began so long ago that it was given up."""
     store = s3.store()
-    record.begin(store, request())
+    record.claim(store, request(), "a pod")
     monkeypatch.setattr(record, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(record, limit, -5.0)
     assert record.awaited(store, request(), nothing) is None
+
+
+def test_who_comes_second_does_not_measure_beside_the_first(s3: S3Server) -> None:  # noqa: F811
+    store = s3.store()
+    first = record.claim(store, request(), "one")
+    assert first is not None and first.times == 1
+    assert record.claim(store, request(), "other") is None
+    # A pod that comes back is the same one.
+    again = record.claim(store, request(), "one")
+    assert again is not None and again.times == 2
+    again.give_back()
+    once_more = record.claim(store, request(), "one")
+    assert once_more is not None and once_more.times == 2
+    once_more.end()
+    other = record.claim(store, request(), "other")
+    assert other is not None and other.times == 1
+
+
+def test_a_claim_lapses_unless_it_is_renewed(
+    s3: S3Server,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = s3.store()
+    claim = record.claim(store, request(), "one")
+    assert claim is not None
+    monkeypatch.setattr(record, "_OLD_SECONDS", 1.5)
+    monkeypatch.setattr(record, "_RENEW_SECONDS", 0.0)
+    time.sleep(2.5)
+    assert not record.is_coming(store, request())
+    claim.renew()
+    assert record.is_coming(store, request())
+    assert record.claim(store, request(), "other") is None
+    time.sleep(2.5)
+    assert record.claim(store, request(), "other") is not None
+
+
+def test_what_could_not_be_had_is_asked_again_and_waited_for(s3: S3Server) -> None:  # noqa: F811
+    store = s3.store()
+    some = abilities(5).model_copy(update={"again": True})
+    record.publish(store, request(), some)
+    assert record.awaited(store, request(), nothing) == some
+    record.claim(store, request(), "next job")
+
+    def write() -> None:
+        record.publish(store, request(), abilities(6))
+
+    assert record.awaited(store, request(), write) == abilities(6)
+    record.publish(store, request(), abilities(7))
+    assert record.read(store, request()) == abilities(6)
 
 
 def test_figures_that_do_not_parse_are_none(s3: S3Server) -> None:  # noqa: F811

@@ -67,12 +67,8 @@ def _unasked(metric: str, spec: DistillationJobSpec) -> str:
         return "and `evaluation.tasks` names none of one step, such as chain_sum"
     if metric in OF_MULTI_STEP_TASKS and tasks <= SIMPLE_TASKS:
         return "and `evaluation.tasks` names none of several steps, such as gsm_symbolic"
-    if not metric.startswith("teacher"):
-        return ""
-    if spec.teacher is None:
+    if metric.startswith("teacher") and spec.teacher is None:
         return "a figure of a teacher, and a `fineTune` job has none"
-    if spec.teacher.endpoint is not None:
-        return "and a teacher behind an endpoint is not asked"
     return ""
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,12 +13,12 @@ from kubedistill_api.evaluation import Evaluation
 
 from kubedistill_trainer.data.sources import OpenStore
 from kubedistill_trainer.evaluation import questions
-from kubedistill_trainer.evaluation.gym import Solved, Task, load_task
+from kubedistill_trainer.evaluation.gym import Task, load_task
 from kubedistill_trainer.evaluation.prompts import TO_RECALL, TO_SOLVE, Asking, final_answers
-from kubedistill_trainer.evaluation.questions import Answered, QuestionSet, read_questions
+from kubedistill_trainer.evaluation.questions import QuestionSet, read_questions
 from kubedistill_trainer.evaluation.results import Abilities, QuestionScore, TaskScore
-from kubedistill_trainer.evaluation.speak import NoRoom, Said, Tick, end_ids, speak
-from kubedistill_trainer.evaluation.speed import measure_speed
+from kubedistill_trainer.evaluation.speak import NoRoom, Tick
+from kubedistill_trainer.evaluation.voice import ModelVoice, NotAsked, Voice
 from kubedistill_trainer.failures import RunFailure
 
 _log = logging.getLogger(__name__)
@@ -35,6 +35,21 @@ class Plan:
     max_answer_tokens: int
     latency: bool
     problems: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is asked."""
+        return not (self.tasks or self.questions or self.latency)
+
+    def without(self, known: Abilities) -> Plan:
+        """What is left to be asked."""
+        done = {task.name for task in known.tasks}
+        return replace(
+            self,
+            tasks=tuple(task for task in self.tasks if task.name not in done),
+            questions=self.questions if known.questions is None else None,
+            latency=self.latency and known.performance is None,
+        )
 
 
 def plan_of(settings: Evaluation, open_store: OpenStore) -> Plan:
@@ -61,28 +76,34 @@ def plan_of(settings: Evaluation, open_store: OpenStore) -> Plan:
 def _told(error: Exception) -> str:
     if isinstance(error, RunFailure):
         return error.message[:_LONGEST_PROBLEM]
-    if isinstance(error, NoRoom):
+    if isinstance(error, NoRoom | NotAsked):
         return str(error)[:_LONGEST_PROBLEM]
     return f"{type(error).__name__}: {error}"[:_LONGEST_PROBLEM]
 
 
 def measure(model: Any, asking: Asking, plan: Plan, tick: Tick) -> Abilities:
-    """Ask `model`, which is on its device and in evaluation mode.
+    """Ask `model`, which is on its device and in evaluation mode; see `measure_voice`."""
+    return measure_voice(ModelVoice(model, asking, plan.max_answer_tokens, tick), plan)
+
+
+def measure_voice(voice: Voice, plan: Plan) -> Abilities:
+    """Ask everything.
 
     A part that fails is left out, with the reason in `problems`: by now the model is trained, and
     what it took is worth more than a figure.
     """
-    voice = _Voice(model, asking, plan.max_answer_tokens, tick)
     problems = dict(plan.problems)
+    passing: list[bool] = []
 
     def attempt(name: str, part: Callable[[], Part]) -> Part | None:
         try:
             return part()
         except RunFailure:
             raise
-        except NoRoom as error:
+        except (NoRoom, NotAsked) as error:
             _log.warning("%s: not measured: %s", name, error)
             problems[name] = _told(error)
+            passing.append(isinstance(error, NotAsked) and error.again)
             return None
         except Exception as error:
             _log.exception("%s: not measured", name)
@@ -92,60 +113,28 @@ def measure(model: Any, asking: Asking, plan: Plan, tick: Tick) -> Abilities:
             return None
 
     # First: on the CPU memory is how much the process grows, and later it has room already.
-    performance = (
-        attempt("performance", lambda: measure_speed(model, tick)) if plan.latency else None
-    )
+    performance = attempt("performance", voice.speed) if plan.latency else None
     asked = plan.questions
     scores = [attempt(task.name, partial(_solve, voice, task)) for task in plan.tasks]
     return Abilities(
-        prompting=asking.prompting,
+        prompting=voice.prompting,
         tasks=tuple(score for score in scores if score is not None),
         questions=attempt("questions", lambda: _recall(voice, asked)) if asked else None,
         performance=performance,
         problems=problems,
+        again=any(passing),
     )
 
 
-class _Voice:
-    """Asks one model in one way."""
-
-    def __init__(self, model: Any, asking: Asking, max_tokens: int, tick: Tick) -> None:
-        self._model = model
-        self._asking = asking
-        self._max_tokens = max_tokens
-        self._tick = tick
-        self._ends = end_ids(model, asking.tokenizer.end_of_text)
-        self._breaks = cache(lambda token: "\n" in asking.decode([token]))
-
-    def ask(self, texts: Sequence[str], shots: Sequence[Solved], request: str) -> list[Said]:
-        """The answers to some questions, in order, without the reasoning before them."""
-        prompts = [self._asking.encode(text, shots, request) for text in texts]
-        answers = speak(
-            self._model,
-            prompts,
-            max_tokens=self._max_tokens,
-            end_ids=self._ends,
-            breaks=self._breaks if self._asking.one_line else None,
-            tick=self._tick,
-        )
-        return [self._asking.answer(p, said) for p, said in zip(prompts, answers, strict=True)]
-
-    def text(self, said: Said) -> str:
-        return self._asking.decode(said.ids)
-
-
-def _solve(voice: _Voice, task: Task) -> TaskScore:
+def _solve(voice: Voice, task: Task) -> TaskScore:
     answers = voice.ask(task.questions, task.shots, TO_SOLVE)
     right = sum(
-        any(task.right(index, answer) for answer in final_answers(voice.text(said)))
-        for index, said in enumerate(answers)
+        any(task.right(index, answer) for answer in final_answers(answered.said))
+        for index, answered in enumerate(answers)
     )
     return TaskScore(name=task.name, group=task.group, examples=len(answers), right=right)
 
 
-def _recall(voice: _Voice, asked: QuestionSet) -> QuestionScore:
+def _recall(voice: Voice, asked: QuestionSet) -> QuestionScore:
     texts = [one.question for one in asked.questions]
-    answers = voice.ask(texts, questions.SHOTS, TO_RECALL)
-    return questions.score(
-        asked.questions, [Answered(voice.text(said), said.confidence) for said in answers]
-    )
+    return questions.score(asked.questions, voice.ask(texts, questions.SHOTS, TO_RECALL))

@@ -62,10 +62,13 @@ class QuestionSet:
 
 @dataclass(frozen=True)
 class Answered:
-    """What was said to a question, and with what confidence."""
+    """What was said to a question, without its reasoning.
+
+    `confidence`: geometric mean of its tokens' probabilities; None where nobody says.
+    """
 
     said: str
-    confidence: float
+    confidence: float | None
 
 
 def read_questions(given: Questions | None, open_store: OpenStore, limit: int) -> QuestionSet:
@@ -183,26 +186,30 @@ def abstains(said: str) -> bool:
 
 
 def score(questions: Sequence[Question], answered: Sequence[Answered]) -> QuestionScore:
-    """Right; hallucinated: wrong, not an abstention, and with a confidence above `CONFIDENT`."""
-    right, slips = 0, []
-    for question, answer in zip(questions, answered, strict=True):
-        if matches(answer.said, question.answers):
-            right += 1
-        elif answer.confidence > CONFIDENT and not abstains(answer.said):
-            slips.append(
-                Slip(
-                    question=question.question[:_LONGEST_SLIP],
-                    expected=question.answers[0][:_LONGEST_SLIP],
-                    said=answer.said.strip()[:_LONGEST_SLIP],
-                    confidence=round(answer.confidence, 6),
-                )
-            )
+    """Right; hallucinated: wrong, not an abstention, and with a confidence above `CONFIDENT`.
+
+    A server may not say how sure its model is: then nothing is known of hallucinations, nor of a
+    mean confidence.
+    """
+    both = list(zip(questions, answered, strict=True))
+    wrong = [(q, a) for q, a in both if not matches(a.said, q.answers)]
+    given = [(q, a) for q, a in wrong if not abstains(a.said)]
+    slips = [_slip(q, a.said, c) for q, a in given if (c := a.confidence or 0.0) > CONFIDENT]
+    told = [a.confidence for a in answered if a.confidence is not None]
     surest = sorted(slips, key=lambda slip: -slip.confidence)
-    mean = sum(answer.confidence for answer in answered) / max(1, len(answered))
     return QuestionScore(
         asked=len(questions),
-        right=right,
-        hallucinated=len(slips),
-        confidence=round(mean, 6),
+        right=len(both) - len(wrong),
+        hallucinated=None if any(a.confidence is None for _, a in given) else len(slips),
+        confidence=round(sum(told) / max(1, len(told)), 6) if len(told) == len(both) else None,
         slips=tuple(surest[:_SLIPS]),
+    )
+
+
+def _slip(question: Question, said: str, confidence: float) -> Slip:
+    return Slip(
+        question=question.question[:_LONGEST_SLIP],
+        expected=question.answers[0][:_LONGEST_SLIP],
+        said=said.strip()[:_LONGEST_SLIP],
+        confidence=round(confidence, 6),
     )

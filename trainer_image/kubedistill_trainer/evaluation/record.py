@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -22,15 +23,16 @@ from kubedistill_trainer.evaluation.measure import Plan
 from kubedistill_trainer.evaluation.results import Abilities
 from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.store import Store
-from kubedistill_trainer.store.errors import NotFound, PreconditionFailed
+from kubedistill_trainer.store.errors import NotFound, PreconditionFailed, StoreError
 
 _log = logging.getLogger(__name__)
 _FORMAT = 2
 """Rises when the same request would be answered by other examples or other rules."""
 _WAIT_SECONDS = 60.0
 _POLL_SECONDS = 1.0
+_RENEW_SECONDS = 60.0
 _OLD_SECONDS = 900.0
-"""A measurement that began longer ago was given up."""
+"""A measurement of which nothing was heard for longer was given up."""
 
 
 class Request(BaseModel):
@@ -65,13 +67,18 @@ class Request(BaseModel):
 
 
 def request_of(
-    settings: Evaluation, plan: Plan, tokenizer: TextTokenizer, teacher_digest: str, precision: str
+    settings: Evaluation,
+    plan: Plan,
+    tokenizer: TextTokenizer | None,
+    teacher_digest: str,
+    precision: str,
 ) -> Request:
-    """The same in the teacher's and in the student's pod."""
+    """The same in the teacher's and in the student's pod. Without `tokenizer`: a server's."""
+    template = (tokenizer.chat_template if tokenizer else None) or ""
     return Request(
         teacher_digest=teacher_digest,
-        tokenizer_digest=tokenizer.digest,
-        chat_template=hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
+        tokenizer_digest=tokenizer.digest if tokenizer else "",
+        chat_template=hashlib.sha256(template.encode()).hexdigest(),
         precision=precision,
         tasks=tuple(task.name for task in plan.tasks),
         examples=settings.examples,
@@ -96,39 +103,91 @@ def read(store: Store, request: Request) -> Abilities | None:
         return None
 
 
-def begin(store: Store, request: Request) -> int:
-    """Say that the figures are about to come; how many times that was said, this one included."""
+class _Mark(BaseModel):
+    """`times`: how often measuring was begun; `by`: who is at it."""
+
+    times: int = 0
+    by: str = ""
+
+
+class Claim:
+    """The right to measure, which lapses where it is not renewed."""
+
+    def __init__(self, store: Store, request: Request, mark: _Mark) -> None:
+        self._store = store
+        self._request = request
+        self._mark = mark
+        self._renewed = time.monotonic()
+
+    @property
+    def times(self) -> int:
+        """How often measuring was begun, this time included."""
+        return self._mark.times
+
+    def renew(self) -> None:
+        """Say again that it goes on; to be called often. A store that is away costs no figures."""
+        if time.monotonic() - self._renewed > _RENEW_SECONDS:
+            self._renewed = time.monotonic()
+            with contextlib.suppress(StoreError):
+                self.write()
+
+    def give_back(self) -> None:
+        """This time does not count: it was ended from outside."""
+        self._mark = self._mark.model_copy(update={"times": self.times - 1})
+        self.write()
+
+    def end(self) -> None:
+        """The figures are there: who asks for more later is counted anew."""
+        self._store.delete([self._request.mark])
+
+    def write(self) -> None:
+        """Say who is at it, and how often it was begun."""
+        self._store.put(self._request.mark, self._mark.model_dump_json().encode())
+
+
+def claim(store: Store, request: Request, by: str) -> Claim | None:
+    """Say that the figures are about to come; None where another than `by` is at it.
+
+    Two who claim in the same moment both measure: figures are written once all the same.
+    """
+    mark = _mark(store, request)
+    if mark.by != by and is_coming(store, request):
+        return None
+    mine = Claim(store, request, _Mark(times=mark.times + 1, by=by))
+    mine.write()
+    return mine
+
+
+def _mark(store: Store, request: Request) -> _Mark:
     try:
-        said = store.get(request.mark)
-    except NotFound:
-        said = b""
-    times = int(said) + 1 if said.isdigit() else 1
-    count(store, request, times)
-    return times
-
-
-def count(store: Store, request: Request, times: int) -> None:
-    """Say how many times it was begun."""
-    store.put(request.mark, str(times).encode())
+        return _Mark.model_validate_json(store.get(request.mark))
+    except (NotFound, ValidationError):
+        return _Mark()
 
 
 def publish(store: Store, request: Request, found: Abilities) -> None:
-    """Write them, unless somebody has."""
+    """Write them, unless somebody has; in place of those that lack what could not be had then."""
+    body = found.model_dump_json().encode()
     try:
-        store.put(request.key, found.model_dump_json().encode(), only_if_absent=True)
+        store.put(request.key, body, only_if_absent=True)
     except PreconditionFailed:
-        _log.info("another pod has measured the teacher")
+        known = read(store, request)
+        if known is not None and not known.again:
+            _log.info("another pod has measured the teacher")
+            return
+        store.put(request.key, body)
 
 
 def awaited(store: Store, request: Request, tick: Tick) -> Abilities | None:
     """What was found; where a teacher's pod is at it, after a short wait."""
     deadline = time.monotonic() + _WAIT_SECONDS
-    while (found := read(store, request)) is None:
-        if time.monotonic() > deadline or not is_coming(store, request):
-            return None
+    while True:
+        found = read(store, request)
+        whole = found is not None and not found.again
+        if whole or time.monotonic() > deadline or not is_coming(store, request):
+            return found
         tick()
         time.sleep(_POLL_SECONDS)
-    return found
 
 
 def is_coming(store: Store, request: Request) -> bool:

@@ -42,12 +42,13 @@ class Slip(_Found):
 
 class QuestionScore(_Found):
     """Of questions with known answers. `hallucinated`: wrong and confident (see `questions.py`);
-    `confidence`: the mean; `slips`: some of the hallucinated ones."""
+    `confidence`: the mean; both None where the model's server does not say how sure it is;
+    `slips`: some of the hallucinated ones."""
 
     asked: int
     right: int
-    hallucinated: int
-    confidence: float
+    hallucinated: int | None
+    confidence: float | None
     slips: tuple[Slip, ...] = ()
 
     @property
@@ -55,8 +56,8 @@ class QuestionScore(_Found):
         return self.right / max(1, self.asked)
 
     @property
-    def hallucination_rate(self) -> float:
-        return self.hallucinated / max(1, self.asked)
+    def hallucination_rate(self) -> float | None:
+        return None if self.hallucinated is None else self.hallucinated / max(1, self.asked)
 
 
 class Pace(_Found):
@@ -73,7 +74,8 @@ class Performance(_Found):
 
     `working_bytes`: greatest use beside the weights while the largest batch was answered, by
     `memory`: what CUDA allocated, or by how much the process grew. Of a model that is split over
-    devices: of all of them, each taken to need what the first one does.
+    devices: of all of them, each taken to need what the first one does. Nobody knows the memory of
+    a model behind a server.
     """
 
     device: str
@@ -81,23 +83,30 @@ class Performance(_Found):
     answer_tokens: int
     rounds: int
     paces: tuple[Pace, ...]
-    weights_bytes: int
-    working_bytes: int
-    memory: Literal["CUDA allocations", "growth of the process"]
+    weights_bytes: int | None = None
+    working_bytes: int | None = None
+    memory: Literal["CUDA allocations", "growth of the process", "unknown"] = "unknown"
 
     @property
-    def memory_bytes(self) -> int:
+    def memory_bytes(self) -> int | None:
+        if self.weights_bytes is None or self.working_bytes is None:
+            return None
         return self.weights_bytes + self.working_bytes
 
 
 class Abilities(_Found):
-    """All of one model. None: not asked for, or `problems` say by name why it is not there."""
+    """All of one model. None: not asked for, or `problems` say by name why it is not there.
+
+    `again`: whether a problem may pass (a server that is down, a limit that is reached), so that
+    the next job asks again.
+    """
 
     prompting: Prompting
     tasks: tuple[TaskScore, ...] = ()
     questions: QuestionScore | None = None
     performance: Performance | None = None
     problems: dict[str, str] = {}
+    again: bool = False
 
     @classmethod
     def none(
@@ -106,6 +115,16 @@ class Abilities(_Found):
         """Of a model that could not be asked for anything."""
         parts = dict.fromkeys(("tasks", "questions", "performance"), why)
         return cls(prompting=prompting, problems={**(problems or {}), **parts})
+
+    def with_more(self, found: Abilities) -> Abilities:
+        """With what was asked for later, as it was not to be had before."""
+        return found.model_copy(
+            update={
+                "tasks": (*self.tasks, *found.tasks),
+                "questions": found.questions or self.questions,
+                "performance": found.performance or self.performance,
+            }
+        )
 
     def figures(self) -> dict[str, float]:
         """By the names of `status.metrics`: of groups of tasks, and of the questions."""
@@ -116,7 +135,8 @@ class Abilities(_Found):
         }
         if self.questions is not None:
             found["questionAccuracy"] = self.questions.accuracy
-            found["hallucinationRate"] = self.questions.hallucination_rate
+            if (rate := self.questions.hallucination_rate) is not None:
+                found["hallucinationRate"] = rate
         return {name: round(value, 6) for name, value in found.items()}
 
 

@@ -17,6 +17,7 @@ from kubedistill_trainer.models.generation import left_padded
 Tick = Callable[[], None]
 """Called at every token: says that work goes on, and raises where it has to end."""
 _BATCH_TOKENS = 16_384
+_LEAST = 1e-30
 
 
 class NoRoom(Exception):
@@ -33,10 +34,14 @@ class Said:
     @property
     def confidence(self) -> float:
         """Geometric mean of the probabilities of its tokens; 0 of an answer without any."""
-        if not self.probabilities:
-            return 0.0
-        logs = [math.log(max(p, 1e-30)) for p in self.probabilities]
-        return math.exp(sum(logs) / len(logs))
+        return likelihood([math.log(max(p, _LEAST)) for p in self.probabilities])
+
+
+def likelihood(log_probs: Sequence[float]) -> float:
+    """Geometric mean of the probabilities of an answer's tokens; 0 of an answer without any."""
+    if not log_probs:
+        return 0.0
+    return math.exp(sum(max(value, math.log(_LEAST)) for value in log_probs) / len(log_probs))
 
 
 class _Sureness(LogitsProcessor):  # type: ignore[misc]

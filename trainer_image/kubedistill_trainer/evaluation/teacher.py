@@ -1,9 +1,12 @@
-"""The teacher's side, in the pod that writes its stream."""
+"""The teacher's side, in the pods that write its stream."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from kubedistill_api.exit_codes import ExitCode
@@ -12,12 +15,15 @@ from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import learns_text
 from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
 from kubedistill_trainer.evaluation import record
-from kubedistill_trainer.evaluation.measure import Plan, measure, plan_of
+from kubedistill_trainer.evaluation.measure import Plan, measure, measure_voice, plan_of
 from kubedistill_trainer.evaluation.prompts import asking
-from kubedistill_trainer.evaluation.results import Abilities
+from kubedistill_trainer.evaluation.results import Abilities, Prompting
+from kubedistill_trainer.evaluation.served import ServedVoice
 from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.teacher.digest import teacher_digest
+from kubedistill_trainer.teacher.endpoint_reply import FIELD
+from kubedistill_trainer.teacher.tab import Tab
 
 _log = logging.getLogger(__name__)
 _TRIES = 3
@@ -26,7 +32,7 @@ _TRIES = 3
 def measure_teacher(
     context: Context, model: Callable[[], Any], tokenizer: TextTokenizer, tick: Tick
 ) -> None:
-    """Measure the teacher for all jobs that ask the same, unless that was done.
+    """Measure the teacher for all jobs that ask the same, unless that was done or is being done.
 
     `model` gives it, and is called where it is needed. In the pod of the first partition only, once
     its part of the stream is written: no student of logits waits for this.
@@ -38,51 +44,116 @@ def measure_teacher(
     """
     if context.partition != 0 or context.run.teacher_model is None:
         return
+    way = asking(tokenizer, "spec.teacher")
     plan = plan_of(context.run.spec.evaluation, context.open_store)
     request = request_of_teacher(context, plan, tokenizer)
-    if record.read(context.storage, request) is not None:
+    _measure(context, request, plan, way.prompting, lambda p, t: measure(model(), way, p, t), tick)
+
+
+def measure_server(context: Context, tokenizer: TextTokenizer | None, tab: Tab, tick: Tick) -> None:
+    """The same of the model behind `spec.teacher.endpoint`, by the pod that calls this.
+
+    `tokenizer`: as for `request_of_teacher`; `tab`: what may be spent. What the server does not
+    answer is left out of the figures, and asked by the next job.
+    """
+    spec = context.run.spec
+    endpoint = spec.teacher.endpoint if spec.teacher else None
+    if endpoint is None:
         return
-    way = asking(tokenizer, "spec.teacher")
-    times = record.begin(context.storage, request)
-    if times > _TRIES:
+    prompting = _served_prompting(tokenizer)
+
+    def ask(plan: Plan, tick: Tick) -> Abilities:
+        with closing(ServedVoice(endpoint, prompting, plan.max_answer_tokens, tab, tick)) as voice:
+            return measure_voice(voice, plan)
+
+    plan = plan_of(spec.evaluation, context.open_store)
+    request = request_of_teacher(context, plan, tokenizer)
+    _measure(context, request, plan, prompting, ask, tick)
+
+
+def _measure(
+    context: Context,
+    request: record.Request,
+    plan: Plan,
+    prompting: Prompting,
+    ask: Callable[[Plan, Tick], Abilities],
+    tick: Tick,
+) -> None:
+    store = context.storage
+    known = record.read(store, request)
+    if plan.is_empty or (known is not None and not known.again):
+        return
+    claim = record.claim(store, request, f"{context.run.uid}/{context.partition}")
+    if claim is None:
+        _log.info("another pod measures the teacher")
+        return
+    if claim.times > _TRIES:
         why = f"{_TRIES} attempts to ask it ended in the middle"
         _log.warning("the teacher is not measured: %s", why)
-        record.publish(context.storage, request, Abilities.none(way.prompting, why, plan.problems))
+        record.publish(store, request, Abilities.none(prompting, why, plan.problems))
         return
+
+    def ticked() -> None:
+        claim.renew()
+        tick()
+
     _log.info("measuring the teacher")
     try:
-        found = measure(model(), way, plan, tick)
+        found = ask(plan if known is None else plan.without(known), ticked)
     except RunFailure as error:
         if error.code == ExitCode.OUT_OF_MEMORY:
-            failed = Abilities.none(way.prompting, error.message, plan.problems)
-            record.publish(context.storage, request, failed)
+            failed = Abilities.none(prompting, error.message, plan.problems)
+            record.publish(store, request, failed)
         elif error.code == ExitCode.INTERRUPTED:
-            record.count(context.storage, request, times - 1)
+            claim.give_back()
         raise
-    record.publish(context.storage, request, found)
+    record.publish(store, request, found if known is None else known.with_more(found))
+    claim.end()
 
 
-def request_of_teacher(context: Context, plan: Plan, tokenizer: TextTokenizer) -> record.Request:
-    """What a job asks its teacher, a model in a store; by the teacher's own tokenizer where it is
-    learnt by its text."""
+def request_of_teacher(
+    context: Context, plan: Plan, tokenizer: TextTokenizer | None
+) -> record.Request:
+    """What a job asks its teacher.
+
+    `tokenizer`: by which the teacher is asked: its own where it is learnt by its text, else the
+    data's. None for a server whose model is learnt by its text: it has its own.
+    """
     spec, source = context.run.spec, context.run.teacher_model
+    endpoint = spec.teacher.endpoint if spec.teacher else None
+    if endpoint is not None:
+        served = [endpoint.url.rstrip("/"), endpoint.model, _served_prompting(tokenizer)]
+        digest = hashlib.sha256(json.dumps(served).encode()).hexdigest()
+        return record.request_of(spec.evaluation, plan, None, digest, "")
     assert source is not None
-    store = context.open_store(source.uri)
-    digest = teacher_digest(source, store)
+    digest = teacher_digest(source, context.open_store(source.uri))
     return record.request_of(spec.evaluation, plan, tokenizer, digest, spec.training.precision)
 
 
+def tokenizer_of_teacher(context: Context, tokenizer: TextTokenizer) -> TextTokenizer | None:
+    """For `request_of_teacher`; `tokenizer` is the data's."""
+    if not learns_text(context.run.spec):
+        return tokenizer
+    source = context.run.teacher_model
+    return load_tokenizer(context.open_store(source.uri), "spec.teacher") if source else None
+
+
 def is_to_be_measured(context: Context, tokenizer: TextTokenizer) -> bool:
-    """Whether the teacher's pods have something to measure, also where its stream is complete."""
+    """Whether the teacher's pods have something to measure, also where its stream is complete.
+    `tokenizer` is the data's."""
     spec = context.run.spec
-    teacher = spec.teacher
-    if teacher is None or context.run.teacher_model is None:
+    if spec.teacher is None:
         return False
     plan = plan_of(spec.evaluation, context.open_store)
-    if not (plan.tasks or plan.questions or plan.latency):
+    if plan.is_empty:
         return False
-    if learns_text(spec):
-        uri = context.run.teacher_model.uri
-        tokenizer = load_tokenizer(context.open_store(uri), "spec.teacher")
-    store, request = context.storage, request_of_teacher(context, plan, tokenizer)
-    return record.read(store, request) is None and not record.is_coming(store, request)
+    store = context.storage
+    request = request_of_teacher(context, plan, tokenizer_of_teacher(context, tokenizer))
+    known = record.read(store, request)
+    return (known is None or known.again) and not record.is_coming(store, request)
+
+
+def _served_prompting(tokenizer: TextTokenizer | None) -> Prompting:
+    """Who answers prompts is talked to; of one that scores the data's tokens the data's tokenizer
+    says whether it is."""
+    return "ChatTemplate" if tokenizer is None else asking(tokenizer, FIELD).prompting

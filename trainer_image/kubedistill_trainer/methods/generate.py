@@ -19,7 +19,7 @@ from kubedistill_trainer import exporter
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset, load_dataset
 from kubedistill_trainer.evaluation.speak import Tick
-from kubedistill_trainer.evaluation.teacher import measure_teacher
+from kubedistill_trainer.evaluation.teacher import measure_server, measure_teacher
 from kubedistill_trainer.failures import refuse
 from kubedistill_trainer.losses.types import FORWARD_KL
 from kubedistill_trainer.methods import sharding
@@ -54,6 +54,7 @@ from kubedistill_trainer.teacher.payload import (
 from kubedistill_trainer.teacher.payload_spec import HiddenSpec, SampledSpec, SparseSpec
 from kubedistill_trainer.teacher.request import resolved
 from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
+from kubedistill_trainer.teacher.tab import Tab
 
 _log = logging.getLogger(__name__)
 _FOLDER = "teacher"
@@ -125,7 +126,20 @@ def _score(
         scorer = Scorer(client, payload.k, dataset.tokenizer.vocab_size, way)
         ahead = endpoint.concurrency
         data = ScoredData(scorer, dataset.packed, payload.k, dataset.tokenizer.vocab_size, ahead)
-        return _write(context, board, dataset, manifest, _Server(data))
+        return _write(
+            context,
+            board,
+            dataset,
+            manifest,
+            _Server(data),
+            partial(_measure_server, context, dataset),
+        )
+
+
+def _measure_server(context: Context, dataset: Dataset, tick: Tick) -> None:
+    if context.partition == 0:
+        # No cost is counted for a stream of scores, and so there is no limit to keep.
+        measure_server(context, dataset.tokenizer, Tab(), tick)
 
 
 def _write(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 
 from kubedistill_api.exit_codes import ExitCode
@@ -16,12 +17,14 @@ from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.conversation import Prompt
 from kubedistill_trainer.data.sources import read_prompts
 from kubedistill_trainer.failures import RunFailure, refuse
+from kubedistill_trainer.imports import quiet_collector
 from kubedistill_trainer.methods.stream_report import StreamReporter
 from kubedistill_trainer.store import StoreError
 from kubedistill_trainer.teacher.endpoint import EndpointAnswerer
 from kubedistill_trainer.teacher.learn import status_of
 from kubedistill_trainer.teacher.manifest import publish_manifest
 from kubedistill_trainer.teacher.partition_log import TextShard
+from kubedistill_trainer.teacher.tab import Tab
 from kubedistill_trainer.teacher.text import Answerer, TextAnswer, TextRequest
 from kubedistill_trainer.teacher.text_manifest import TextManifest
 from kubedistill_trainer.teacher.text_mend import mend_text
@@ -36,10 +39,13 @@ OpenTeacher = Callable[[TextManifest], Answerer]
 
 
 def run_text_teacher(
-    context: Context, board: exporter.ProgressBoard, open_teacher: OpenTeacher
+    context: Context,
+    board: exporter.ProgressBoard,
+    open_teacher: OpenTeacher,
+    afterwards: Callable[[_Desk], None] = lambda desk: None,
 ) -> Outcome:
     """Have this pod's partition of the prompts answered. `open_teacher` is called where there is
-    something to ask."""
+    something to ask; `afterwards` when it is answered."""
     spec = context.run.spec
     if spec.teacher is None or spec.distill is None:
         raise refuse("spec.teacher", "nothing", "a teacher pod needs a teacher")
@@ -55,6 +61,7 @@ def run_text_teacher(
         # A stream that another job laid out in more partitions is written by as many as there are.
         for partition in range(context.partition, manifest.partitions, replicas):
             desk.write(partition)
+        afterwards(desk)
     finally:
         desk.close()
     desk.report.now(complete=True)
@@ -74,7 +81,17 @@ def run_endpoint_teacher(context: Context, board: exporter.ProgressBoard) -> Out
         answered = view.totals.answers > view.totals.refused
         return EndpointAnswerer(endpoint, generation_of(spec), answered=answered)
 
-    return run_text_teacher(context, board, open_endpoint)
+    return run_text_teacher(context, board, open_endpoint, _measure_server)
+
+
+def _measure_server(desk: _Desk) -> None:
+    """By whoever ends the stream, when all that it costs is known: no figure is paid for with what
+    an answer needs."""
+    if desk.ended:
+        with quiet_collector():
+            from kubedistill_trainer.evaluation.teacher import measure_server
+
+        measure_server(desk.context, None, desk.open_tab(), desk.report.tick)
 
 
 class _Desk:
@@ -88,7 +105,7 @@ class _Desk:
         prompts: Sequence[Prompt],
         open_teacher: OpenTeacher,
     ) -> None:
-        self._context = context
+        self.context = context
         self._manifest = manifest
         self._prompts = prompts
         self._open_teacher = open_teacher
@@ -103,9 +120,9 @@ class _Desk:
 
     def write(self, partition: int) -> None:
         """Answer all of a partition, and again what was damaged of it."""
-        if mend_text(self._context.storage, self._manifest, partition, self._asked_again):
+        if mend_text(self.context.storage, self._manifest, partition, self._asked_again):
             self._look(repairs=True)
-        writer = TextWriter(self._context.storage, self._manifest, partition, pause=self._pause)
+        writer = TextWriter(self.context.storage, self._manifest, partition, pause=self._pause)
         if writer.ended:
             return
         try:
@@ -124,6 +141,20 @@ class _Desk:
             raise
         self._look()
         _log.info("partition written", extra={"partition": partition, "answers": writer.committed})
+
+    @property
+    def ended(self) -> bool:
+        """Whether all partitions are written."""
+        self._look()
+        return self._view.ended
+
+    def open_tab(self) -> Tab:
+        """An account for what is asked beside the stream, of what it leaves of the limit."""
+        self._look(repairs=True)
+        left = None
+        if self._max_cost is not None and self._price is not None:
+            left = self._max_cost - self._view.totals.cost(self._price)
+        return Tab(self._view.stream, uuid.uuid4().hex, self._price, left)
 
     def close(self) -> None:
         if self._teacher is not None:
@@ -229,6 +260,6 @@ class _Desk:
 
     def _status(self, complete: bool) -> TeacherStreamStatus:
         if time.monotonic() - self._looked > _LOOK_SECONDS or complete:
-            self._look()
+            self._look(repairs=complete)
         done = complete and self._view.ended
-        return status_of(self._view, self._context.run.spec, complete=done)
+        return status_of(self._view, self.context.run.spec, complete=done)

@@ -91,10 +91,10 @@ def _questions(found: Comparison) -> dict[str, Any] | None:
     }
 
 
-def _answers(score: QuestionScore) -> dict[str, float]:
+def _answers(score: QuestionScore) -> dict[str, float | None]:
     return {
         "accuracy": round(score.accuracy, _DIGITS),
-        "hallucinationRate": round(score.hallucination_rate, _DIGITS),
+        "hallucinationRate": _rounded(score.hallucination_rate),
         "confidence": score.confidence,
     }
 
@@ -159,8 +159,8 @@ def _sizes(student: int, teacher: int | None) -> Mapping[str, float | None]:
     }
 
 
-def _ratio(mine: float, theirs: float) -> float | None:
-    return _rounded(mine / theirs) if theirs else None
+def _ratio(mine: float | None, theirs: float | None) -> float | None:
+    return _rounded(mine / theirs) if mine is not None and theirs else None
 
 
 def _rounded(value: float | None) -> float | None:

@@ -200,4 +200,6 @@ def _measured_how(found: Document) -> str:
     )
     if len(devices) > 1:
         text += " Times on different devices are not compared."
+    if found["teacher"] and found["teacher"]["memory"] == "unknown":
+        text += " The server’s include network and queue."
     return text

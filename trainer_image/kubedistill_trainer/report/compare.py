@@ -11,15 +11,14 @@ import torch
 from kubedistill_api.status import Metric
 
 from kubedistill_trainer.context import Context
-from kubedistill_trainer.data.dataset import Dataset, learns_text
-from kubedistill_trainer.data.tokenizer import load_tokenizer
+from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.evaluation import record
 from kubedistill_trainer.evaluation.measure import Plan, measure, plan_of
 from kubedistill_trainer.evaluation.prompts import asking
 from kubedistill_trainer.evaluation.results import Abilities
 from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.evaluation.suites import run_suites
-from kubedistill_trainer.evaluation.teacher import request_of_teacher
+from kubedistill_trainer.evaluation.teacher import request_of_teacher, tokenizer_of_teacher
 from kubedistill_trainer.methods.signal import OnlineTeacher, Signal
 from kubedistill_trainer.models.export import weights_on_disk
 from kubedistill_trainer.models.load import dtype_of, load_model
@@ -114,17 +113,14 @@ def _teacher(
     problems: dict[str, str],
 ) -> Abilities | None:
     """Of the teacher in this process, or what its own pod has left in the store."""
-    run, source = context.run, context.run.teacher_model
-    if run.spec.distill is None or source is None:
+    if context.run.spec.distill is None or context.run.spec.teacher is None:
         return None
     if isinstance(teacher, OnlineTeacher):
         found: Abilities | None = measure(
             teacher.model, asking(dataset.tokenizer, "spec.teacher"), plan, tick
         )
     else:
-        tokenizer = dataset.tokenizer
-        if learns_text(run.spec):  # then it is asked in its own words
-            tokenizer = load_tokenizer(context.open_store(source.uri), "spec.teacher")
+        tokenizer = tokenizer_of_teacher(context, dataset.tokenizer)
         request = request_of_teacher(context, plan, tokenizer)
         found = record.awaited(context.storage, request, tick)
     if found is None:

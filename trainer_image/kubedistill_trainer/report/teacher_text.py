@@ -32,6 +32,7 @@ def taught_text(spec: DistillationJobSpec, taught: TaughtText | None) -> dict[st
         "withoutReasoning": learnt.unreasoned if reasoning else None,
         "promptTokens": stream.prompt_tokens,
         "answerTokens": stream.answer_tokens,
+        "evaluationTokens": stream.evaluation_tokens,
         "cost": stream.cost,
         "stream": {"uri": stream.uri, "digest": stream.digest, "bytes": stream.bytes},
     }
@@ -65,10 +66,16 @@ def _facts(text: Mapping[str, Any]) -> dict[str, Child]:
         "Signal": f"{text['signal']}: {SIGNALS[text['signal']]}",
         "Generation": _settings(text["generation"]),
         "Filters": _settings(filters) if filters else None,
-        "Tokens": f"{text['promptTokens']:,} of prompts, {text['answerTokens']:,} of answers",
+        "Tokens": _tokens(text),
         "Cost": None if cost is None else number(float(cost)),
         "Stream": text["stream"]["uri"],
     }
+
+
+def _tokens(text: Mapping[str, Any]) -> str:
+    told = f"{text['promptTokens']:,} of prompts, {text['answerTokens']:,} of answers"
+    beside = text["evaluationTokens"]
+    return f"{told}, {beside:,} to measure the teacher" if beside else told
 
 
 def _settings(values: Mapping[str, Any]) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -28,6 +29,24 @@ _log = logging.getLogger(__name__)
 CHAT = "chat/completions"
 
 
+def turns(request: TextRequest) -> dict[str, Any]:
+    """A conversation, as chat-completions has it."""
+    return {"messages": [{"role": m.role, "content": m.content} for m in request.messages]}
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a server is asked. `said`: the request's own part of the body; `read`: from a reply, the
+    model's name and the URL to the answer (see `read_answer`); `more`: further settings; `spare`:
+    settings that one does without where the server does not take them."""
+
+    path: str = CHAT
+    said: Callable[[TextRequest], dict[str, Any]] = turns
+    read: Callable[[Reply, str, str], TextAnswer] = read_answer
+    more: Mapping[str, Any] = field(default_factory=dict)
+    spare: frozenset[str] = frozenset({SEED})
+
+
 class EndpointAnswerer:
     """An `Answerer`: `endpoint.concurrency` questions are open at once."""
 
@@ -38,14 +57,17 @@ class EndpointAnswerer:
         patience: Patience | None = None,
         *,
         answered: bool = False,
+        manner: Manner | None = None,
     ) -> None:
         """`answered`: whether the server is known to have answered some of these prompts."""
         self._generation = generation
-        self._client = Client(endpoint, patience)
+        self._manner = manner or Manner()
+        self.client = Client(endpoint, patience)
+        """By which it asks; closed with it."""
         self._open = endpoint.concurrency
         self._length = "max_tokens"
-        self._seeded = True
-        self._refusals = Refusals(self._client.url, answered)
+        self._left_out: set[str] = set()
+        self._refusals = Refusals(self.client.url, answered)
 
     def answers(self, requests: Iterable[TextRequest]) -> Iterator[tuple[TextRequest, TextAnswer]]:
         """See `Answerer`. Answers from before a failure are given out before it is raised; refusals
@@ -57,7 +79,7 @@ class EndpointAnswerer:
             while True:
                 if failure is None:
                     for begun, request in islice(waiting, self._open - len(running)):
-                        running[self._client.start(self._ask(request))] = begun, request
+                        running[self.client.start(self._ask(request))] = begun, request
                 if not running:
                     break
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -79,7 +101,7 @@ class EndpointAnswerer:
 
     def close(self) -> None:
         """Give up what is open."""
-        self._client.close()
+        self.client.close()
 
     def _ask(self, request: TextRequest) -> Ask[TextAnswer]:
         sent: dict[str, Any] = {}
@@ -89,36 +111,38 @@ class EndpointAnswerer:
             sent.update(self._body(request))
             return sent
 
-        return Ask(CHAT, self._read, body, adapt=lambda refused: self._adapt(refused, sent))
+        return Ask(
+            self._manner.path, self._read, body, adapt=lambda refused: self._adapt(refused, sent)
+        )
 
     def _body(self, request: TextRequest) -> dict[str, Any]:
-        return {
-            "model": self._client.model,
-            "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+        settings = {
             self._length: self._generation.max_tokens,
             "temperature": self._generation.temperature,
             "top_p": self._generation.top_p,
-            **({SEED: request.seed} if self._seeded else {}),
+            SEED: request.seed,
+            **self._manner.more,
         }
+        kept = {name: value for name, value in settings.items() if name not in self._left_out}
+        return {"model": self.client.model, **self._manner.said(request), **kept}
 
     def _adapt(self, refused: SettingRefused, sent: dict[str, Any]) -> bool:
         """OpenAI's newer models know `max_tokens` by another name only, and say so; some servers
         know no seed."""
-        if refused.setting not in sent:
+        setting = refused.setting
+        if setting not in sent:
             return False
-        if refused.setting == SEED:
-            if self._seeded:
-                _log.warning("the server knows no seed: its draws are not repeated")
-            self._seeded = False
+        if setting in self._manner.spare:
+            self._left_out.add(setting)
             return True
-        if refused.setting == "max_tokens" and "max_completion_tokens" in refused.said:
+        if setting == "max_tokens" and "max_completion_tokens" in refused.said:
             self._length = "max_completion_tokens"
             return True
         return False
 
     def _read(self, reply: Reply) -> TextAnswer:
         try:
-            answer = read_answer(reply, self._client.model, self._client.url)
+            answer = self._manner.read(reply, self.client.model, self.client.url)
         except PromptRefused as refusal:
             _count(refusal)
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -31,7 +32,8 @@ from kubedistill_trainer.teacher.endpoint_reply import (
     SettingRefused,
     check_status,
 )
-from kubedistill_trainer.teacher.metrics import ENDPOINT_REQUESTS
+from kubedistill_trainer.teacher.endpoint_stream import Timing, timed
+from kubedistill_trainer.teacher.metrics import ENDPOINT_REQUESTS, ENDPOINT_TOKENS
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -65,6 +67,10 @@ class Ask(Generic[T]):
     body: Callable[[], dict[str, Any]] | None = None
     accepts: frozenset[int] = frozenset()
     adapt: Callable[[SettingRefused], bool] = lambda refused: False
+
+
+class _Adapted(Exception):
+    """The next body does without a setting, which the text names."""
 
 
 class Client:
@@ -106,6 +112,11 @@ class Client:
         """Ask and wait."""
         return self.start(ask).result()
 
+    def start_timed(self, path: str, body: dict[str, Any]) -> Future[Timing]:
+        """Begin to ask once, and note when the pieces of the answer come. The future ends with that,
+        or with what `ask` ends with; with Again where `ask` would try again."""
+        return self._portal.start_task_soon(self._timed, path, body)
+
     def close(self) -> None:
         """Give up what is open. Harmless when repeated."""
         with self._stack:
@@ -132,7 +143,34 @@ class Client:
         except RunFailure as failure:
             raise self._ended(failure) from failure.__cause__
 
+    async def _timed(self, path: str, body: dict[str, Any]) -> Timing:
+        async with self._slots:
+            await self._pace.ready()
+            began = time.perf_counter()
+            try:
+                async with self._http.stream("POST", path, json=body) as answer:
+                    if answer.status_code != 200:
+                        content = self._without_key(await answer.aread())
+                        reply = Reply(answer.status_code, answer.headers, content)
+                        check_status(reply, self.url, self.model, None)
+                    timing = await timed(answer, began)
+            except httpx.HTTPError as error:
+                text = str(error) or type(error).__name__
+                raise Again("unreachable", f"no whole answer ({text})") from error
+        ENDPOINT_REQUESTS.labels("answered").inc()
+        ENDPOINT_TOKENS.labels("prompt").inc(timing.prompt_tokens)
+        ENDPOINT_TOKENS.labels("answer").inc(timing.answer_tokens)
+        return timing
+
     async def _once(self, ask: Ask[T]) -> T:
+        while True:
+            try:
+                return await self._tried(ask)
+            except _Adapted as adapted:
+                # Not a try: there are as many of these as settings that one can do without.
+                _log.info("the teacher's server is asked without %s", adapted)
+
+    async def _tried(self, ask: Ask[T]) -> T:
         async with self._slots:
             await self._pace.ready()
             if self._failure is not None:
@@ -157,7 +195,7 @@ class Client:
             check_status(reply, self.url, self.model, wait)
         except SettingRefused as refused:
             if ask.adapt(refused):
-                raise Again("refused", f"a refusal of {refused.setting}") from refused
+                raise _Adapted(refused.setting) from refused
             if refused.setting == SEED:
                 raise PromptRefused(refused.said) from refused
             raise

@@ -14,6 +14,8 @@ FIELD = "spec.teacher.endpoint"
 MAX_TOKENS = "spec.distill.generation.maxTokens"
 SEED = "seed"
 """Not every server knows it, and one can do without."""
+LOGPROBS = "logprobs"
+"""The same; some say so with 403."""
 _FOUND_LIMIT = 300
 _PASSING = frozenset({408, 409, 421, 423, 425, 429})
 _ABOUT_REQUEST = frozenset({400, 413, 415, 422, 451})
@@ -25,7 +27,7 @@ _SETTINGS = {
     "top_p": "spec.distill.generation.topP",
     SEED: "spec.teacher.endpoint.url",
     "prompt_logprobs": "spec.teacher.topK",
-    "logprobs": "spec.teacher.topK",
+    LOGPROBS: "spec.teacher.topK",
 }
 _ABOUT_KEY = re.compile(
     r"(invalid|incorrect|missing|expired|unknown|wrong|revoked|no|valid) api.?key"
@@ -38,7 +40,8 @@ _ABOUT_MODEL = re.compile(
     r"|\bmodel\b( [^ ]{1,256})? (is |was )?(not found|does not exist|not available|not a valid model)",
     re.I,
 )
-_ABOUT_SEED = re.compile(rf"\b{SEED}\b")
+_ABOUT = {SEED: re.compile(rf"\b{SEED}\b"), LOGPROBS: re.compile(rf"\b{LOGPROBS}\b")}
+"""How servers name what they do not take where they give no `param`."""
 TOO_LONG = re.compile(r"context.{0,10}(length|window|limit|size)|too long|too many tokens", re.I)
 _MONTH, _DAY = "(0[1-9]|1[0-2])", "(0[1-9]|[12]\\d|3[01])"
 _DATE = rf"20\d\d{_MONTH}{_DAY}|20\d\d-{_MONTH}-{_DAY}|{_MONTH}{_DAY}|2\d{_MONTH}"
@@ -173,6 +176,8 @@ def check_status(reply: Reply, url: str, model: str, wait_seconds: float | None)
         kind = "limited" if status == 429 else "failing"
         raise Again(kind, f"the answer {found}", wait_seconds, everybody)
     of_all = status in _ABOUT_REQUEST and not TOO_LONG.search(said.message)
+    if status == 403 and _ABOUT[LOGPROBS].search(said.message):
+        raise _of_request(replace(said, setting=LOGPROBS), found, url)
     if status in (401, 403) or (of_all and _ABOUT_KEY.search(f"{said.code} {said.message}")):
         raise refuse(
             f"{FIELD}.secretRef", f"{url} refuses the key, or there is none ({found})",
@@ -193,8 +198,9 @@ def check_status(reply: Reply, url: str, model: str, wait_seconds: float | None)
 
 
 def _of_request(said: Complaint, found: str, url: str) -> Exception:
-    if said.setting == SEED or (not said.setting and _ABOUT_SEED.search(said.message)):
-        said = replace(said, setting=SEED)
+    if not said.setting:
+        named = (name for name, words in _ABOUT.items() if words.search(said.message))
+        said = replace(said, setting=next(named, ""))
     if said.setting in _SETTINGS and not TOO_LONG.search(said.message):
         field = _SETTINGS[said.setting]
         refusal = refuse(field, f"{url} does not take {said.setting} ({found})", "write another")

@@ -95,6 +95,7 @@ def status_of(
         answers=totals.answers,
         prompt_tokens=totals.prompt_tokens,
         answer_tokens=totals.answer_tokens,
+        evaluation_tokens=totals.beside.tokens,
         cost=round(totals.cost(price), 6) if price else None,
         learnt=learnt,
     )

@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from kubedistill_api.teacher import Endpoint, Price
 
 from kubedistill_trainer.store.client import Store
 from kubedistill_trainer.teacher.partition_log import LogRecord, PartitionLog, TextShard
 from kubedistill_trainer.teacher.repairs import Repairs
+from kubedistill_trainer.teacher.tab import Paid, paid_beside
 from kubedistill_trainer.teacher.text_manifest import TextManifest
-
-_MILLION = 1_000_000
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Of a whole stream. `answers` counts those that were asked again once, tokens each time."""
+    """Of a whole stream. `answers` counts those that were asked again once, tokens each time;
+    `beside`: paid for when the teacher was measured."""
 
     answers: int = 0
     refused: int = 0
     prompt_tokens: int = 0
     answer_tokens: int = 0
     size_bytes: int = 0
+    beside: Paid = field(default_factory=Paid)
 
     def with_pending(self, pending: TextShard) -> Totals:
         """With answers that are not committed yet."""
-        return Totals(
-            self.answers,
-            self.refused,
-            self.prompt_tokens + pending.prompt_tokens,
-            self.answer_tokens + pending.answer_tokens,
-            self.size_bytes,
+        return replace(
+            self,
+            prompt_tokens=self.prompt_tokens + pending.prompt_tokens,
+            answer_tokens=self.answer_tokens + pending.answer_tokens,
         )
 
     def cost(self, price: Price) -> float:
-        """What the tokens cost."""
-        asked = self.prompt_tokens * price.input_per_million
-        return (asked + self.answer_tokens * price.output_per_million) / _MILLION
+        """What all tokens cost."""
+        mine = Paid(prompt_tokens=self.prompt_tokens, answer_tokens=self.answer_tokens)
+        return mine.plus(self.beside).cost(price)
 
 
 def price_of(endpoint: Endpoint | None) -> Price | None:
@@ -53,6 +52,7 @@ class StreamView:
         self.manifest = manifest
         self.logs = [PartitionLog(self.stream, p) for p in range(manifest.partitions)]
         self.repairs = [Repairs(self.stream, p) for p in range(manifest.partitions)]
+        self._beside = Paid()
         self.totals = Totals()
         """Of all that was committed, and paid for."""
 
@@ -63,9 +63,10 @@ class StreamView:
         self.totals = self._totals()
 
     def refresh_repairs(self) -> None:
-        """Read the repairs, which a listing each finds."""
+        """Read the repairs and what was paid beside the stream, which a listing each finds."""
         for repairs in self.repairs:
             repairs.refresh()
+        self._beside = paid_beside(self.stream)
         self.totals = self._totals()
 
     @property
@@ -98,4 +99,5 @@ class StreamView:
             prompt_tokens=sum(fact.prompt_tokens for fact in facts),
             answer_tokens=sum(fact.answer_tokens for fact in facts),
             size_bytes=sum(shard.size_bytes for _, shard in self.shards()),
+            beside=self._beside,
         )
