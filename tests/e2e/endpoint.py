@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from data_kit import Bucket
 from endpoint_kit import Mind
 from kubedistill_trainer.data.tokenizer import load_tokenizer
@@ -15,4 +17,6 @@ def small_mind() -> Mind:
 
     files = Bucket()
     files.put("tokenizer", corpus.tokenizer_files(512))
-    return Mind.tiny(tokenizer=load_tokenizer(files.open("s3://data/tokenizer"), "tokenizer"))
+    tokenizer = load_tokenizer(files.open("s3://data/tokenizer"), "tokenizer")
+    # Room for the longest task in tokens of a small vocabulary.
+    return replace(Mind.tiny(tokenizer=tokenizer), context=2048)

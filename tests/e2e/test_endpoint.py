@@ -45,7 +45,12 @@ def test_a_key_that_is_missing_is_waited_for_and_reaches_those_who_ask(
     assert origin == {
         "url": server.url, "model": "tiny", "way": "prompt_logprobs", "temperature": 1.0,
     }  # fmt: skip
+    # Its model is asked what the student is, and timed.
+    assert {"teacherSimpleAccuracy", "teacherHallucinationRate"} <= figures
     report = json.loads(team.objects(status["model"]["uri"])["report.json"])
+    assert not report["notMeasured"]
+    assert report["performance"]["teacher"]["device"] == "the server of tiny"
+    assert [pace["batch"] for pace in report["performance"]["teacher"]["batches"]] == [1, 8]
     assert report["teacher"]["model"] == "tiny" and report["teacher"]["uri"] == server.url
 
 

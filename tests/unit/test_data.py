@@ -57,6 +57,10 @@ def test_a_file_read_for_two_fields_has_two_names() -> None:
         "s3://data/b.jsonl#q",
         "s3://data/b.jsonl#a",
     )
+    assert source_names(sources[:1] * 2) == (
+        "s3://data/a.jsonl#text[0]",
+        "s3://data/a.jsonl#text[1]",
+    )
 
 
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=20), st.integers(2, 16))

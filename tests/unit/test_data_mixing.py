@@ -221,6 +221,26 @@ def test_text_of_another_weight_is_packed_by_itself() -> None:
     assert all(len(set(row)) == 1 for row in apart.packed.sources.tolist())
 
 
+@pytest.mark.parametrize("others", [[], [TEXT]])
+def test_a_file_of_which_no_epoch_holds_anything_is_refused(others: list[dict[str, Any]]) -> None:
+    """By itself it would have the order look for its first sequence through all epochs to come."""
+    with pytest.raises(InputsRefused) as refused:
+        _load(*others, {**PAIRS, "weight": 1e-9})
+    [problem] = refused.value.problems
+    assert problem.field == f"spec.data.sources[{len(others)}].weight"
+    assert problem.found.startswith("1e-09, by which 4 epochs hold none of the ")
+    least = float(problem.expected.split()[3].rstrip(","))
+    assert _load(*others, {**PAIRS, "weight": least}).total_steps
+    with pytest.raises(InputsRefused):
+        _load(*others, {**PAIRS, "weight": least - 0.001})
+
+
+def test_answers_that_were_paid_for_are_not_refused_for_their_weight() -> None:
+    asked = {**ASKED, "weight": 1e-9}
+    talk = Conversation((Message("user", "Why?"), Message("assistant", "The answer is no")))
+    assert load_dataset(job(TEXT, asked), _bucket().open, [(1, talk)] * 3).total_steps > 0
+
+
 def test_the_template_pins_the_sequences() -> None:
     first = _load(PAIRS)
     given = _load(PAIRS, data={"chatTemplate": TURNS.replace("im_start", "im_end")})

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from kubedistill_api.data import DataSource
+from kubedistill_api.data import Data, DataSource
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import RunSpec
 
@@ -27,7 +28,7 @@ from kubedistill_trainer.data.records import BadRecords
 from kubedistill_trainer.data.sources import OpenStore, Record, read_corpus
 from kubedistill_trainer.data.template import ChatTemplate, chat_template
 from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
-from kubedistill_trainer.failures import unreadable
+from kubedistill_trainer.failures import refuse, unreadable
 
 _log = logging.getLogger(__name__)
 
@@ -109,7 +110,10 @@ def load_dataset(
     if len(packed) < 2:
         raise too_little(f"one sequence of {data.sequence_length} tokens", data.sequence_length)
     divided = split([len(part.packed) for part in parts], data.holdout, training.seed)
-    order = Order(_weighted(parts, divided), training.global_batch_size, training.seed)
+    weighted = _weighted(parts, divided)
+    if not answered or not any(part.taken(training.epochs) for part in weighted):
+        _check_weights(data, parts, weighted, training.epochs)
+    order = Order(weighted, training.global_batch_size, training.seed)
     return Dataset(
         packed=packed,
         split=divided,
@@ -134,6 +138,25 @@ def _weighted(parts: Sequence[PackedPart], divided: Split) -> list[Part]:
     ends = np.cumsum([len(part.packed) for part in parts])
     ids = np.split(divided.training, np.searchsorted(divided.training, ends[:-1]))
     return [Part(mine, part.weight) for mine, part in zip(ids, parts, strict=True)]
+
+
+def _check_weights(
+    data: Data, parts: Sequence[PackedPart], weighted: Sequence[Part], epochs: int
+) -> None:
+    """InputsRefused for a file of which no epoch holds anything; not where answers are paid for, as
+    long as there is something to learn."""
+    for part, mine in zip(parts, weighted, strict=True):
+        count = len(mine.training)
+        if not count or mine.taken(epochs):
+            continue
+        index = int(part.packed.sources.flat[0])
+        least = math.ceil(1000 / (count * epochs)) / 1000
+        raise refuse(
+            f"spec.data.sources[{index}].weight",
+            f"{part.weight:g}, by which {epochs} epochs hold none of the {count} sequences of "
+            f"{data.sources[index].uri}",
+            f"write at least {least:g}, or leave the file out",
+        )
 
 
 def _fit(talks: Sequence[PackedPart]) -> Fit | None:
@@ -166,10 +189,12 @@ def _digest(files: str, answered: Sequence[tuple[int, Conversation]]) -> str:
 
 
 def source_names(sources: Sequence[DataSource]) -> tuple[str, ...]:
-    """Address of each file; with the field where one file is read for several."""
+    """Address of each file; with the field where one file is read for several, and with its place
+    where that is the same."""
     uris = [source.uri for source in sources]
+    names = [s.uri if uris.count(s.uri) == 1 else f"{s.uri}#{_content_field(s)}" for s in sources]
     return tuple(
-        s.uri if uris.count(s.uri) == 1 else f"{s.uri}#{_content_field(s)}" for s in sources
+        name if names.count(name) == 1 else f"{name}[{index}]" for index, name in enumerate(names)
     )
 
 
