@@ -28,3 +28,7 @@ METRICS: dict[str, Goal | None] = {
 """Every metric, and which way it is better; None for one that says nothing of the training."""
 SELECTABLE = tuple(name for name, goal in METRICS.items() if goal is not None)
 """Those by which students can be told apart."""
+OF_A_TEACHER = frozenset(
+    {"teacherPerplexity", "perplexityRatio", "teacherAgreement", "teacherKL", "teacherEce"}
+)
+"""Figures that need what a teacher finds likely of given text."""

@@ -37,6 +37,8 @@ FORGETFUL = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 )
 """In the manner of DeepSeek-R1's: no reasoning of answers that were given."""
+OWN = data_kit.TURNS + "{# its own #}"
+"""Of a teacher that is not held beside the student's distribution: it has no states to write."""
 UNASKED = {"examples": 0, "latency": False}
 SYSTEM = {"role": "system", "content": "Be brief"}
 USER = {"role": "user", "content": "Hi"}
@@ -225,7 +227,7 @@ def write(run: RunSpec, store: Store, scratch: Path) -> None:
 
 
 def test_what_is_there_needs_no_teacher(store: Store, tmp_path: Path) -> None:
-    run = job(store, *({"q": f"What is {n}?", "a": n} for n in range(40)))
+    run = job(store, *({"q": f"What is {n}?", "a": n} for n in range(40)), teacher=OWN)
     context = context_of(run, store, tmp_path)
     before = run_preflight(context).resolved
     assert before is not None
@@ -256,7 +258,7 @@ def test_what_is_there_needs_no_teacher(store: Store, tmp_path: Path) -> None:
 def test_a_teacher_that_nobody_has_measured_is_started_for_it(store: Store, tmp_path: Path) -> None:
     """Every job is held beside its teacher, also where there is nothing to write any more."""
     asked = {"tasks": ["chain_sum"], "examples": 2, "latency": False}
-    run = job(store, *({"q": f"What is {n}?"} for n in range(40)), evaluation=asked)
+    run = job(store, *({"q": f"What is {n}?"} for n in range(40)), evaluation=asked, teacher=OWN)
     write(run, store, tmp_path)
     context = context_of(run, store, tmp_path)
     before = run_preflight(context).resolved

@@ -180,16 +180,27 @@ def test_what_is_offered_instead_can_be_measured(parts: dict[str, Any]) -> None:
     assert taught <= gates.OF_A_TEACHER | gates.OF_TASKS | gates.OF_QUESTIONS
 
 
-def test_text_of_a_teacher_gives_no_figures_beside_it() -> None:
-    whole, _ = parse_spec(
+@pytest.mark.parametrize(
+    ("teacher", "words"),
+    [({"model": {"uri": "s3://models/big"}}, ""),
+     ({"endpoint": {"url": "http://vllm/v1", "model": "m"}}, "of a server there is its text only")],
+)  # fmt: skip
+def test_text_of_a_server_gives_no_figures_beside_it(teacher: dict[str, Any], words: str) -> None:
+    """A teacher of one's own writes down what it finds likely of the held-out answers."""
+    data = {
+        "sources": [{"uri": "s3://data/x", "origin": "Teacher", "promptField": "q"}],
+        "tokenizer": {"uri": "s3://data/t"},
+    }
+    whole, problems = parse_spec(
         spec(
-            distill={"signal": "Responses"},
-            data={"sources": [{"uri": "s3://data/x", "origin": "Teacher", "promptField": "q"}]},
-            gates=[RATIO],
+            distill={"signal": "Responses"}, data=data, teacher=teacher, gates=[RATIO],
+            student=CONFIG["student"],
         )
-    )
-    assert whole is not None
-    assert "needs a teacher's logits" in gates.unmeasured("perplexityRatio", whole)
+    )  # fmt: skip
+    assert whole is not None, problems
+    assert words in gates.unmeasured("perplexityRatio", whole)
+    assert bool(words) == bool(gates.unmeasured("perplexityRatio", whole))
+    assert gates.unmeasured("teacherSimpleAccuracy", whole) == ""
 
 
 def test_gates_are_no_part_of_what_is_trained() -> None:

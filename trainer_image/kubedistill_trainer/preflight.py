@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kubedistill_api.metrics import OF_A_TEACHER
 from kubedistill_api.runspec import Outcome, RunSpec
 from kubedistill_api.status import Resolved
 
@@ -22,7 +23,7 @@ from kubedistill_trainer.evaluation.questions import read_questions
 from kubedistill_trainer.evaluation.suites import check_suites
 from kubedistill_trainer.failures import refuse, unreadable
 from kubedistill_trainer.imports import quiet_collector
-from kubedistill_trainer.methods.check_text import check_text
+from kubedistill_trainer.methods.check_text import TextChecked, check_text
 from kubedistill_trainer.methods.request import job_request
 from kubedistill_trainer.models.folder import read_config
 from kubedistill_trainer.models.sizes import check_layers, decoder_parameters, is_plain
@@ -31,6 +32,7 @@ from kubedistill_trainer.store import preflight as check_store
 from kubedistill_trainer.teacher.endpoint_preflight import check_endpoint
 from kubedistill_trainer.teacher.endpoint_scores import longest_piece
 from kubedistill_trainer.teacher.request import resolved
+from kubedistill_trainer.teacher.whole import is_whole
 
 _OVERHEAD_BYTES = 600 << 20
 """Interpreter, torch and DeepSpeed in a process."""
@@ -81,6 +83,7 @@ def _text_preflight(context: Context) -> Outcome:
     parameters = _student_parameters(context, text.tokenizer, teacher_config)
     _check_memory(run, parameters)
     _check_evaluation(context)
+    _check_text_gates(context, text)
     if text.dataset is None:
         check_endpoint(run.spec, text.tokenizer)
     found = Resolved(
@@ -88,7 +91,7 @@ def _text_preflight(context: Context) -> Outcome:
         student_parameters=parameters,
         data_digest=text.data_digest,
         stream_uri=text.stream_uri,
-        stream_complete=(text.dataset is not None and not _has_to_measure(context, text.tokenizer)),
+        stream_complete=_text_complete(context, text),
     )
     dataset = text.dataset
     if dataset is not None:
@@ -96,6 +99,39 @@ def _text_preflight(context: Context) -> Outcome:
         steps = {"total_steps": dataset.total_steps, "training_tokens": tokens}
         found = found.model_copy(update=steps)
     return Outcome(reason="Completed", message=text.message, resolved=found)
+
+
+def _check_text_gates(context: Context, text: TextChecked) -> None:
+    """A gate on a figure beside the teacher's distribution, where the student reads other tokens."""
+    bounds = context.run.spec.gates
+    asked = [i for i, gate in enumerate(bounds) if gate.metric in OF_A_TEACHER]
+    if not asked:
+        return
+    with quiet_collector():
+        from kubedistill_trainer.methods.held_out import NotComparable, check_comparable
+
+    try:
+        check_comparable(context, text.tokenizer, text.template)
+    except NotComparable as reason:
+        raise refuse(
+            f"spec.gates[{asked[0]}].metric",
+            f"{bounds[asked[0]].metric}, which nobody can measure: {reason}",
+            "write one of the student's own figures, or of tasks and questions",
+        ) from reason
+
+
+def _text_complete(context: Context, text: TextChecked) -> bool:
+    """Whether the teacher's pods have nothing to do."""
+    dataset = text.dataset
+    if dataset is None or _has_to_measure(context, text.tokenizer):
+        return False
+    with quiet_collector():
+        from kubedistill_trainer.methods.held_out import NotComparable, held_out
+
+    try:
+        return is_whole(context.storage, held_out(context, dataset).identity, ask=True)
+    except NotComparable:
+        return True
 
 
 def _verdict(dataset: Dataset) -> str:
@@ -339,24 +375,10 @@ def _stream(context: Context, dataset: Dataset) -> tuple[str, bool]:
     spec = context.run.spec
     if spec.teacher is None or spec.distill is None or spec.teacher.delivery != "Stream":
         return "", False
-    from kubedistill_trainer.teacher.manifest import read_manifest
-    from kubedistill_trainer.teacher.partition_log import PartitionLog
-    from kubedistill_trainer.teacher.repairs import Repairs, head_is_sound
-
     asked = job_request(context.run, dataset, context.open_store)
     found = resolved(asked.request, context.storage)
     if found is None:
         return "", False
     identity = found.identity
-    stream = context.storage.child(identity.address)
-    manifest = read_manifest(context.storage, identity)
-    if manifest is None:
-        return stream.uri, False
-    complete = manifest.head_sha256 is None or head_is_sound(stream, manifest.head_sha256)
-    for partition in range(manifest.partitions):
-        log, repairs = PartitionLog(stream, partition), Repairs(stream, partition)
-        log.refresh()
-        repairs.refresh()
-        repairs.ask_for_missing(log)
-        complete = complete and log.ended and not repairs.open()
-    return stream.uri, complete
+    uri = context.storage.child(identity.address).uri
+    return uri, is_whole(context.storage, identity, ask=True)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.failures import RunFailure, refuse
 from kubedistill_trainer.losses import FeatureMatcher
 from kubedistill_trainer.methods.engine import join_gang, wrap
+from kubedistill_trainer.methods.held_out import NotComparable, held_out_teacher
 from kubedistill_trainer.methods.interruption import Interruption
 from kubedistill_trainer.methods.learn_text import TextTeacher, read_taught
 from kubedistill_trainer.methods.objective import feature_pairs
@@ -46,6 +48,8 @@ from kubedistill_trainer.teacher.learn import TaughtText
 _log = logging.getLogger(__name__)
 _VITAL = "perplexity"
 """The figure without which a student is worth nothing."""
+_DISTRIBUTION = "teacher.distribution"
+"""The name of what is not measured where a teacher is known by its text only."""
 
 
 def run_student(
@@ -178,7 +182,7 @@ def _finish(
 ) -> Outcome:
     """Evaluate on the held-out text on all ranks; ask, report and export on rank 0."""
     board.update(phase="Evaluating")
-    found = evaluate(engine, teacher, dataset, context.rank, context.world_size, group)
+    found, incomparable = _held_beside(context, dataset, engine, teacher, group)
     weights = gather_weights(engine)
     if weights is None:
         return Outcome(reason="Completed", message="rank 0 exports")
@@ -187,6 +191,7 @@ def _finish(
     del weights
     tick = _tick(board, interruption)
     compared = compare(context, dataset, folder, teacher, engine.device, tick)
+    compared.problems.update(incomparable)
     metrics = _publish(found, loop.initial_perplexity, compared)
     board.update(phase="Exporting")
     finished = Finished(
@@ -218,6 +223,22 @@ def _finish(
             for name, part in found.weakest().items()
         ],
     )
+
+
+def _held_beside(
+    context: Context, dataset: Dataset, engine: Any, teacher: Signal, group: Any
+) -> tuple[Evaluation, dict[str, str]]:
+    """Held-out figures, and why there are none beside the teacher, if so. A collective."""
+    ranks = context.rank, context.world_size, group
+    if not isinstance(teacher, TextTeacher):
+        return evaluate(engine, teacher, dataset, *ranks), {}
+    try:
+        beside = held_out_teacher(context, dataset, engine.device)
+    except NotComparable as reason:
+        return evaluate(engine, teacher, dataset, *ranks), {_DISTRIBUTION: str(reason)}
+    with closing(beside):
+        found = evaluate(engine, beside, dataset, *ranks)
+    return found, {_DISTRIBUTION: beside.problem} if beside.problem else {}
 
 
 def _tick(board: exporter.ProgressBoard, interruption: Interruption) -> Tick:

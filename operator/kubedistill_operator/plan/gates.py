@@ -14,16 +14,12 @@ from kubedistill_api import reasons
 from kubedistill_api.evaluation import SIMPLE_TASKS
 from kubedistill_api.gates import GateResult, failures, judged
 from kubedistill_api.job import DistillationJobSpec
-from kubedistill_api.metrics import METRICS
+from kubedistill_api.metrics import METRICS, OF_A_TEACHER
 from kubedistill_api.runspec import Problem
 
 from kubedistill_operator.plan.draft import Draft, Pass
 from kubedistill_operator.plan.spelling import one_of
 
-OF_A_TEACHER = frozenset(
-    {"teacherPerplexity", "perplexityRatio", "teacherAgreement", "teacherKL", "teacherEce"}
-)
-"""Figures that need a teacher's logits."""
 OF_ITS_DISTRIBUTION = OF_A_TEACHER - {"teacherAgreement"}
 """Figures that need all of them: a Sparse stream holds the likeliest tokens, a Sampled one draws."""
 OF_SIMPLE_TASKS = frozenset({"simpleAccuracy", "teacherSimpleAccuracy"})
@@ -49,7 +45,9 @@ def unmeasured(metric: str, spec: DistillationJobSpec) -> str:
     if spec.distill is None or spec.teacher is None:
         return "a figure beside a teacher, and a `fineTune` job has none"
     if spec.distill.signal != "Logits":
-        return f"which needs a teacher's logits, and `signal: {spec.distill.signal}` has its text"
+        if spec.teacher.endpoint is None:
+            return ""  # the teacher's own pod writes it down, where the tokenizers are one
+        return "which needs a teacher's logits, and of a server there is its text only"
     payload = spec.teacher.payload if spec.teacher.delivery == "Stream" else "Hidden"
     if payload == "Sampled" or (payload == "Sparse" and metric in OF_ITS_DISTRIBUTION):
         return f"which needs more of the teacher than `payload: {payload}` holds (Hidden holds all of it)"

@@ -7,12 +7,22 @@ import logging
 from kubedistill_api.status import TeacherStreamStatus
 
 from kubedistill_trainer.context import Context
-from kubedistill_trainer.data.dataset import learns_text, load_run_tokenizer
+from kubedistill_trainer.data.dataset import (
+    Dataset,
+    learns_text,
+    load_dataset,
+    load_run_tokenizer,
+)
 from kubedistill_trainer.data.sources import read_prompts
+from kubedistill_trainer.failures import InputsRefused
 from kubedistill_trainer.methods.signal import NoTeacher
+from kubedistill_trainer.teacher.errors import StreamDamaged
 from kubedistill_trainer.teacher.learn import TaughtText, learn, status_of
+from kubedistill_trainer.teacher.manifest import read_layout
+from kubedistill_trainer.teacher.text_manifest import TextManifest
 from kubedistill_trainer.teacher.text_reader import read_text, wait_for_text
 from kubedistill_trainer.teacher.text_request import text_identity
+from kubedistill_trainer.teacher.text_view import StreamView
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +35,29 @@ class TextTeacher(NoTeacher):
 
     def status(self) -> TeacherStreamStatus:
         return self._status
+
+
+def text_there(context: Context) -> Dataset | None:
+    """All that the job will learn, where all answers are there, whole, and pass its filters."""
+    run = context.run
+    prompts = read_prompts(run.spec.data, context.open_store)
+    identity = text_identity(run, prompts, context.open_store)
+    manifest = read_layout(context.storage, identity, TextManifest)
+    if manifest is None:
+        return None
+    view = StreamView(context.storage, manifest)
+    view.refresh()
+    view.refresh_repairs()
+    if not view.ended or view.damaged:
+        return None
+    try:
+        tokenizer = load_run_tokenizer(run, context.open_store)
+        learnt = learn(run.spec, prompts, read_text(view), tokenizer)
+        return load_dataset(run, context.open_store, learnt.conversations)
+    except (StreamDamaged, InputsRefused) as error:
+        # The student's pods say so where somebody looks for it.
+        _log.info("the text cannot be learnt: %s", error)
+        return None
 
 
 def read_taught(context: Context) -> TaughtText | None:

@@ -17,6 +17,7 @@ from kubedistill_trainer.evaluation.teacher import measure_teacher
 from kubedistill_trainer.failures import refuse
 from kubedistill_trainer.methods import sharding
 from kubedistill_trainer.methods.answer import Generate, OwnTeacher
+from kubedistill_trainer.methods.held_out import write_held_out
 from kubedistill_trainer.methods.write_text import run_text_teacher
 from kubedistill_trainer.models.folder import download
 from kubedistill_trainer.models.generation import generate
@@ -29,7 +30,7 @@ _LOAD = "load"
 
 
 def run_own_teacher(context: Context, board: exporter.ProgressBoard, group: Any = None) -> Outcome:
-    """Write this pod's partition of the answers; then measure the teacher.
+    """Write this pod's partition of the answers; then what the student is held beside.
 
     With a `group`, the teacher is split over its processes (`sharding.py`).
     """
@@ -43,12 +44,15 @@ def run_own_teacher(context: Context, board: exporter.ProgressBoard, group: Any 
 
     outcome = run_text_teacher(context, board, opened)
 
+    @cache
     def asked() -> Any:
         if group is not None:
             sharding.lead(model(), group)
         return model()
 
-    measure_teacher(context, asked, tokenizer, partial(_tick, board))
+    tick = partial(_tick, board)
+    write_held_out(context, asked, tick)
+    measure_teacher(context, asked, tokenizer, tick)
     return outcome
 
 

@@ -173,7 +173,8 @@ def _figures(sums: Mapping[str, float]) -> dict[str, float]:
     if exact := sums["exactTokens"]:
         values["teacherKL"] = sums["divergence"] / exact
         values["teacherPerplexity"] = _perplexity(sums["teacherNll"] / exact)
-        values["perplexityRatio"] = values["perplexity"] / values["teacherPerplexity"]
+        if exact == sums["tokens"]:
+            values["perplexityRatio"] = values["perplexity"] / values["teacherPerplexity"]
     return {name: round(value, 6) for name, value in values.items()}
 
 

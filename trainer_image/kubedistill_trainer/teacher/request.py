@@ -44,7 +44,7 @@ def stream_request(
     if teacher is None or objective is None:
         raise refuse("spec.teacher", "nothing", "a stream needs a teacher and an objective")
     payload = _payload(teacher, objective.temperature, dataset.tokenizer)
-    identity = _identity(payload, dataset, teacher_digest, teacher_config)
+    identity = identity_of(payload, dataset, teacher_digest, teacher_config)
     if teacher.payload != "Auto":
         return identity
     return Question(
@@ -76,12 +76,14 @@ def score_width(teacher: Teacher, tokenizer: TextTokenizer) -> int:
     return min(teacher.top_k, tokenizer.vocab_size)
 
 
-def _identity(
+def identity_of(
     payload: PayloadSpec,
     dataset: Dataset,
     teacher_digest: str,
     teacher_config: dict[str, Any],
 ) -> StreamIdentity:
+    """The stream of a payload over all of a dataset. InputsRefused when the teacher does not know
+    all ids."""
     visible = dataset.tokenizer.vocab_size
     rows = int(teacher_config["vocab_size"])
     if rows < visible:

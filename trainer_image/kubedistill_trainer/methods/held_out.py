@@ -1,0 +1,199 @@
+"""The distribution of a teacher that is learnt by its text, over the held-out answers.
+
+The text that it writes says nothing of it, and perplexity, agreement and divergence need it. So the
+teacher's pod, once all answers are there, writes its states over the held-out sequences as a
+`Hidden` stream of their own, which the student's ranks read when they evaluate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from kubedistill_api.status import TeacherStreamStatus
+from torch import Tensor
+
+from kubedistill_trainer.context import Context
+from kubedistill_trainer.data.dataset import Dataset
+from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
+from kubedistill_trainer.evaluation.speak import Tick
+from kubedistill_trainer.methods.generate import teacher_outputs
+from kubedistill_trainer.methods.learn_text import text_there
+from kubedistill_trainer.methods.signal import Ids, StreamTeacher, TeacherBatch
+from kubedistill_trainer.models.folder import read_config
+from kubedistill_trainer.store.errors import StoreError
+from kubedistill_trainer.teacher.digest import teacher_digest
+from kubedistill_trainer.teacher.errors import StreamError
+from kubedistill_trainer.teacher.head import load_head, publish_head
+from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity, publish_manifest
+from kubedistill_trainer.teacher.mend import mend
+from kubedistill_trainer.teacher.payload import TeacherOutputs
+from kubedistill_trainer.teacher.payload_spec import HiddenSpec
+from kubedistill_trainer.teacher.request import identity_of
+from kubedistill_trainer.teacher.stream_reader import ReaderSettings, StreamReader
+from kubedistill_trainer.teacher.stream_writer import StreamWriter
+from kubedistill_trainer.teacher.whole import is_whole
+
+_log = logging.getLogger(__name__)
+_PARTITION = 0
+_STALL_SECONDS = 60.0
+"""A stream that is whole needs no teacher: what stalls is the store."""
+
+
+class NotComparable(Exception):
+    """There is no such distribution; the text says why."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """`dataset`: the held-out sequences alone; `config`: the teacher's config.json."""
+
+    dataset: Dataset
+    identity: StreamIdentity
+    config: dict[str, Any]
+
+
+def check_comparable(
+    context: Context, tokenizer: TextTokenizer, template: str | None
+) -> dict[str, Any]:
+    """The teacher's config.json. `tokenizer`, `template`: the student's.
+
+    NotComparable for a server, and for a teacher that reads other tokens than the student.
+    """
+    source = context.run.teacher_model
+    if source is None:
+        raise NotComparable("a server says what it answers, not how likely all other words were")
+    store = context.open_store(source.uri)
+    own, config = load_tokenizer(store, "spec.teacher"), read_config(store, "spec.teacher")
+    if own.digest != tokenizer.digest:
+        raise NotComparable("the teacher has another tokenizer than the student")
+    if template is None or own.chat_template != template:
+        raise NotComparable("the teacher has another chat template than the student")
+    for name, least in (("vocab_size", tokenizer.vocab_size), ("hidden_size", 1)):
+        size = config.get(name)
+        if not isinstance(size, int) or size < least:
+            raise NotComparable(f"the teacher's config.json has {name}: {size!r}")
+    return config
+
+
+def held_out(context: Context, dataset: Dataset) -> HeldOut:
+    """What the teacher is asked for; the same in the preflight, its pods and the ranks. Raises
+    NotComparable."""
+    template = dataset.template.text if dataset.template else None
+    config, source = (
+        check_comparable(context, dataset.tokenizer, template),
+        context.run.teacher_model,
+    )
+    assert source is not None
+    ids = dataset.split.heldout
+    mine = hashlib.sha256(json.dumps([dataset.digest, ids.tolist()]).encode()).hexdigest()
+    part = replace(dataset, packed=dataset.packed.take(ids), digest=mine)
+    digest = teacher_digest(source, context.open_store(source.uri))
+    return HeldOut(part, identity_of(HiddenSpec(), part, digest, config), config)
+
+
+def write_held_out(context: Context, model: Callable[[], Any], tick: Tick) -> None:
+    """In a teacher's pod: write the stream, where all answers are there and it is not.
+
+    `model` gives the teacher, and is called where it is needed.
+    """
+    there = text_there(context)
+    if there is None:
+        return
+    try:
+        wanted = held_out(context, there)
+    except NotComparable as reason:
+        _log.info("the teacher is not held beside the student's distribution: %s", reason)
+        return
+    if is_whole(context.storage, wanted.identity):
+        return
+    _log.info("writing the teacher's states over the held-out answers")
+    scratch = context.scratch / "held-out"
+    scratch.mkdir(parents=True, exist_ok=True)
+    teacher, identity, packed = model(), wanted.identity, wanted.dataset.packed
+    head = publish_head(context.storage, identity, teacher.get_output_embeddings().weight, scratch)
+    manifest = publish_manifest(
+        context.storage,
+        Manifest(identity=identity, partitions=1, samples=len(packed), head_sha256=head),
+    )
+
+    def made(sample: int) -> tuple[Any, TeacherOutputs]:
+        tick()
+        return packed.tokens[sample], teacher_outputs(
+            teacher, identity, packed.take([sample]), sample
+        )
+
+    mend(context.storage, manifest, _PARTITION, scratch=scratch, produce=made)
+    with StreamWriter(
+        context.storage, manifest, _PARTITION, scratch=scratch, pause=lambda seconds: tick()
+    ) as writer:
+        for sample in writer.samples():
+            writer.write(sample, *made(sample))
+        writer.end()
+
+
+class HeldOutTeacher:
+    """A `Signal` for the held-out sequences. What cannot be read is left out of the figures, and
+    named in `problem`: the student is trained by now."""
+
+    def __init__(self, inner: StreamTeacher, ids: Ids) -> None:
+        """`ids`: of the held-out sequences, ascending."""
+        self._inner = inner
+        self._ids = ids
+        self.problem = ""
+
+    def expect(self, batches: Iterator[Ids]) -> None:
+        self._inner.expect(self._places(samples) for samples in batches)
+
+    def batch(self, samples: Ids, tokens: Tensor, positions: Tensor) -> TeacherBatch:
+        try:
+            return self._inner.batch(self._places(samples), tokens, positions)
+        except (StreamError, StoreError) as error:
+            self.problem = str(error)
+            _log.warning("a held-out sequence is not compared: %s", error)
+            return None
+
+    def status(self) -> TeacherStreamStatus | None:
+        return None
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _places(self, samples: Ids) -> Ids:
+        return np.searchsorted(self._ids, samples)
+
+
+def held_out_teacher(context: Context, dataset: Dataset, device: torch.device) -> HeldOutTeacher:
+    """Open what the teacher's pod wrote. NotComparable where there is nothing to compare with."""
+    wanted = held_out(context, dataset)
+    cache = context.scratch / f"held-out-{context.rank}"
+    with ExitStack() as opened:
+        try:
+            if not is_whole(context.storage, wanted.identity):
+                raise NotComparable("its pod has not written its states over the held-out answers")
+            reader = opened.enter_context(
+                StreamReader(
+                    context.storage,
+                    wanted.identity,
+                    cache=cache,
+                    ranks=context.world_size,
+                    settings=ReaderSettings(stall_seconds=_STALL_SECONDS),
+                )
+            )
+            head = load_head(context.storage, reader.manifest, cache).to(device)
+        except (StreamError, StoreError) as error:
+            raise NotComparable(str(error)) from error
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise NotComparable("memory ran out for the teacher's LM head") from error
+        opened.pop_all()
+    softcap = wanted.config.get("final_logit_softcapping")
+    inner = StreamTeacher(reader, head, wanted.dataset, 1.0, softcap, "", [])
+    return HeldOutTeacher(inner, dataset.split.heldout)
