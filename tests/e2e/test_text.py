@@ -60,9 +60,10 @@ def asking(team: Team, name: str, server: Server, **endpoint: Any) -> dict[str, 
 
 
 def paid(server: Server) -> list[str]:
-    """What was asked and answered, the preflights' question left out."""
+    """What was asked and answered of the data: not the preflights' question, nor those that measure
+    the teacher, which say how to answer."""
     asked = [seen.body["messages"][-1]["content"] for seen in server.paid]
-    return [question for question in asked if question != "Hello"]
+    return [question for question in asked if question != "Hello" and "\n\n" not in question]
 
 
 def test_a_writer_that_is_asked_to_stop_pays_for_nothing_twice(team: Team, server: Server) -> None:
@@ -82,7 +83,12 @@ def test_a_writer_that_is_asked_to_stop_pays_for_nothing_twice(team: Team, serve
     stream = status["teacherStream"]
     counted = [sum(a[k] for a in answers.values()) for k in ("prompt_tokens", "answer_tokens")]
     assert [stream["promptTokens"], stream["answerTokens"]] == counted
-    assert stream["cost"] == pytest.approx((counted[0] * 1000 + counted[1] * 4000) / 1e6, rel=1e-4)
+    # The rest of the cost is of what the teacher was measured by.
+    rest = stream["cost"] * 1e6 - counted[0] * 1000 - counted[1] * 4000
+    assert 1000 * stream["evaluationTokens"] < rest < 4000 * stream["evaluationTokens"]
+    figures = {metric["name"] for metric in status["metrics"]}
+    assert {"teacherSimpleAccuracy", "teacherQuestionAccuracy"} <= figures
+    assert "teacherPerplexity" not in figures
     finished = [a for a in answers.values() if a["finished"] and a["text"].strip()]
     assert stream["learnt"].startswith(f"kept {len(finished)} of {PROMPTS} answers: ")
     assert stream["learnt"] in team.condition("asked")["message"]

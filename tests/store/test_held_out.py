@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,7 +115,8 @@ def figures(dataset: Dataset, teacher: Any, ranks: int = 1) -> dict[str, float]:
 
 
 def test_the_figures_are_those_beside_the_teacher_itself(store: Store, tmp_path: Path) -> None:
-    run = job(store, tmp_path)
+    # The same in other words.
+    run = job(store, tmp_path, teacher=data_kit.TURNS + "{# as ever #}")
     context = context_of(run, store, tmp_path)
     teach(context)
     dataset = learnt(context)
@@ -176,7 +176,7 @@ def test_what_rots_is_left_out_of_the_figures_and_named(store: Store, tmp_path: 
     ("change", "why"),
     [
         ({"teacher": data_kit.STRICT}, "another chat template"),
-        ({"teacher": data_kit.TURNS + " "}, "another chat template"),
+        ({"teacher": data_kit.TURNS + "!"}, "another chat template"),
     ],
 )
 def test_a_teacher_of_other_tokens_is_not_held_beside(
@@ -209,5 +209,4 @@ def test_a_gate_beside_the_teacher_is_taken_where_tokens_are_one(
 def test_a_server_has_none(store: Store, tmp_path: Path) -> None:
     run = job(store, tmp_path).model_copy(update={"teacher_model": None})
     with pytest.raises(NotComparable, match="a server says what it answers"):
-        held_out.check_comparable(context_of(run, store, tmp_path), data_kit.tokenizer(), "x")
-    assert json.loads(store.get("teacher/config.json"))["model_type"] == "llama"
+        held_out.check_comparable(context_of(run, store, tmp_path), data_kit.tokenizer(), None)

@@ -37,7 +37,7 @@ FORGETFUL = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 )
 """In the manner of DeepSeek-R1's: no reasoning of answers that were given."""
-OWN = data_kit.TURNS + "{# its own #}"
+OWN = data_kit.TURNS + "!"
 """Of a teacher that is not held beside the student's distribution: it has no states to write."""
 UNASKED = {"examples": 0, "latency": False}
 SYSTEM = {"role": "system", "content": "Be brief"}

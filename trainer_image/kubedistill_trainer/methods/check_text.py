@@ -53,7 +53,7 @@ class TextChecked:
     answers are there already."""
 
     tokenizer: TextTokenizer
-    template: str
+    template: ChatTemplate
     data_digest: str
     stream_uri: str
     message: str
@@ -84,13 +84,13 @@ def check_text(context: Context, teacher_config: dict[str, Any] | None) -> TextC
     taught = _taught(context, identity, prompts, tokenizer)
     if taught is not None:
         dataset, message = taught
-        return TextChecked(tokenizer, template.text, dataset.digest, uri, message, dataset)
+        return TextChecked(tokenizer, template, dataset.digest, uri, message, dataset)
     message = (
         f"{len(prompts) * identity.samples:,} answers to {len(prompts):,} prompts are asked for"
     )
     if too_long:
         message += f"; prompts that are too long for the teacher: {too_long:,}"
-    return TextChecked(tokenizer, template.text, corpus.digest, uri, message)
+    return TextChecked(tokenizer, template, corpus.digest, uri, message)
 
 
 def _check_answers(context: Context, prompts: Sequence[Prompt]) -> None:

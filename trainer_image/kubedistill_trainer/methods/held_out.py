@@ -21,7 +21,9 @@ from kubedistill_api.status import TeacherStreamStatus
 from torch import Tensor
 
 from kubedistill_trainer.context import Context
+from kubedistill_trainer.data.conversation import Message
 from kubedistill_trainer.data.dataset import Dataset
+from kubedistill_trainer.data.template import ChatTemplate, Unrenderable
 from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
 from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.methods.generate import teacher_outputs
@@ -42,6 +44,8 @@ from kubedistill_trainer.teacher.stream_writer import StreamWriter
 from kubedistill_trainer.teacher.whole import is_whole
 
 _log = logging.getLogger(__name__)
+_TALK = (Message("user", "What is it?"), Message("assistant", "It is this."))
+_TALKS = (_TALK, (Message("system", "Be brief."), *_TALK), _TALK * 2)
 _PARTITION = 0
 _STALL_SECONDS = 60.0
 """A stream that is whole needs no teacher: what stalls is the store."""
@@ -61,7 +65,7 @@ class HeldOut:
 
 
 def check_comparable(
-    context: Context, tokenizer: TextTokenizer, template: str | None
+    context: Context, tokenizer: TextTokenizer, template: ChatTemplate | None
 ) -> dict[str, Any]:
     """The teacher's config.json. `tokenizer`, `template`: the student's.
 
@@ -74,7 +78,7 @@ def check_comparable(
     own, config = load_tokenizer(store, "spec.teacher"), read_config(store, "spec.teacher")
     if own.digest != tokenizer.digest:
         raise NotComparable("the teacher has another tokenizer than the student")
-    if template is None or own.chat_template != template:
+    if template is None or _rendered(own) != _rendered(tokenizer, template):
         raise NotComparable("the teacher has another chat template than the student")
     for name, least in (("vocab_size", tokenizer.vocab_size), ("hidden_size", 1)):
         size = config.get(name)
@@ -83,14 +87,25 @@ def check_comparable(
     return config
 
 
+def _rendered(tokenizer: TextTokenizer, template: ChatTemplate | None = None) -> list[str]:
+    """What a template, by default the tokenizer's own, makes of a few conversations: templates that
+    are written in another way may say the same."""
+    if template is None:
+        template = ChatTemplate(tokenizer, tokenizer.chat_template or "", "spec.teacher")
+    texts = []
+    for turns in _TALKS:
+        try:
+            texts.append(template.render(turns))
+        except Unrenderable:
+            texts.append("")
+    return texts
+
+
 def held_out(context: Context, dataset: Dataset) -> HeldOut:
     """What the teacher is asked for; the same in the preflight, its pods and the ranks. Raises
     NotComparable."""
-    template = dataset.template.text if dataset.template else None
-    config, source = (
-        check_comparable(context, dataset.tokenizer, template),
-        context.run.teacher_model,
-    )
+    config = check_comparable(context, dataset.tokenizer, dataset.template)
+    source = context.run.teacher_model
     assert source is not None
     ids = dataset.split.heldout
     mine = hashlib.sha256(json.dumps([dataset.digest, ids.tolist()]).encode()).hexdigest()
