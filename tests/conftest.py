@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from endpoint_kit import Mind, Server, serving
@@ -11,6 +12,14 @@ from hypothesis import settings
 # How long an example takes depends on what else the machine does: no statement about the code.
 settings.register_profile("kubedistill", deadline=None, print_blob=True)
 settings.load_profile("kubedistill")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of `--dist loadfile`."""
+    from lanes import Lanes
+
+    return Lanes(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from devcluster.fixtures import cluster, devcluster, namespace  # noqa: F401
 from operator_kit import Bench, install_role
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def account(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """The kubeconfig of the operator's account; the CRDs are established."""
     return install_role(cluster, tmp_path_factory.mktemp("account"))

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from devcluster.cluster import DevCluster
-from devcluster.fixtures import cluster, devcluster, namespace  # noqa: F401
 from devcluster.handle import Handle
 from devcluster.kit import Kit, container, state
 from devcluster.programs import API_CALL, ON_TERM, PEER, READY, RESTRICTED, SLEEP
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.controlplane
 
 
 @pytest.fixture
-def kit(devcluster: DevCluster, cluster: Handle, namespace: str) -> Kit:  # noqa: F811
+def kit(devcluster: DevCluster, cluster: Handle, namespace: str) -> Kit:
     """Of the node that is tested here: nothing of it is on a cluster of one's own."""
     return Kit(cluster, namespace)
 

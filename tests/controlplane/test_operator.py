@@ -291,16 +291,16 @@ def test_an_operator_that_is_killed_goes_on(
     operator.process.send_signal(signal.SIGSTOP)
     second = Operator(account, tmp_path / "second")
     try:
-        wait_for(lambda: second.leads, "the standby did not take over", 60)
+        wait_for(lambda: second.leads, "the standby did not take over", 120)
         bench.apply(distilling("survivor", template(book, STEPS="60")))
         bench.wait_state("survivor", "Training")
         second.kill()
         # The stopped one wakes with a lease that is not its own: it must end, not write.
         operator.process.send_signal(signal.SIGCONT)
-        assert operator.process.wait(30) == 1
+        assert operator.process.wait(120) == 1
         third = Operator(account, tmp_path / "third")
         try:
-            status = bench.wait_state("survivor", "Completed", seconds=120)
+            status = bench.wait_state("survivor", "Completed", seconds=240)
             assert len(status["attempts"]) == 1
             assert status["fence"] == 1
         finally:

@@ -21,9 +21,10 @@ OWN_CLUSTER = "KUBECONFIG_E2E"
 """Names a kubeconfig: tests then use that cluster. It must reach the pods' addresses from here."""
 
 
-@pytest.fixture(scope="session")
+# Not of the session: a cluster that is done with would take its share of the machine to the end.
+@pytest.fixture(scope="package")
 def devcluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
-    """One cluster for the whole session, started when first asked for. Has the parts to break."""
+    """One cluster for a folder's tests, started when first asked for. Has the parts to break."""
     if os.environ.get(OWN_CLUSTER):
         pytest.skip(f"breaks parts of a cluster, so not on the one that {OWN_CLUSTER} names")
     cluster = DevCluster(tmp_path_factory.mktemp("cluster"))
@@ -31,7 +32,7 @@ def devcluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]
         yield cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Handle:
     """To use it: kubectl, helm, API, S3, faults, logs."""
     own = os.environ.get(OWN_CLUSTER)

@@ -19,14 +19,14 @@ from e2e.gang import put_inputs
 from e2e.kit import Team, start_operator
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def account(cluster: Handle, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """The kubeconfig of the operator's account; the CRDs are established, the text is in S3."""
     put_inputs(cluster.s3)
     return install_role(cluster, tmp_path_factory.mktemp("account"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def operator(account: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     """The operator."""
     running = start_operator(account, tmp_path_factory.mktemp("operator") / "log")

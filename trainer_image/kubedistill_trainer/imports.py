@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"
+"""PyTorch reads it at each use of `torch.compile`."""
 
 
 @contextmanager
@@ -20,3 +24,21 @@ def quiet_collector() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """What is given to `torch.compile` inside the block stays as it is, and no compiler is imported.
+
+    For imports of what is never called: DeepSpeed's ZeRO imports its Muon optimizer, whose decorators
+    would bring in all of TorchInductor, more than a second of every rank's start. What is decorated
+    after the block is compiled as ever.
+    """
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_NO_COMPILER]
+        if before is not None:
+            os.environ[_NO_COMPILER] = before

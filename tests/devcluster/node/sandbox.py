@@ -24,6 +24,9 @@ MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x4000000, 0x10000000, 0x20000000
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 CANNOT_START = 128
+NICENESS = 5
+"""What a node reserves for its system: under many busy containers the control plane, the node and its
+probes still get their turn at once."""
 _MOST_LINKS = 40
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -233,6 +236,7 @@ def contain(spec: dict[str, Any], failure: int) -> None:
     os.chroot(root)
     os.chdir(spec["workdir"])
     become_user(spec)
+    os.nice(NICENESS)
     command = spec["command"]
     try:
         os.execvpe(command[0], command, spec["env"])  # noqa: S606

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from kubedistill_api.job import Training
 
+from kubedistill_trainer.imports import uncompiled
 from kubedistill_trainer.methods.student import StudentWithLoss
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -77,11 +78,12 @@ def wrap(module: StudentWithLoss, training: Training, ranks: int, micro_batch: i
     """The DeepSpeed engine around `module`."""
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        model_parameters=[p for p in module.parameters() if p.requires_grad],
-        config=deepspeed_config(training, ranks, micro_batch),
-    )
+    with uncompiled():
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=[p for p in module.parameters() if p.requires_grad],
+            config=deepspeed_config(training, ranks, micro_batch),
+        )
     if training.deep_speed.zero_stage == 3:
         module.register_head()
     return engine
