@@ -108,16 +108,18 @@ def test_settings_that_a_server_does_not_take_are_left_out(server: Server) -> No
     refusals = [
         ("temperature", "Unsupported value: 'temperature' does not support 0 with this model."),
         ("top_p", "Unsupported parameter: 'top_p'"),
+        # As Gemini says it, within a list.
+        ("", "Logprobs is not enabled for models/tiny"),
     ]
     server.knows_seed = False
     server.only_max_completion_tokens = True
     server.faults = [
-        Fault(400, body={"error": {"message": words, "param": name}}) for name, words in refusals
+        Fault(400, body=[{"error": {"message": words, "param": name}}]) for name, words in refusals
     ]
     found = asked(server, concurrency=1, maxRetries=0)
     assert not found.problems
     last = server.seen[-1].body
-    assert not {"temperature", "top_p", "seed", "max_tokens"} & last.keys()
+    assert not {"temperature", "top_p", "seed", "max_tokens", "logprobs"} & last.keys()
     assert last["max_completion_tokens"] == 12
 
 
@@ -267,10 +269,3 @@ def test_a_server_that_is_not_timed_says_why(server: Server, fault: Fault, said:
     with voice(server) as found:
         abilities = measure_voice(found, plan(latency=True))
     assert said in abilities.problems["performance"] and abilities.again
-
-
-def test_a_server_without_pieces_is_not_timed(server: Server) -> None:
-    server.streams = False
-    with voice(server) as found:
-        abilities = measure_voice(found, plan(latency=True))
-    assert "without pieces" in abilities.problems["performance"]

@@ -17,7 +17,7 @@ from kubedistill_trainer.evaluation.results import Performance, Prompting
 from kubedistill_trainer.evaluation.served_answer import answered, read_chat, read_completion
 from kubedistill_trainer.evaluation.served_speed import PROMPT, measure_served
 from kubedistill_trainer.evaluation.speak import Tick
-from kubedistill_trainer.evaluation.voice import NotAsked
+from kubedistill_trainer.evaluation.voice import NotAsked, uncounted
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.teacher.endpoint import EndpointAnswerer, Manner
 from kubedistill_trainer.teacher.endpoint_client import Patience
@@ -110,6 +110,8 @@ class ServedVoice:
             for request, answer in self._answerer.answers(affordable()):
                 said[request.prompt] = answer
                 self._tab.add(answer.prompt_tokens, answer.answer_tokens)
+                if self._tab.limited and not (answer.refusal or answer.prompt_tokens):
+                    raise uncounted()
                 self._tick()
         except RunFailure as failure:
             if failure.code == ExitCode.INTERRUPTED:

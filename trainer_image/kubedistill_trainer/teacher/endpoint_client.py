@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from kubedistill_trainer.teacher.endpoint_reply import (
     SettingRefused,
     check_status,
 )
-from kubedistill_trainer.teacher.endpoint_stream import Timing, timed
+from kubedistill_trainer.teacher.endpoint_stream import Timing, piece_of, timed
 from kubedistill_trainer.teacher.metrics import ENDPOINT_REQUESTS, ENDPOINT_TOKENS
 
 _log = logging.getLogger(__name__)
@@ -144,16 +144,14 @@ class Client:
             raise self._ended(failure) from failure.__cause__
 
     async def _timed(self, path: str, body: dict[str, Any]) -> Timing:
+        limit = self._endpoint.timeout_seconds * self._patience.whole_answer
         async with self._slots:
             await self._pace.ready()
-            began = time.perf_counter()
             try:
-                async with self._http.stream("POST", path, json=body) as answer:
-                    if answer.status_code != 200:
-                        content = self._without_key(await answer.aread())
-                        reply = Reply(answer.status_code, answer.headers, content)
-                        check_status(reply, self.url, self.model, None)
-                    timing = await timed(answer, began)
+                with anyio.fail_after(limit):
+                    timing = await self._pieces(path, body)
+            except TimeoutError as error:
+                raise Again("slow", f"no whole answer within {limit:g} s") from error
             except httpx.HTTPError as error:
                 text = str(error) or type(error).__name__
                 raise Again("unreachable", f"no whole answer ({text})") from error
@@ -161,6 +159,19 @@ class Client:
         ENDPOINT_TOKENS.labels("prompt").inc(timing.prompt_tokens)
         ENDPOINT_TOKENS.labels("answer").inc(timing.answer_tokens)
         return timing
+
+    async def _pieces(self, path: str, body: dict[str, Any]) -> Timing:
+        def read(data: bytes) -> dict[str, Any]:
+            return piece_of(self._without_key(data), self.model, self.url)
+
+        began = time.perf_counter()
+        async with self._http.stream("POST", path, json=body) as answer:
+            wait = self._heed(answer.status_code, answer.headers)
+            if answer.status_code != 200:
+                content = self._without_key(await answer.aread())
+                reply = Reply(answer.status_code, answer.headers, content)
+                check_status(reply, self.url, self.model, wait)
+            return await timed(answer, began, read)
 
     async def _once(self, ask: Ask[T]) -> T:
         while True:
@@ -177,18 +188,22 @@ class Client:
                 # Another request found that there is no going on.
                 raise self._failure
             reply = await self._reply(ask)
-        wait = asked_wait(reply.status, reply.headers, datetime.now(UTC))
-        long = wait is not None and wait > self._patience.longest_asked
-        if wait and not long:
-            self._pace.hold(wait)
+        wait = self._heed(reply.status, reply.headers)
         if reply.status not in ask.accepts:
             self._check(ask, reply, wait)
-        if wait and long and self._failure is None:
+        if wait and wait > self._patience.longest_asked and self._failure is None:
             # This one is answered; the next is not asked.
             self._failure = self._asked_long(wait, "beside its answer")
         value = ask.read(reply)
         ENDPOINT_REQUESTS.labels("answered").inc()
         return value
+
+    def _heed(self, status: int, headers: Mapping[str, str]) -> float | None:
+        """What the server asks to wait; all do, unless it is too long."""
+        wait = asked_wait(status, headers, datetime.now(UTC))
+        if wait and wait <= self._patience.longest_asked:
+            self._pace.hold(wait)
+        return wait
 
     def _check(self, ask: Ask[Any], reply: Reply, wait: float | None) -> None:
         try:
