@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -269,3 +270,19 @@ def test_a_server_that_is_not_timed_says_why(server: Server, fault: Fault, said:
     with voice(server) as found:
         abilities = measure_voice(found, plan(latency=True))
     assert said in abilities.problems["performance"] and abilities.again
+
+
+@pytest.mark.parametrize("fault", [Fault("hang", pause=60), Fault(503), Fault(429)])
+def test_figures_are_not_waited_for_without_end(server: Server, fault: Fault) -> None:
+    # Long before its many tries are over.
+    patience = Patience(first_wait=1.0, jitter=0.0, in_all=3.0)
+    server.faults = [*[None] * 3, *[fault] * 99]
+    spec, began = endpoint(server, maxRetries=99, timeoutSeconds=1, concurrency=1), time.monotonic()
+    found = ServedVoice(spec, "ChatTemplate", 12, Tab(), nothing, patience)
+    try:
+        abilities = measure_voice(found, plan(latency=True))
+    finally:
+        found.close()
+    assert time.monotonic() - began < 20
+    assert all("within 3 s" in abilities.problems[name] for name in ("chain_sum", "questions"))
+    assert abilities.again

@@ -28,6 +28,8 @@ from kubedistill_trainer.teacher.text import TextAnswer, TextRequest
 
 _SPARE = frozenset({SEED, LOGPROBS, "temperature", "top_p"})
 """Reasoning models draw at one temperature only, and many servers do not say how sure they are."""
+_LONGEST_SECONDS = 1800.0
+"""After which the job goes on without what is not there: the next one asks for it."""
 _CHAT = Manner(read=read_chat, more={LOGPROBS: True}, spare=_SPARE)
 
 
@@ -62,6 +64,7 @@ class ServedVoice:
         self._tick = tick
         greedy = Generation(max_tokens=max_tokens, temperature=0.0)
         self._manner = _CHAT if prompting == "ChatTemplate" else _EXAMPLES
+        patience = patience or Patience(in_all=_LONGEST_SECONDS)
         self._answerer = EndpointAnswerer(endpoint, greedy, patience, manner=self._manner)
 
     @property

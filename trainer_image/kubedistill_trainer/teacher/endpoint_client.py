@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -52,6 +53,8 @@ class Patience:
     """Times `timeoutSeconds` within which an answer has to be whole, however it drips."""
     longest_asked: float = 600.0
     """What a server may ask to wait; one that asks for more is left to a later pod."""
+    in_all: float = math.inf
+    """Since the client was made; what is not answered by then has failed."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Client:
         self._key = _key()
         self._pace = Pace()
         self._failure: RunFailure | None = None
+        self._until = time.monotonic() + self._patience.in_all
         self._backoff = wait_exponential_jitter(
             multiplier=self._patience.first_wait,
             max=self._patience.longest_wait,
@@ -134,7 +138,10 @@ class Client:
             reraise=True,
         )
         try:
-            return await tries(self._once, ask)
+            with anyio.fail_after(self._left()):
+                return await tries(self._once, ask)
+        except TimeoutError as error:
+            raise self._ended(self._late()) from error
         except PromptRefused:
             ENDPOINT_REQUESTS.labels("refused").inc()
             raise
@@ -144,21 +151,28 @@ class Client:
             raise self._ended(failure) from failure.__cause__
 
     async def _timed(self, path: str, body: dict[str, Any]) -> Timing:
+        try:
+            with anyio.fail_after(self._left()):
+                timing = await self._timed_whole(path, body)
+        except TimeoutError as error:
+            raise self._ended(self._late()) from error
+        ENDPOINT_REQUESTS.labels("answered").inc()
+        ENDPOINT_TOKENS.labels("prompt").inc(timing.prompt_tokens)
+        ENDPOINT_TOKENS.labels("answer").inc(timing.answer_tokens)
+        return timing
+
+    async def _timed_whole(self, path: str, body: dict[str, Any]) -> Timing:
         limit = self._endpoint.timeout_seconds * self._patience.whole_answer
         async with self._slots:
             await self._pace.ready()
             try:
                 with anyio.fail_after(limit):
-                    timing = await self._pieces(path, body)
+                    return await self._pieces(path, body)
             except TimeoutError as error:
                 raise Again("slow", f"no whole answer within {limit:g} s") from error
             except httpx.HTTPError as error:
                 text = str(error) or type(error).__name__
                 raise Again("unreachable", f"no whole answer ({text})") from error
-        ENDPOINT_REQUESTS.labels("answered").inc()
-        ENDPOINT_TOKENS.labels("prompt").inc(timing.prompt_tokens)
-        ENDPOINT_TOKENS.labels("answer").inc(timing.answer_tokens)
-        return timing
 
     async def _pieces(self, path: str, body: dict[str, Any]) -> Timing:
         def read(data: bytes) -> dict[str, Any]:
@@ -270,6 +284,15 @@ class Client:
             ExitCode.ENDPOINT_UNAVAILABLE,
             f"{FIELD}.url: {self.url} asks not to be asked for {wait:,.0f} s ({found}), and at most "
             f"{self._patience.longest_asked:g} s are waited; see its rates and what is left of them",
+        )
+
+    def _left(self) -> float:
+        return max(0.0, self._until - time.monotonic())
+
+    def _late(self) -> RunFailure:
+        return RunFailure(
+            ExitCode.ENDPOINT_UNAVAILABLE,
+            f"{FIELD}.url: {self.url} did not answer all of it within {self._patience.in_all:g} s",
         )
 
     def _unavailable(self, error: Again) -> RunFailure:
