@@ -39,6 +39,7 @@ Trouble = Literal[
     "late",
     "other-model",
     "other-body",
+    "pieces",
 ]
 
 
@@ -47,7 +48,8 @@ class Fault:
     """What a request gets in place of its answer: a status, or trouble with the answer.
 
     `drip`: the answer's bytes, one each `pause` seconds; `hang`: nothing for `pause` seconds; `late`:
-    the right answer after them; `other-body`: `body`, paid for, in the answer's place.
+    the right answer after them; `other-body`: `body`, paid for, in the answer's place; `pieces`: the
+    bytes of `body` in its place, one part each `pause` seconds, as server-sent events.
     `where`: None, or a text that the request's body must hold; the fault waits for such a request.
     """
 
@@ -70,6 +72,8 @@ class Seen:
     left: float = 0.0
     """When its answer, or what it got for one, began to go."""
     paid: bool = False
+    port: int = 0
+    """Of its asker: one a connection."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,8 @@ class Server:
     async def _post(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         seen = Seen(request.path, body, _key(request), time.monotonic())
+        if request.transport is not None:
+            seen.port = request.transport.get_extra_info("peername")[1]
         self.seen.append(seen)
         self.open += 1
         self.open_most = max(self.open_most, self.open)
@@ -346,6 +352,8 @@ class Server:
     async def _spoilt(
         self, request: web.Request, content: dict[str, Any], fault: Fault
     ) -> web.StreamResponse:
+        if fault.what == "pieces":
+            return await endpoint_speech.sent(request, fault.body, fault.pause)
         whole = json.dumps(content).encode()
         transport = request.transport
         assert transport is not None

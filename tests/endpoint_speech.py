@@ -91,3 +91,13 @@ async def streamed(request: web.Request, content: dict[str, Any], mind: Mind) ->
         await send({"choices": [], "usage": content["usage"]})
     await response.write(b"data: [DONE]\n\n")
     return response
+
+
+async def sent(request: web.Request, parts: Sequence[bytes], pause: float) -> web.StreamResponse:
+    """Whatever a server may send for events."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    for part in parts:
+        await response.write(part)
+        await asyncio.sleep(pause)
+    return response

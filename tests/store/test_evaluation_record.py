@@ -115,6 +115,37 @@ def test_who_comes_second_does_not_measure_beside_the_first(s3: S3Server) -> Non
     assert other is not None and other.times == 1
 
 
+def test_of_two_who_come_in_the_same_moment_one_measures(
+    s3: S3Server,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, look = s3.store(), record._mark
+    others: list[record.Claim | None] = []
+
+    def looked(*arguments: Any) -> Any:
+        found = look(*arguments)
+        if not others:
+            monkeypatch.setattr(record, "_mark", look)
+            others.append(record.claim(store, request(), "other"))
+        return found
+
+    monkeypatch.setattr(record, "_mark", looked)
+    assert record.claim(store, request(), "one") is None
+    assert others[0] is not None and others[0].times == 1
+
+
+def test_a_mark_of_an_earlier_version_is_one_that_lapses(
+    s3: S3Server,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = s3.store()
+    store.put(request().mark, b"3")
+    assert record.claim(store, request(), "one") is None
+    monkeypatch.setattr(record, "_OLD_SECONDS", -5.0)
+    mine = record.claim(store, request(), "one")
+    assert mine is not None and mine.times == 1
+
+
 def test_a_claim_lapses_unless_it_is_renewed(
     s3: S3Server,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -188,4 +219,4 @@ def test_a_teacher_that_no_attempt_survives_is_given_up(
     found = record.read(store, wanted)
     assert len(asked) == tries
     assert found is not None
-    assert found.problems["tasks"] == "3 attempts to ask it ended in the middle"
+    assert found.problems["chain_sum"] == "3 attempts to ask it ended in the middle"

@@ -15,8 +15,10 @@ from kubedistill_trainer.evaluation.measure import plan_of
 from kubedistill_trainer.evaluation.results import Abilities
 from kubedistill_trainer.exporter import ProgressBoard
 from kubedistill_trainer.failures import RunFailure
+from kubedistill_trainer.methods.stream_report import StreamReporter
 from kubedistill_trainer.methods.write_text import run_endpoint_teacher
 from kubedistill_trainer.store import Store
+from kubedistill_trainer.store.errors import StoreUnavailable
 from kubedistill_trainer.teacher.learn import status_of
 from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
 from text_kit import context_of, put_prompts, text_job, view_of
@@ -106,7 +108,7 @@ def test_two_jobs_that_end_at_once_pay_once(
     first, second = job(store, server), job(store, server, uid="v")
     began: list[str] = []
 
-    def both(voice: Any, plan: Any) -> Abilities:
+    def both(voice: Any, plan: Any, keep: Any) -> Abilities:
         began.append("first")
         teach(second, store, tmp_path / "second")
         return Abilities(prompting="ChatTemplate")
@@ -203,3 +205,86 @@ def test_an_account_that_does_not_parse_costs_nothing(
     view.stream.put("asked/x.json", b"{")
     view.refresh_repairs()
     assert view.totals.beside.tokens == before
+
+
+def test_what_was_measured_before_the_pod_was_stopped_is_not_paid_for_again(
+    store: Store, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = job(store, server)
+    stop = RunFailure(ExitCode.INTERRUPTED, "asked to stop")
+    ask = served.ServedVoice.ask
+    parts: list[str] = []
+
+    def stopped(voice: Any, *arguments: Any) -> Any:
+        parts.append("one")
+        if len(parts) == 2:
+            raise stop
+        return ask(voice, *arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(RunFailure):
+        patched.setattr(served.ServedVoice, "ask", stopped)
+        teach(run, store, tmp_path)
+    found = figures(run, store)
+    assert found is not None and found.again and len(found.tasks) == 1
+    assert set(found.problems) == {"gsm_symbolic", "questions"}
+    assert "ended in the middle" in found.problems["questions"]
+    paid = len(about_figures(server))
+    assert paid == EXAMPLES
+    teach(run, store, tmp_path)
+    found = figures(run, store)
+    assert found is not None and not found.problems and not found.again
+    assert [task.name for task in found.tasks] == ["chain_sum", "gsm_symbolic"]
+    assert len(about_figures(server)) == OF_FIGURES
+
+
+def test_what_is_known_stays_when_no_attempt_survives(
+    store: Store, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = job(store, server)
+    server.faults = [Fault(503, where=TO_RECALL)] * 9
+    teach(run, store, tmp_path)
+
+    def dies(voice: Any, *arguments: Any) -> Any:
+        raise RunFailure(ExitCode.PEER_LOST, "x")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(served.ServedVoice, "ask", dies)
+        for _ in range(3):
+            with pytest.raises(RunFailure):
+                teach(run, store, tmp_path)
+        teach(run, store, tmp_path)
+    found = figures(run, store)
+    assert found is not None and len(found.tasks) == 2 and not found.again
+    assert found.problems == {"questions": "3 attempts to ask it ended in the middle"}
+
+
+def test_a_store_that_is_away_for_a_while_costs_no_figure(
+    store: Store, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = job(store, server)
+    looked: list[int] = []
+
+    def tick(reporter: Any) -> None:
+        if about_figures(server):
+            looked.append(1)
+            raise StoreUnavailable("get", store.uri, "no answer")
+
+    monkeypatch.setattr(StreamReporter, "tick", tick)
+    teach(run, store, tmp_path)
+    found = figures(run, store)
+    assert looked and found is not None and not found.problems
+
+
+@pytest.mark.parametrize("operation", ["claim", "publish"])
+def test_a_store_that_does_not_take_figures_fails_no_job(
+    store: Store, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    run = job(store, server)
+
+    def away(*arguments: Any) -> Any:
+        raise StoreUnavailable("put", store.uri, "no answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(record, operation, away)
+        assert teach(run, store, tmp_path).complete
+    assert figures(run, store) is None

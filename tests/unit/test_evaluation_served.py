@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -108,16 +109,18 @@ def test_settings_that_a_server_does_not_take_are_left_out(server: Server) -> No
     refusals = [
         ("temperature", "Unsupported value: 'temperature' does not support 0 with this model."),
         ("top_p", "Unsupported parameter: 'top_p'"),
+        # As Gemini says it, within a list.
+        ("", "Logprobs is not enabled for models/tiny"),
     ]
     server.knows_seed = False
     server.only_max_completion_tokens = True
     server.faults = [
-        Fault(400, body={"error": {"message": words, "param": name}}) for name, words in refusals
+        Fault(400, body=[{"error": {"message": words, "param": name}}]) for name, words in refusals
     ]
     found = asked(server, concurrency=1, maxRetries=0)
     assert not found.problems
     last = server.seen[-1].body
-    assert not {"temperature", "top_p", "seed", "max_tokens"} & last.keys()
+    assert not {"temperature", "top_p", "seed", "max_tokens", "logprobs"} & last.keys()
     assert last["max_completion_tokens"] == 12
 
 
@@ -269,8 +272,17 @@ def test_a_server_that_is_not_timed_says_why(server: Server, fault: Fault, said:
     assert said in abilities.problems["performance"] and abilities.again
 
 
-def test_a_server_without_pieces_is_not_timed(server: Server) -> None:
-    server.streams = False
-    with voice(server) as found:
+@pytest.mark.parametrize("fault", [Fault("hang", pause=60), Fault(503), Fault(429)])
+def test_figures_are_not_waited_for_without_end(server: Server, fault: Fault) -> None:
+    # Long before its many tries are over.
+    patience = Patience(first_wait=1.0, jitter=0.0, in_all=3.0)
+    server.faults = [*[None] * 3, *[fault] * 99]
+    spec, began = endpoint(server, maxRetries=99, timeoutSeconds=1, concurrency=1), time.monotonic()
+    found = ServedVoice(spec, "ChatTemplate", 12, Tab(), nothing, patience)
+    try:
         abilities = measure_voice(found, plan(latency=True))
-    assert "without pieces" in abilities.problems["performance"]
+    finally:
+        found.close()
+    assert time.monotonic() - began < 20
+    assert all("within 3 s" in abilities.problems[name] for name in ("chain_sum", "questions"))
+    assert abilities.again

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from kubedistill_api.evaluation import Evaluation
@@ -16,14 +16,16 @@ from kubedistill_trainer.evaluation import questions
 from kubedistill_trainer.evaluation.gym import Task, load_task
 from kubedistill_trainer.evaluation.prompts import TO_RECALL, TO_SOLVE, Asking, final_answers
 from kubedistill_trainer.evaluation.questions import QuestionSet, read_questions
-from kubedistill_trainer.evaluation.results import Abilities, QuestionScore, TaskScore
+from kubedistill_trainer.evaluation.results import Abilities, TaskScore
 from kubedistill_trainer.evaluation.speak import NoRoom, Tick
 from kubedistill_trainer.evaluation.voice import ModelVoice, NotAsked, Voice
 from kubedistill_trainer.failures import RunFailure
 
 _log = logging.getLogger(__name__)
 _LONGEST_PROBLEM = 300
-Part = TypeVar("Part")
+PERFORMANCE, QUESTIONS = "performance", "questions"
+"""Names of what is no task."""
+Keep = Callable[[Abilities], None]
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,19 @@ class Plan:
     problems: dict[str, str] = field(default_factory=dict)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of all that is asked, as in `Abilities.problems`."""
+        tasks = (task.name for task in self.tasks)
+        return (
+            *([PERFORMANCE] if self.latency else []),
+            *tasks,
+            *([QUESTIONS] if self.questions else []),
+        )
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing is asked."""
-        return not (self.tasks or self.questions or self.latency)
+        return not self.names
 
     def without(self, known: Abilities) -> Plan:
         """What is left to be asked."""
@@ -86,55 +98,58 @@ def measure(model: Any, asking: Asking, plan: Plan, tick: Tick) -> Abilities:
     return measure_voice(ModelVoice(model, asking, plan.max_answer_tokens, tick), plan)
 
 
-def measure_voice(voice: Voice, plan: Plan) -> Abilities:
-    """Ask everything.
+def measure_voice(voice: Voice, plan: Plan, keep: Keep = lambda found: None) -> Abilities:
+    """Ask everything; `keep` is called with what is there after each part.
 
     A part that fails is left out, with the reason in `problems`: by now the model is trained, and
     what it took is worth more than a figure.
     """
-    problems = dict(plan.problems)
-    passing: list[bool] = []
+    nothing = Abilities(prompting=voice.prompting)
+    found = nothing.model_copy(update={"problems": dict(plan.problems)})
+    for name, part in _parts(voice, plan):
+        found = found.with_more(nothing.model_copy(update=_attempt(name, part)))
+        keep(found)
+    return found
 
-    def attempt(name: str, part: Callable[[], Part]) -> Part | None:
-        try:
-            return part()
-        except RunFailure:
-            raise
-        except (NoRoom, NotAsked) as error:
-            _log.warning("%s: not measured: %s", name, error)
-            problems[name] = _told(error)
-            passing.append(isinstance(error, NotAsked) and error.again)
-            return None
-        except Exception as error:
-            _log.exception("%s: not measured", name)
-            problems[name] = _told(error)
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
-            return None
 
+def _parts(voice: Voice, plan: Plan) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Each with its name, and what asks for it and says what of `Abilities` that is."""
     # First: on the CPU memory is how much the process grows, and later it has room already.
-    performance = attempt("performance", voice.speed) if plan.latency else None
-    asked = plan.questions
-    scores = [attempt(task.name, partial(_solve, voice, task)) for task in plan.tasks]
-    return Abilities(
-        prompting=voice.prompting,
-        tasks=tuple(score for score in scores if score is not None),
-        questions=attempt("questions", lambda: _recall(voice, asked)) if asked else None,
-        performance=performance,
-        problems=problems,
-        again=any(passing),
-    )
+    if plan.latency:
+        yield PERFORMANCE, lambda: {"performance": voice.speed()}
+    for task in plan.tasks:
+        yield task.name, partial(_solve, voice, task)
+    if plan.questions is not None:
+        yield QUESTIONS, partial(_recall, voice, plan.questions)
 
 
-def _solve(voice: Voice, task: Task) -> TaskScore:
+def _attempt(name: str, part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return part()
+    except RunFailure:
+        raise
+    except (NoRoom, NotAsked) as error:
+        _log.warning("%s: not measured: %s", name, error)
+        again = isinstance(error, NotAsked) and error.again
+        return {"problems": {name: _told(error)}, "again": again}
+    except Exception as error:
+        _log.exception("%s: not measured", name)
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        return {"problems": {name: _told(error)}}
+
+
+def _solve(voice: Voice, task: Task) -> dict[str, Any]:
     answers = voice.ask(task.questions, task.shots, TO_SOLVE)
     right = sum(
         any(task.right(index, answer) for answer in final_answers(answered.said))
         for index, answered in enumerate(answers)
     )
-    return TaskScore(name=task.name, group=task.group, examples=len(answers), right=right)
+    score = TaskScore(name=task.name, group=task.group, examples=len(answers), right=right)
+    return {"tasks": (score,)}
 
 
-def _recall(voice: Voice, asked: QuestionSet) -> QuestionScore:
+def _recall(voice: Voice, asked: QuestionSet) -> dict[str, Any]:
     texts = [one.question for one in asked.questions]
-    return questions.score(asked.questions, voice.ask(texts, questions.SHOTS, TO_RECALL))
+    answers = voice.ask(texts, questions.SHOTS, TO_RECALL)
+    return {"questions": questions.score(asked.questions, answers)}

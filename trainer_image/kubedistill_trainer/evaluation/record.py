@@ -140,28 +140,39 @@ class Claim:
         """The figures are there: who asks for more later is counted anew."""
         self._store.delete([self._request.mark])
 
-    def write(self) -> None:
-        """Say who is at it, and how often it was begun."""
-        self._store.put(self._request.mark, self._mark.model_dump_json().encode())
+    def write(self, *, first: bool = False) -> None:
+        """Say who is at it, and how often it was begun. PreconditionFailed where one is to be the
+        `first`, and another was."""
+        body = self._mark.model_dump_json().encode()
+        self._store.put(self._request.mark, body, only_if_absent=first)
 
 
 def claim(store: Store, request: Request, by: str) -> Claim | None:
     """Say that the figures are about to come; None where another than `by` is at it.
 
-    Two who claim in the same moment both measure: figures are written once all the same.
+    Two who take over a claim that lapsed in the same moment both measure: figures are written once
+    all the same.
     """
     mark = _mark(store, request)
-    if mark.by != by and is_coming(store, request):
+    if mark is not None and mark.by != by and is_coming(store, request):
         return None
-    mine = Claim(store, request, _Mark(times=mark.times + 1, by=by))
-    mine.write()
+    known = mark or _Mark()
+    mine = Claim(store, request, _Mark(times=known.times + 1, by=by))
+    try:
+        mine.write(first=mark is None)
+    except PreconditionFailed:
+        # The taker may be this one, whose first try landed though its answer was lost.
+        now = _mark(store, request)
+        return mine if now is not None and now.by == by else None
     return mine
 
 
-def _mark(store: Store, request: Request) -> _Mark:
+def _mark(store: Store, request: Request) -> _Mark | None:
     try:
         return _Mark.model_validate_json(store.get(request.mark))
-    except (NotFound, ValidationError):
+    except NotFound:
+        return None
+    except ValidationError:
         return _Mark()
 
 

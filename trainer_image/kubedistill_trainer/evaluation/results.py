@@ -117,14 +117,20 @@ class Abilities(_Found):
         return cls(prompting=prompting, problems={**(problems or {}), **parts})
 
     def with_more(self, found: Abilities) -> Abilities:
-        """With what was asked for later, as it was not to be had before."""
-        return found.model_copy(
+        """With what was found of other parts."""
+        return self.model_copy(
             update={
                 "tasks": (*self.tasks, *found.tasks),
                 "questions": found.questions or self.questions,
                 "performance": found.performance or self.performance,
+                "problems": {**self.problems, **found.problems},
+                "again": self.again or found.again,
             }
         )
+
+    def without_problems(self) -> Abilities:
+        """What is there, whatever is asked for next."""
+        return self.model_copy(update={"problems": {}, "again": False})
 
     def figures(self) -> dict[str, float]:
         """By the names of `status.metrics`: of groups of tasks, and of the questions."""

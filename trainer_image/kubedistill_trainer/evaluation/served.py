@@ -17,7 +17,7 @@ from kubedistill_trainer.evaluation.results import Performance, Prompting
 from kubedistill_trainer.evaluation.served_answer import answered, read_chat, read_completion
 from kubedistill_trainer.evaluation.served_speed import PROMPT, measure_served
 from kubedistill_trainer.evaluation.speak import Tick
-from kubedistill_trainer.evaluation.voice import NotAsked
+from kubedistill_trainer.evaluation.voice import NotAsked, uncounted
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.teacher.endpoint import EndpointAnswerer, Manner
 from kubedistill_trainer.teacher.endpoint_client import Patience
@@ -28,6 +28,8 @@ from kubedistill_trainer.teacher.text import TextAnswer, TextRequest
 
 _SPARE = frozenset({SEED, LOGPROBS, "temperature", "top_p"})
 """Reasoning models draw at one temperature only, and many servers do not say how sure they are."""
+_LONGEST_SECONDS = 1800.0
+"""After which the job goes on without what is not there: the next one asks for it."""
 _CHAT = Manner(read=read_chat, more={LOGPROBS: True}, spare=_SPARE)
 
 
@@ -62,6 +64,7 @@ class ServedVoice:
         self._tick = tick
         greedy = Generation(max_tokens=max_tokens, temperature=0.0)
         self._manner = _CHAT if prompting == "ChatTemplate" else _EXAMPLES
+        patience = patience or Patience(in_all=_LONGEST_SECONDS)
         self._answerer = EndpointAnswerer(endpoint, greedy, patience, manner=self._manner)
 
     @property
@@ -110,6 +113,8 @@ class ServedVoice:
             for request, answer in self._answerer.answers(affordable()):
                 said[request.prompt] = answer
                 self._tab.add(answer.prompt_tokens, answer.answer_tokens)
+                if self._tab.limited and not (answer.refusal or answer.prompt_tokens):
+                    raise uncounted()
                 self._tick()
         except RunFailure as failure:
             if failure.code == ExitCode.INTERRUPTED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
 from kubedistill_api.exit_codes import ExitCode
@@ -11,7 +12,7 @@ from kubedistill_api.exit_codes import ExitCode
 from kubedistill_trainer.evaluation.results import Pace, Performance
 from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.evaluation.speed import ANSWER_TOKENS, BATCHES, ROUNDS
-from kubedistill_trainer.evaluation.voice import NotAsked
+from kubedistill_trainer.evaluation.voice import NotAsked, uncounted
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.teacher.endpoint_client import Client
 from kubedistill_trainer.teacher.endpoint_reply import Again, PromptRefused, SettingRefused
@@ -25,6 +26,8 @@ PROMPT = (
 )
 """About as long as the prompts of a model in this process, with an answer that is longer."""
 _COUNTED = {"stream_options": {"include_usage": True}}
+_MOST_TOKENS_PER_SECOND = 10_000.0
+"""Of one answer. No model is so fast: its pieces were kept on their way, and came together."""
 
 
 def measure_served(
@@ -49,7 +52,7 @@ def measure_served(
     return Performance(
         device=f"the server of {client.model}",
         prompt_tokens=max(timing.prompt_tokens for timing in answers),
-        answer_tokens=max(timing.answer_tokens for timing in answers),
+        answer_tokens=max(timing.said_tokens for timing in answers),
         rounds=ROUNDS,
         paces=tuple(paces),
     )
@@ -58,20 +61,25 @@ def measure_served(
 def _pace(batch: int, rounds: Sequence[Sequence[Timing]]) -> Pace:
     """The tokens a second from the first token of all to the last; NotAsked of answers of one
     piece, between which no time passes."""
-    speeds = []
-    for timings in rounds:
-        first = min(timing.times[0] for timing in timings)
-        seconds = max(timing.times[-1] for timing in timings) - first
-        tokens = sum(timing.answer_tokens - 1 for timing in timings)
-        if tokens and seconds > 0:
-            speeds.append(tokens / seconds)
-    if not speeds:
+    told = [timings for timings in rounds if any(map(_in_pieces, timings))]
+    if not told:
         raise NotAsked("the server gives its answers in one piece each", again=False)
     return Pace(
         batch=batch,
-        first_token_seconds=statistics.median(max(t.times[0] for t in ts) for ts in rounds),
-        tokens_per_second=statistics.median(speeds),
+        first_token_seconds=statistics.median(max(t.times[0] for t in ts) for ts in told),
+        tokens_per_second=statistics.median(map(_speed, told)),
     )
+
+
+def _in_pieces(timing: Timing) -> bool:
+    seconds = timing.times[-1] - timing.times[0]
+    return 1 < timing.said_tokens < 1 + seconds * _MOST_TOKENS_PER_SECOND
+
+
+def _speed(timings: Sequence[Timing]) -> float:
+    first = min(timing.times[0] for timing in timings)
+    tokens = sum(timing.said_tokens - 1 for timing in timings)
+    return tokens / (max(timing.times[-1] for timing in timings) - first)
 
 
 class _Run:
@@ -97,7 +105,7 @@ class _Run:
             words = refused.said if isinstance(refused, SettingRefused) else str(refused)
             if self._adapt(words):
                 return self.once(batch)
-            raise NotAsked(f"the server refuses ({words})", again=False) from refused
+            raise NotAsked(f"the server gives no timed answer: {words}", again=False) from refused
         except Again as trouble:
             raise NotAsked(f"the server gave {trouble.found}", again=True) from trouble
         except RunFailure as failure:
@@ -108,14 +116,27 @@ class _Run:
     def _answers(self, batch: int) -> list[Timing]:
         begun = [self._client.start_timed(self._path, self._body) for _ in range(batch)]
         try:
-            timings = [answer.result() for answer in begun]
+            # For all, also where one has failed: the others are paid for.
+            wait(begun)
         finally:
             for answer in begun:
                 answer.cancel()
-        for timing in timings:
-            self._tab.add(timing.prompt_tokens, timing.answer_tokens)
+                self._count(answer)
+        timings = [answer.result() for answer in begun]
+        if self._tab.limited and not all(timing.prompt_tokens for timing in timings):
+            raise uncounted()
         self._tick()
         return timings
+
+    def _count(self, answer: Future[Timing]) -> None:
+        if answer.cancelled():
+            return
+        error = answer.exception()
+        if error is None:
+            timing = answer.result()
+            self._tab.add(timing.prompt_tokens, timing.answer_tokens)
+        elif isinstance(error, PromptRefused):
+            self._tab.add(error.prompt_tokens, error.answer_tokens)
 
     def _adapt(self, words: str) -> bool:
         """As for answers that are read whole: some servers know a setting by another name, or not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -15,18 +16,21 @@ from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import learns_text
 from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
 from kubedistill_trainer.evaluation import record
-from kubedistill_trainer.evaluation.measure import Plan, measure, measure_voice, plan_of
+from kubedistill_trainer.evaluation.measure import Keep, Plan, measure, measure_voice, plan_of
 from kubedistill_trainer.evaluation.prompts import asking
 from kubedistill_trainer.evaluation.results import Abilities, Prompting
 from kubedistill_trainer.evaluation.served import ServedVoice
 from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.failures import RunFailure
+from kubedistill_trainer.store import Store
+from kubedistill_trainer.store.errors import StoreError
 from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.endpoint_reply import FIELD
 from kubedistill_trainer.teacher.tab import Tab
 
 _log = logging.getLogger(__name__)
 _TRIES = 3
+Ask = Callable[[Plan, Tick, Keep], Abilities]
 
 
 def measure_teacher(
@@ -47,7 +51,11 @@ def measure_teacher(
     way = asking(tokenizer, "spec.teacher")
     plan = plan_of(context.run.spec.evaluation, context.open_store)
     request = request_of_teacher(context, plan, tokenizer)
-    _measure(context, request, plan, way.prompting, lambda p, t: measure(model(), way, p, t), tick)
+
+    def ask(plan: Plan, tick: Tick, keep: Keep) -> Abilities:
+        return measure(model(), way, plan, tick)
+
+    _measure(context, request, plan, way.prompting, ask, tick)
 
 
 def measure_server(context: Context, tokenizer: TextTokenizer | None, tab: Tab, tick: Tick) -> None:
@@ -62,9 +70,9 @@ def measure_server(context: Context, tokenizer: TextTokenizer | None, tab: Tab, 
         return
     prompting = _served_prompting(tokenizer)
 
-    def ask(plan: Plan, tick: Tick) -> Abilities:
+    def ask(plan: Plan, tick: Tick, keep: Keep) -> Abilities:
         with closing(ServedVoice(endpoint, prompting, plan.max_answer_tokens, tab, tick)) as voice:
-            return measure_voice(voice, plan)
+            return measure_voice(voice, plan, keep)
 
     plan = plan_of(spec.evaluation, context.open_store)
     request = request_of_teacher(context, plan, tokenizer)
@@ -76,39 +84,83 @@ def _measure(
     request: record.Request,
     plan: Plan,
     prompting: Prompting,
-    ask: Callable[[Plan, Tick], Abilities],
+    ask: Ask,
     tick: Tick,
 ) -> None:
+    """Once, for all. A store that is away costs the figures, and no job."""
     store = context.storage
-    known = record.read(store, request)
-    if plan.is_empty or (known is not None and not known.again):
-        return
-    claim = record.claim(store, request, f"{context.run.uid}/{context.partition}")
-    if claim is None:
-        _log.info("another pod measures the teacher")
-        return
-    if claim.times > _TRIES:
-        why = f"{_TRIES} attempts to ask it ended in the middle"
-        _log.warning("the teacher is not measured: %s", why)
-        record.publish(store, request, Abilities.none(prompting, why, plan.problems))
-        return
+    try:
+        if plan.is_empty or _is_whole(record.read(store, request)):
+            return
+        claim = record.claim(store, request, f"{context.run.uid}/{context.partition}")
+        if claim is None:
+            _log.info("another pod measures the teacher")
+            return
+        # Again: who was at it may have ended meanwhile.
+        known = record.read(store, request)
+        if not _is_whole(known):
+            sheet = _Sheet(store, request, plan, known or Abilities(prompting=prompting))
+            _measure_claimed(claim, sheet, ask, tick)
+        claim.end()
+    except StoreError:
+        _log.exception("the teacher is not measured")
 
+
+def _measure_claimed(claim: record.Claim, sheet: _Sheet, ask: Ask, tick: Tick) -> None:
     def ticked() -> None:
         claim.renew()
-        tick()
+        with contextlib.suppress(StoreError):
+            tick()
 
+    if claim.times > _TRIES:
+        sheet.give_up(f"{_TRIES} attempts to ask it ended in the middle")
+        return
     _log.info("measuring the teacher")
     try:
-        found = ask(plan if known is None else plan.without(known), ticked)
+        found = ask(sheet.left, ticked, sheet.keep)
     except RunFailure as error:
-        if error.code == ExitCode.OUT_OF_MEMORY:
-            failed = Abilities.none(prompting, error.message, plan.problems)
-            record.publish(store, request, failed)
-        elif error.code == ExitCode.INTERRUPTED:
-            claim.give_back()
+        with contextlib.suppress(StoreError):
+            if error.code == ExitCode.OUT_OF_MEMORY:
+                sheet.give_up(error.message)
+            elif error.code == ExitCode.INTERRUPTED:
+                claim.give_back()
         raise
-    record.publish(store, request, found if known is None else known.with_more(found))
-    claim.end()
+    sheet.publish(found)
+
+
+class _Sheet:
+    """Figures on their way into the store, beside those that are known."""
+
+    def __init__(self, store: Store, request: record.Request, plan: Plan, known: Abilities) -> None:
+        self._store = store
+        self._request = request
+        self._known = known.without_problems()
+        self.left = plan.without(known)
+        """What is asked."""
+
+    def publish(self, found: Abilities) -> None:
+        """Write what was found."""
+        record.publish(self._store, self._request, self._known.with_more(found))
+
+    def keep(self, found: Abilities) -> None:
+        """The same of a part, so that nobody pays for it again should this end in the middle."""
+        with contextlib.suppress(StoreError):
+            self.publish(self._lacking(found, "asking for it ended in the middle", again=True))
+
+    def give_up(self, why: str) -> None:
+        """Write that what is left is not to be had."""
+        _log.warning("the teacher is not measured: %s", why)
+        found = Abilities(prompting=self._known.prompting, problems=self.left.problems)
+        self.publish(self._lacking(found, why, again=False))
+
+    def _lacking(self, found: Abilities, why: str, *, again: bool) -> Abilities:
+        names = self.left.without(found).names
+        problems = {**dict.fromkeys(names, why), **found.problems}
+        return found.model_copy(update={"problems": problems, "again": found.again or again})
+
+
+def _is_whole(known: Abilities | None) -> bool:
+    return known is not None and not known.again
 
 
 def request_of_teacher(
@@ -149,8 +201,7 @@ def is_to_be_measured(context: Context, tokenizer: TextTokenizer) -> bool:
         return False
     store = context.storage
     request = request_of_teacher(context, plan, tokenizer_of_teacher(context, tokenizer))
-    known = record.read(store, request)
-    return (known is None or known.again) and not record.is_coming(store, request)
+    return not (_is_whole(record.read(store, request)) or record.is_coming(store, request))
 
 
 def _served_prompting(tokenizer: TextTokenizer | None) -> Prompting:

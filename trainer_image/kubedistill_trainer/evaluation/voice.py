@@ -22,6 +22,12 @@ class NotAsked(Exception):
         self.again = again
 
 
+def uncounted() -> NotAsked:
+    """Of a server that may be paid so much and no more: a limit on what nobody counts is none."""
+    why = "under spec.teacher.endpoint.maxCost, and its answers do not say what they took (`usage`)"
+    return NotAsked(why, again=False)
+
+
 class Voice(Protocol):
     """A model that answers."""
 

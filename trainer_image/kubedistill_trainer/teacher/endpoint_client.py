@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from kubedistill_trainer.teacher.endpoint_reply import (
     SettingRefused,
     check_status,
 )
-from kubedistill_trainer.teacher.endpoint_stream import Timing, timed
+from kubedistill_trainer.teacher.endpoint_stream import Timing, piece_of, timed
 from kubedistill_trainer.teacher.metrics import ENDPOINT_REQUESTS, ENDPOINT_TOKENS
 
 _log = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class Patience:
     """Times `timeoutSeconds` within which an answer has to be whole, however it drips."""
     longest_asked: float = 600.0
     """What a server may ask to wait; one that asks for more is left to a later pod."""
+    in_all: float = math.inf
+    """Since the client was made; what is not answered by then has failed."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Client:
         self._key = _key()
         self._pace = Pace()
         self._failure: RunFailure | None = None
+        self._until = time.monotonic() + self._patience.in_all
         self._backoff = wait_exponential_jitter(
             multiplier=self._patience.first_wait,
             max=self._patience.longest_wait,
@@ -134,7 +138,10 @@ class Client:
             reraise=True,
         )
         try:
-            return await tries(self._once, ask)
+            with anyio.fail_after(self._left()):
+                return await tries(self._once, ask)
+        except TimeoutError as error:
+            raise self._ended(self._late()) from error
         except PromptRefused:
             ENDPOINT_REQUESTS.labels("refused").inc()
             raise
@@ -144,23 +151,41 @@ class Client:
             raise self._ended(failure) from failure.__cause__
 
     async def _timed(self, path: str, body: dict[str, Any]) -> Timing:
-        async with self._slots:
-            await self._pace.ready()
-            began = time.perf_counter()
-            try:
-                async with self._http.stream("POST", path, json=body) as answer:
-                    if answer.status_code != 200:
-                        content = self._without_key(await answer.aread())
-                        reply = Reply(answer.status_code, answer.headers, content)
-                        check_status(reply, self.url, self.model, None)
-                    timing = await timed(answer, began)
-            except httpx.HTTPError as error:
-                text = str(error) or type(error).__name__
-                raise Again("unreachable", f"no whole answer ({text})") from error
+        try:
+            with anyio.fail_after(self._left()):
+                timing = await self._timed_whole(path, body)
+        except TimeoutError as error:
+            raise self._ended(self._late()) from error
         ENDPOINT_REQUESTS.labels("answered").inc()
         ENDPOINT_TOKENS.labels("prompt").inc(timing.prompt_tokens)
         ENDPOINT_TOKENS.labels("answer").inc(timing.answer_tokens)
         return timing
+
+    async def _timed_whole(self, path: str, body: dict[str, Any]) -> Timing:
+        limit = self._endpoint.timeout_seconds * self._patience.whole_answer
+        async with self._slots:
+            await self._pace.ready()
+            try:
+                with anyio.fail_after(limit):
+                    return await self._pieces(path, body)
+            except TimeoutError as error:
+                raise Again("slow", f"no whole answer within {limit:g} s") from error
+            except httpx.HTTPError as error:
+                text = str(error) or type(error).__name__
+                raise Again("unreachable", f"no whole answer ({text})") from error
+
+    async def _pieces(self, path: str, body: dict[str, Any]) -> Timing:
+        def read(data: bytes) -> dict[str, Any]:
+            return piece_of(self._without_key(data), self.model, self.url)
+
+        began = time.perf_counter()
+        async with self._http.stream("POST", path, json=body) as answer:
+            wait = self._heed(answer.status_code, answer.headers)
+            if answer.status_code != 200:
+                content = self._without_key(await answer.aread())
+                reply = Reply(answer.status_code, answer.headers, content)
+                check_status(reply, self.url, self.model, wait)
+            return await timed(answer, began, read)
 
     async def _once(self, ask: Ask[T]) -> T:
         while True:
@@ -177,18 +202,22 @@ class Client:
                 # Another request found that there is no going on.
                 raise self._failure
             reply = await self._reply(ask)
-        wait = asked_wait(reply.status, reply.headers, datetime.now(UTC))
-        long = wait is not None and wait > self._patience.longest_asked
-        if wait and not long:
-            self._pace.hold(wait)
+        wait = self._heed(reply.status, reply.headers)
         if reply.status not in ask.accepts:
             self._check(ask, reply, wait)
-        if wait and long and self._failure is None:
+        if wait and wait > self._patience.longest_asked and self._failure is None:
             # This one is answered; the next is not asked.
             self._failure = self._asked_long(wait, "beside its answer")
         value = ask.read(reply)
         ENDPOINT_REQUESTS.labels("answered").inc()
         return value
+
+    def _heed(self, status: int, headers: Mapping[str, str]) -> float | None:
+        """What the server asks to wait; all do, unless it is too long."""
+        wait = asked_wait(status, headers, datetime.now(UTC))
+        if wait and wait <= self._patience.longest_asked:
+            self._pace.hold(wait)
+        return wait
 
     def _check(self, ask: Ask[Any], reply: Reply, wait: float | None) -> None:
         try:
@@ -255,6 +284,15 @@ class Client:
             ExitCode.ENDPOINT_UNAVAILABLE,
             f"{FIELD}.url: {self.url} asks not to be asked for {wait:,.0f} s ({found}), and at most "
             f"{self._patience.longest_asked:g} s are waited; see its rates and what is left of them",
+        )
+
+    def _left(self) -> float:
+        return max(0.0, self._until - time.monotonic())
+
+    def _late(self) -> RunFailure:
+        return RunFailure(
+            ExitCode.ENDPOINT_UNAVAILABLE,
+            f"{FIELD}.url: {self.url} did not answer all of it within {self._patience.in_all:g} s",
         )
 
     def _unavailable(self, error: Again) -> RunFailure:

@@ -40,7 +40,7 @@ _ABOUT_MODEL = re.compile(
     r"|\bmodel\b( [^ ]{1,256})? (is |was )?(not found|does not exist|not available|not a valid model)",
     re.I,
 )
-_ABOUT = {SEED: re.compile(rf"\b{SEED}\b"), LOGPROBS: re.compile(rf"\b{LOGPROBS}\b")}
+_ABOUT = {name: re.compile(rf"\b{name}\b", re.I) for name in (SEED, LOGPROBS)}
 """How servers name what they do not take where they give no `param`."""
 TOO_LONG = re.compile(r"context.{0,10}(length|window|limit|size)|too long|too many tokens", re.I)
 _MONTH, _DAY = "(0[1-9]|1[0-2])", "(0[1-9]|[12]\\d|3[01])"
@@ -117,7 +117,8 @@ class Complaint:
 
 
 def complaint_of(body: bytes) -> Complaint:
-    """Of OpenAI's `{"error": {…}}`, the bare object, FastAPI's `detail`, or any text."""
+    """Of OpenAI's `{"error": {…}}`, Google's list of one, the bare object, FastAPI's `detail`, or any
+    text."""
     text = " ".join(body[: 4 * _FOUND_LIMIT].decode(errors="replace").split())
     try:
         return _complaint(_parsed(body), text)
@@ -126,6 +127,8 @@ def complaint_of(body: bytes) -> Complaint:
 
 
 def _complaint(found: Any, text: str) -> Complaint:
+    if isinstance(found, list) and len(found) == 1:
+        [found] = found
     if isinstance(found, dict) and isinstance(found.get("error"), dict):
         found = found["error"]
     if not isinstance(found, dict):

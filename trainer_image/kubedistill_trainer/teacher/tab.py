@@ -69,6 +69,11 @@ class Tab:
         self._answers = 0
 
     @property
+    def limited(self) -> bool:
+        """Whether there is an end to what may be spent."""
+        return self._left is not None and self._price is not None
+
+    @property
     def full(self) -> bool:
         """Whether as much is spent as may be."""
         if self._left is None or self._price is None:
