@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 from data_kit import TURNS, Bucket, jsonl, tokenizer
@@ -22,7 +23,12 @@ from kubedistill_trainer.evaluation.questions import (
     read_questions,
     score,
 )
-from kubedistill_trainer.evaluation.results import TaskScore, accuracy_of
+from kubedistill_trainer.evaluation.results import (
+    Abilities,
+    TaskScore,
+    accuracy_of,
+    taught_accuracy_of,
+)
 from kubedistill_trainer.evaluation.speak import Said
 from kubedistill_trainer.failures import InputsRefused
 
@@ -189,6 +195,19 @@ def test_accuracy_of_a_group_counts_examples_not_tasks() -> None:
     assert accuracy_of(tasks, "simple") == 0.25
     assert accuracy_of(tasks, "multiStep") == 0.25
     assert accuracy_of(tasks[2:], "simple") is None
+
+
+def test_a_group_is_compared_where_both_were_asked_all_of_it() -> None:
+    """A server may have answered some tasks only: a share of others says nothing beside them."""
+    score = partial(TaskScore, group="simple", examples=4)
+    student = [score(name="a", right=1), score(name="b", right=2)]
+    teacher = [score(name="b", right=4), score(name="a", right=2), score(name="c", right=0)]
+    assert taught_accuracy_of(student, teacher, "simple") == 0.75
+    assert taught_accuracy_of(student, teacher[1:], "simple") is None
+    assert taught_accuracy_of(student, teacher, "multiStep") is None
+    both = [Abilities(prompting="Examples", tasks=tuple(tasks)) for tasks in (student, teacher[1:])]
+    assert both[1].figures(beside=both[0]) == {}
+    assert both[0].figures() == {"simpleAccuracy": 0.375}
 
 
 NAMES = Questions(uri="s3://data/q.jsonl", prompt_field="ask", answer_field="known")

@@ -132,12 +132,14 @@ class Abilities(_Found):
         """What is there, whatever is asked for next."""
         return self.model_copy(update={"problems": {}, "again": False})
 
-    def figures(self) -> dict[str, float]:
-        """By the names of `status.metrics`: of groups of tasks, and of the questions."""
+    def figures(self, beside: Abilities | None = None) -> dict[str, float]:
+        """By the names of `status.metrics`: of groups of tasks, and of the questions. `beside`: a
+        student, with which nothing is compared that was not asked of both."""
+        tasks = self.tasks if beside is None else beside.tasks
         found = {
             _METRIC[group]: accuracy
             for group in GROUPS
-            if (accuracy := accuracy_of(self.tasks, group)) is not None
+            if (accuracy := taught_accuracy_of(tasks, self.tasks, group)) is not None
         }
         if self.questions is not None:
             found["questionAccuracy"] = self.questions.accuracy
@@ -151,3 +153,12 @@ def accuracy_of(tasks: Iterable[TaskScore], group: Group) -> float | None:
     mine = [task for task in tasks if task.group == group]
     examples = sum(task.examples for task in mine)
     return sum(task.right for task in mine) / examples if examples else None
+
+
+def taught_accuracy_of(
+    tasks: Iterable[TaskScore], teachers: Iterable[TaskScore], group: Group
+) -> float | None:
+    """The teacher's, beside the student's `tasks`; None where it was not asked all of the same."""
+    names = {task.name for task in tasks if task.group == group}
+    same = [task for task in teachers if task.name in names]
+    return accuracy_of(same, group) if len(same) == len(names) else None

@@ -13,6 +13,7 @@ from kubedistill_trainer.evaluation.results import (
     QuestionScore,
     TaskScore,
     accuracy_of,
+    taught_accuracy_of,
 )
 from kubedistill_trainer.report.compare import Comparison
 
@@ -55,7 +56,7 @@ def _tasks(student: Abilities, teacher: Abilities | None) -> dict[str, Any] | No
             "group": group,
             "examples": sum(t.examples for t in student.tasks if t.group == group),
             "accuracy": _rounded(accuracy_of(student.tasks, group)),
-            "teacherAccuracy": _rounded(accuracy_of(taught.values(), group)),
+            "teacherAccuracy": _rounded(taught_accuracy_of(student.tasks, taught.values(), group)),
         }
         for group in GROUPS
     ]

@@ -50,7 +50,7 @@ class Comparison:
         """For the status: groups of tasks and questions, the teacher's by names of their own."""
         found = self.student.figures()
         if self.teacher is not None:
-            taught = self.teacher.figures()
+            taught = self.teacher.figures(beside=self.student)
             found |= {f"teacher{name[0].upper()}{name[1:]}": v for name, v in taught.items()}
         return [Metric(name=name, value=value) for name, value in found.items()]
 
