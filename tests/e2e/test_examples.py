@@ -158,8 +158,7 @@ def test_a_student_of_text_starts_when_all_of_it_is_there(
     assert text["kept"] + sum(text["dropped"].values()) == text["asked"] == len(answers)
     assert "Teacher text" in model["report.html"].decode()
     assert {"simpleAccuracy", "teacherSimpleAccuracy"} <= set(report["metrics"])
-    # Its pod wrote what it finds likely of the held-out answers.
-    assert {"perplexityRatio", "teacherAgreement", "teacherKL"} <= set(report["metrics"])
+    assert "another tokenizer" in report["notMeasured"].pop("teacher.distribution")
     assert report["notMeasured"] == {}
     assert report["data"]["files"][0]["origin"] == "Teacher"
     assert all(file["tokens"] > 0 for file in report["data"]["files"])

@@ -203,6 +203,30 @@ def test_a_split_teacher_says_the_same(bench: Bench) -> None:
     _measured_alike(bench.figures("text-1"), bench.figures("text-2"))
 
 
+def test_its_states_over_held_out_answers_reach_all_ranks(bench: Bench) -> None:
+    """A teacher that is learnt by its text, split, beside two ranks that evaluate."""
+    bucket = f"s3://{bench.server.access.bucket}"
+    prompts = {"uri": f"{bucket}/data/sums.jsonl", "origin": "Teacher", "promptField": "question"}
+    spec = bench.trainer.spec(
+        # It says what nobody taught it, and seldom ends by itself: enough is left to learn from.
+        distill={"signal": "Responses", "generation": {"maxTokens": 96, "temperature": 2.0}},
+        teacher={"model": {"uri": bench.model.uri}, "workers": {"gpusPerReplica": 2}},
+        student={"fromTeacher": {"layers": 1}},
+        data={"sources": [prompts], "sequenceLength": 128, "chatTemplate": EXAMPLE},
+        training={"maxSteps": 1},
+        storage={"uri": f"{bucket}/held-out"},
+        evaluation={**EVALUATION, "latency": False},
+    )
+    written = bench.trainer.run("teacher", spec, name="held-out", teacher=bench.model)
+    assert written.codes == [0], written.log
+    learnt = bench.trainer.run("student", spec, name="held-out", teacher=bench.model)
+    assert learnt.codes == [0, 0], learnt.log
+    figures = {metric.name: metric.value for metric in learnt.outcomes[0].metrics}
+    ratio = figures["perplexity"] / figures["teacherPerplexity"]
+    assert figures["perplexityRatio"] == pytest.approx(ratio, rel=1e-4)
+    assert figures["teacherKL"] > 0 and 0 <= figures["teacherAgreement"] <= 1
+
+
 def test_the_death_of_one_process_ends_the_other(bench: Bench) -> None:
     spec = bench.spec("dies", 2, "Hidden")
     killed: list[int] = []
