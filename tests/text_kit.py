@@ -12,11 +12,10 @@ from kubedistill_api.runspec import ResolvedModel, RunSpec
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.sources import read_prompts
 from kubedistill_trainer.store import Store
-from kubedistill_trainer.teacher.manifest import read_layout
 from kubedistill_trainer.teacher.text import TextAnswer, TextRequest
 from kubedistill_trainer.teacher.text_manifest import TextIdentity, TextManifest
 from kubedistill_trainer.teacher.text_request import text_identity
-from kubedistill_trainer.teacher.text_view import StreamView
+from kubedistill_trainer.teacher.text_view import StreamView, open_view
 
 
 class Clerk:
@@ -97,10 +96,4 @@ def identity_of(run: RunSpec, store: Store) -> TextIdentity:
 
 def view_of(run: RunSpec, store: Store) -> StreamView | None:
     """What is committed now; None before the first writer came."""
-    manifest = read_layout(store, identity_of(run, store), TextManifest)
-    if manifest is None:
-        return None
-    view = StreamView(store, manifest)
-    view.refresh()
-    view.refresh_repairs()
-    return view
+    return open_view(store, identity_of(run, store))

@@ -26,8 +26,7 @@ from kubedistill_trainer.failures import refuse, unreadable
 from kubedistill_trainer.models.weights import vocabulary_rows
 from kubedistill_trainer.teacher.errors import StreamDamaged
 from kubedistill_trainer.teacher.learn import learn
-from kubedistill_trainer.teacher.manifest import read_layout
-from kubedistill_trainer.teacher.text_manifest import TextIdentity, TextManifest
+from kubedistill_trainer.teacher.text_manifest import TextIdentity
 from kubedistill_trainer.teacher.text_reader import read_text
 from kubedistill_trainer.teacher.text_request import (
     USER,
@@ -40,7 +39,7 @@ from kubedistill_trainer.teacher.text_request import (
     teacher_template,
     text_identity,
 )
-from kubedistill_trainer.teacher.text_view import StreamView
+from kubedistill_trainer.teacher.text_view import open_view
 from kubedistill_trainer.teacher.thought import Thought, written
 
 _PROBE = Thought("what was thought", "what was said")
@@ -266,12 +265,9 @@ def _taught(
 
     Shards that are missing or damaged are asked for again.
     """
-    manifest = read_layout(context.storage, identity, TextManifest)
-    if manifest is None:
+    view = open_view(context.storage, identity)
+    if view is None:
         return None
-    view = StreamView(context.storage, manifest)
-    view.refresh()
-    view.refresh_repairs()
     view.ask_for_missing()
     if not view.ended or view.damaged:
         return None

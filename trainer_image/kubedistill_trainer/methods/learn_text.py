@@ -18,11 +18,9 @@ from kubedistill_trainer.failures import InputsRefused
 from kubedistill_trainer.methods.signal import NoTeacher
 from kubedistill_trainer.teacher.errors import StreamDamaged
 from kubedistill_trainer.teacher.learn import TaughtText, learn, status_of
-from kubedistill_trainer.teacher.manifest import read_layout
-from kubedistill_trainer.teacher.text_manifest import TextManifest
 from kubedistill_trainer.teacher.text_reader import read_text, wait_for_text
 from kubedistill_trainer.teacher.text_request import text_identity
-from kubedistill_trainer.teacher.text_view import StreamView
+from kubedistill_trainer.teacher.text_view import open_view
 
 _log = logging.getLogger(__name__)
 
@@ -42,12 +40,9 @@ def text_there(context: Context) -> Dataset | None:
     run = context.run
     prompts = read_prompts(run.spec.data, context.open_store)
     identity = text_identity(run, prompts, context.open_store)
-    manifest = read_layout(context.storage, identity, TextManifest)
-    if manifest is None:
+    view = open_view(context.storage, identity)
+    if view is None:
         return None
-    view = StreamView(context.storage, manifest)
-    view.refresh()
-    view.refresh_repairs()
     if not view.ended or view.damaged:
         return None
     try:

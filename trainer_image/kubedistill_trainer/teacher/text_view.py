@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from kubedistill_api.teacher import Endpoint, Price
 
 from kubedistill_trainer.store.client import Store
+from kubedistill_trainer.teacher.manifest import read_layout
 from kubedistill_trainer.teacher.partition_log import LogRecord, PartitionLog, TextShard
 from kubedistill_trainer.teacher.repairs import Repairs
 from kubedistill_trainer.teacher.tab import Paid, paid_beside
-from kubedistill_trainer.teacher.text_manifest import TextManifest
+from kubedistill_trainer.teacher.text_manifest import TextIdentity, TextManifest
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,15 @@ class StreamView:
             size_bytes=sum(shard.size_bytes for _, shard in self.shards()),
             beside=self._beside,
         )
+
+
+def open_view(store: Store, identity: TextIdentity) -> StreamView | None:
+    """What is committed of a stream, repairs included; None before its first writer came. `store` is
+    rooted at the storage URI."""
+    manifest = read_layout(store, identity, TextManifest)
+    if manifest is None:
+        return None
+    view = StreamView(store, manifest)
+    view.refresh()
+    view.refresh_repairs()
+    return view
