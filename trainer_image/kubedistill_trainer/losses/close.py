@@ -27,8 +27,9 @@ from kubedistill_trainer.losses.types import Divergence
 
 GREATEST = 1 / 8
 """Of |s|. The terms from s⁹ on are then below 1e-6 of the first."""
-CLOSE = 5e-3
-"""Of KL(p ‖ q). Above it the sum as it is written in `divergence.py` keeps its digits."""
+CLOSE, CLOSE_MIXED = 1e-4, 1e-3
+"""Of KL(p ‖ q), where D is plain KL(p ‖ q) and where not. Above it the sum as it is written in
+`divergence.py` keeps its digits: it has fewer where a divergence is a small part of KL(p ‖ q)."""
 _DEGREE = 8
 
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kubedistill_trainer.losses.close import CLOSE, close_divergence
+from kubedistill_trainer.losses.close import CLOSE, CLOSE_MIXED, close_divergence
 from kubedistill_trainer.losses.types import Divergence
 
 LEAST_LOG_RATIO, GREATEST_LOG_RATIO = -40.0, 80.0
@@ -127,7 +127,7 @@ def dense_divergence(
     slope_RV.addcmul_(sum_RV, total_R1 * p_unit_R1 / -2)
     value_R1 = kl_R1 = p_unit_R1 * (kl_R1 + total_R1)
     near = None
-    if float(kl_R1.max()) < CLOSE:
+    if float(kl_R1.max()) < (CLOSE if plain else CLOSE_MIXED):
         near = close_divergence(slope_RV, sum_RV, divergence)
     if not plain:
         value_R1 = _mixed(half_RV, kl_R1, total_R1, divergence, scratch, work_RV)
@@ -172,13 +172,16 @@ def _log_z(x_RV: Tensor, q_RV: Tensor) -> Tensor:
 
 
 def _centred(x_RV: Tensor, q_RV: Tensor, top_R1: Tensor, work_RV: Tensor, out_RV: Tensor) -> Tensor:
-    """out_RV = Σ q x − x, and Σ q x [R, 1] (fp64), as `buckets.centred`. work_RV is overwritten;
-    out_RV may be x_RV."""
-    x_top_R1 = x_RV.gather(-1, top_R1)
-    torch.sub(x_RV, x_top_R1, out=out_RV)
+    """out_RV = Σ q x − x as `buckets.centred`, and Σ q x [R, 1] (fp64). work_RV is overwritten; out_RV
+    may be x_RV.
+
+    The sum that is returned is of x itself: small where x is, which x less its value at the top is not.
+    """
+    value_R1 = torch.mul(q_RV, x_RV, out=work_RV).sum(-1, keepdim=True).double()
+    torch.sub(x_RV, x_RV.gather(-1, top_R1), out=out_RV)
     mean_R1 = torch.mul(q_RV, out_RV, out=work_RV).sum(-1, keepdim=True)
     torch.sub(mean_R1, out_RV, out=out_RV)
-    return x_top_R1.double() + mean_R1.double()
+    return value_R1
 
 
 def _mixed(

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from kubedistill_trainer.losses.buckets import centred, of_buckets, teacher_buckets
-from kubedistill_trainer.losses.close import CLOSE, GREATEST, series, shifted_away
+from kubedistill_trainer.losses.close import CLOSE_MIXED, GREATEST, series, shifted_away
 from kubedistill_trainer.losses.divergence import GREATEST_LOG_RATIO, TINY, jsd_origin
 from kubedistill_trainer.losses.types import (
     Divergence,
@@ -186,7 +186,7 @@ def _dense(
         slope = slope + divergence.jsd * (1 - beta) * q * centred(log_m_q, q, top)[1]
     near = ((p + q) * series(s, divergence)).sum(-1).double()
     near = near - shifted_away(total.squeeze(-1), divergence)
-    holds = (s.abs().amax(-1) < GREATEST) & (kl < CLOSE)
+    holds = (s.abs().amax(-1) < GREATEST) & (kl < CLOSE_MIXED)
     return torch.where(holds, near, value), slope
 
 
