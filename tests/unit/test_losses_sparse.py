@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kubedistill_trainer.losses import TeacherHidden, TeacherSparse, distillation_loss
+from kubedistill_trainer.losses import Divergence, TeacherHidden, TeacherSparse, distillation_loss
+from kubedistill_trainer.losses.buckets import of_buckets
 from torch import Tensor
 from unit.test_losses_kit import TEMPERATURES, case, error, evaluate, sparse_of
 
@@ -100,3 +101,15 @@ def test_a_grid_of_normalisers_is_refused() -> None:
     grid = TeacherSparse(kept.ids_NK, kept.logprobs_NK, kept.log_z_N[:, None])
     with pytest.raises(ValueError, match="log_z_N: shape"):
         evaluate(c, grid, temperature=1.0, soft_weight=0.5)
+
+
+@pytest.mark.parametrize("divergence", [Divergence(0, 1), Divergence(0, 0, 1)])
+def test_a_student_sure_of_what_the_teacher_excludes_has_the_little_gradient_that_is_left(
+    divergence: Divergence,
+) -> None:
+    """e^-60 and less, of which the likeliest bucket's is what the others add up to."""
+    log_q = torch.tensor([[90.0, 30.0, 0.0, 20.0]]).double().log_softmax(-1)
+    log_p = torch.tensor([[0.0, 3.0, 90.0, 1.0]]).double().log_softmax(-1)
+    slope = of_buckets(log_p, log_q, divergence)[1]
+    assert 0 < float(slope.abs().max()) < 1e-20
+    assert float(slope.sum().abs()) < 1e-10 * float(slope.abs().max())

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kubedistill_trainer.losses.divergence import GREATEST_LOG_RATIO
 from kubedistill_trainer.losses.types import Divergence, TeacherSparse
+
+_UNKNOWN = -40.0
+"""log p − log q of a bucket without teacher mass."""
+_GREATEST = 700.0
+"""e^700 is finite in fp64."""
 
 
 def of_buckets(log_p_RB: Tensor, log_q_RB: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
@@ -22,19 +26,32 @@ def of_buckets(log_p_RB: Tensor, log_q_RB: Tensor, divergence: Divergence) -> tu
     if divergence.is_forward_kl:
         return value_R, slope
     value_R, slope = divergence.forward * value_R, divergence.forward * slope
-    d = torch.where(log_p_RB == float("-inf"), -GREATEST_LOG_RATIO, log_p_RB - log_q_RB)
+    d = torch.where(log_p_RB == float("-inf"), _UNKNOWN, log_p_RB - log_q_RB)
+    top_R1 = q.argmax(-1, keepdim=True)
     if divergence.reverse:
-        mean_R1 = (q * d).sum(-1, keepdim=True)
+        mean_R1, away = centred(d, q, top_R1)
         value_R -= divergence.reverse * mean_R1.squeeze(-1)
-        slope += divergence.reverse * q * (mean_R1 - d)
+        slope += divergence.reverse * q * away
     if divergence.jsd:
-        d = d.clamp_max(GREATEST_LOG_RATIO)  # e^d is finite; the term is p · log 1/β beyond it
+        d = d.clamp_max(_GREATEST)  # e^d is finite; the term is p · log 1/β beyond it
         beta, log_m_q = divergence.beta, torch.log1p(divergence.beta * torch.expm1(d))
-        mean_R1 = (q * log_m_q).sum(-1, keepdim=True)
         teacher_R = (p * (d - log_m_q)).sum(-1)
+        mean_R1, away = centred(log_m_q, q, top_R1)
         value_R += divergence.jsd * (beta * teacher_R - (1 - beta) * mean_R1.squeeze(-1))
-        slope += divergence.jsd * (1 - beta) * q * (mean_R1 - log_m_q)
+        slope += divergence.jsd * (1 - beta) * q * away
     return value_R, slope
+
+
+def centred(x: Tensor, q: Tensor, top_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ q x [R, 1] and Σ q x − x [R, B]; top_R1: places of the greatest q.
+
+    A student that is sure of a token has Σ q x ≈ x there, and their difference is of the size of what
+    q leaves to all others: lost, unless x is counted from its value at that place.
+    """
+    x_top_R1 = x.gather(-1, top_R1)
+    away = x - x_top_R1
+    mean_R1 = (q * away).sum(-1, keepdim=True)
+    return x_top_R1 + mean_R1, mean_R1 - away
 
 
 def teacher_buckets(teacher: TeacherSparse, temperature: float) -> tuple[Tensor, Tensor]:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from kubedistill_trainer.losses.buckets import of_buckets, teacher_buckets
-from kubedistill_trainer.losses.divergence import normalise, softmax, tempered
+from kubedistill_trainer.losses.divergence import TINY, Softmax, normalise, tempered
 from kubedistill_trainer.losses.types import Divergence, TeacherSampled, TeacherSparse
 
-_TINY = 1e-30
-"""Below it a probability in fp32 loses digits, and then vanishes."""
-_LOG_TINY = math.log(_TINY)
+_LOG_TINY = math.log(TINY)
+_FLAT = 1.0
+"""Greatest less least u, below which a student counts as all but uniform."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,13 @@ class _Tokens:
     """What is known of the tokens that a cache names before any pass over the vocabulary.
 
     It is made for many rows at once: an operator on [R, K] costs as much for five rows as for
-    hundreds, and there are dozens of them. ids_RK; u_RK (fp64): the student's u there; top_R1 and
-    u_top_R1 (fp64): id and u of the likeliest of them.
+    hundreds, and there are dozens of them. ids_RK; u_RK (fp64): the student's u there; place_R1,
+    top_R1 and u_top_R1 (fp64): place, id and u of the likeliest of them.
     """
 
     ids_RK: Tensor
     u_RK: Tensor
+    place_R1: Tensor
     top_R1: Tensor
     u_top_R1: Tensor
 
@@ -77,10 +78,10 @@ class SparseTokens(_Tokens):
         return cls(*_student(teacher.ids_NK, u_RK), log_p, log_kept_R1)
 
 
-def _student(ids_RK: Tensor, u_RK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _student(ids_RK: Tensor, u_RK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     u_RK = u_RK.double()
     u_top_R1, place_R1 = u_RK.max(-1, keepdim=True)
-    return ids_RK, u_RK, ids_RK.gather(-1, place_R1), u_top_R1
+    return ids_RK, u_RK, place_R1, ids_RK.gather(-1, place_R1), u_top_R1
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class SoftTerm:
     unit_R1: Tensor
     ids_RK: Tensor
     add_RK: Tensor
-    kept_RK: Tensor | None
+    kept_RK: Tensor
 
 
 def log_normaliser(
@@ -109,7 +110,7 @@ def log_normaliser(
     Where that underflowed, from the greatest entry of the row, which takes two passes to find.
     """
     q_R1 = q_RV.gather(-1, top_R1)
-    if float(q_R1.min()) < _TINY:
+    if float(q_R1.min()) < TINY:
         u_top_R1 = z_RV.amax(-1, keepdim=True) * (1 / temperature)
         q_R1 = q_RV.amax(-1, keepdim=True)
     return u_top_R1.double() - q_R1.double().log()
@@ -120,13 +121,15 @@ def sampled_kl(z_RV: Tensor, tokens: SampledTokens, temperature: float, out_RV: 
 
     Its gradient q − p̂ is unbiased, as p̂ enters linearly; its value is not: of p̂'s own entropy.
     """
-    unit_R1 = softmax(tempered(z_RV, temperature, out_RV), out_RV).double()
+    torch.softmax(tempered(z_RV, temperature, out_RV), -1, out=out_RV)
     log_z_R1 = log_normaliser(z_RV, temperature, out_RV, tokens.top_R1, tokens.u_top_R1)
-    log_z_R1 -= unit_R1.log()
+    q = Softmax.apart(out_RV, tokens.top_R1)
+    log_z_R1 -= q.unit_R1.log()
     share_RK, log_q_RK = tokens.share_RK, tokens.u_RK - log_z_R1
     value_R = (torch.xlogy(share_RK, share_RK) - share_RK * log_q_RK).sum(-1)
+    kept_RK = torch.zeros_like(share_RK).scatter_(-1, tokens.place_R1, 1 - q.rest_R1)
     return SoftTerm(
-        value_R, log_z_R1, out_RV, unit_R1, unit_R1, tokens.ids_RK, share_RK.neg(), None
+        value_R, log_z_R1, out_RV, q.unit_R1, q.unit_R1, tokens.ids_RK, kept_RK - share_RK, kept_RK
     )
 
 
@@ -173,6 +176,8 @@ def sparse_divergence(
         u_RV = tempered(z_RV, temperature, torch.empty_like(z_RV))
         log_tail_R1 = normalise(u_RV.scatter(-1, ids_RK, float("-inf")), out_RV)
         log_base_R1 = torch.zeros_like(log_tail_R1)
+    elif float((tokens.u_top_R1 - log_z_R1).max()) < _FLAT - math.log(z_RV.shape[-1]):
+        log_tail_R1 = _flat_tail(z_RV, ids_RK, temperature, log_tail_R1)
     # Once more, of the buckets: then what rounding did to the tail's sum is divided out of q_t.
     log_z_R1 = torch.logaddexp(tokens.log_kept_R1, log_tail_R1)
     log_q = torch.cat([tokens.u_RK, log_tail_R1], -1) - log_z_R1
@@ -183,3 +188,18 @@ def sparse_divergence(
         value_R, log_z_R1, out_RV, slope[:, count:] / base_R1, q[:, count:] / base_R1,
         ids_RK, slope[:, :count], q[:, :count],
     )  # fmt: skip
+
+
+def _flat_tail(z_RV: Tensor, ids_RK: Tensor, temperature: float, log_tail_R1: Tensor) -> Tensor:
+    """The same log Σ_{v ∉ K} e^{u_v} as log_tail_R1, to more digits where u all but has one value.
+
+    The divergence of such a student from such a teacher is of second order in u's spread, its gradient
+    of first order: e^u in fp32 has no more than a few digits of it, e^(u − max) − 1 has all.
+    """
+    u_RV = z_RV * (1 / temperature)
+    least_R, most_R = torch.aminmax(u_RV, dim=-1)
+    most_R1 = most_R[:, None]
+    above_RV = u_RV.sub_(most_R1).expm1_().scatter_(-1, ids_RK, 0.0)
+    count = z_RV.shape[-1] - ids_RK.shape[-1]
+    flat_R1 = most_R1 + (count + above_RV.sum(-1, keepdim=True, dtype=torch.float64)).log()
+    return torch.where((most_R - least_R < _FLAT)[:, None], flat_R1, log_tail_R1)

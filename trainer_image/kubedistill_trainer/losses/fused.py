@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
-from kubedistill_trainer.losses.buckets import of_buckets, teacher_buckets
-from kubedistill_trainer.losses.divergence import GREATEST_LOG_RATIO, centred
+from kubedistill_trainer.losses.buckets import centred, of_buckets, teacher_buckets
+from kubedistill_trainer.losses.close import CLOSE_MIXED, GREATEST, series, shifted_away
+from kubedistill_trainer.losses.divergence import GREATEST_LOG_RATIO, TINY, jsd_origin
 from kubedistill_trainer.losses.types import (
     Divergence,
     Objective,
@@ -110,18 +111,18 @@ def fused_chunk(
     grad = torch.zeros_like(z)
     if teacher:
         if len(teacher) == 1:
-            soft_C, slope = _dense(z / T, _capped(teacher[0].to(wide), caps[1]) / T, divergence)
+            t = _capped(teacher[0].to(wide), caps[1])
+            soft_C, slope = _dense(z, t, T, divergence)
         elif len(teacher) == 2:
-            soft_C, slope = _sampled(z / T, *teacher)
+            soft_C, slope = _sampled(_below(z, T), *teacher)
         else:
-            soft_C, slope = _sparse(z / T, TeacherSparse(*teacher), T, divergence)
+            soft_C, slope = _sparse(_below(z, T), TeacherSparse(*teacher), T, divergence)
         soft = T * T * soft_C.sum()
         grad = w * T * slope
     if w < 1:
-        log_q = torch.log_softmax(z, -1)
-        hard = -log_q.gather(-1, labels_C1).double().sum()
-        ones = torch.ones_like(labels_C1, dtype=wide)
-        grad = grad + (1 - w) * log_q.exp().scatter_add(-1, labels_C1, -ones)
+        others, rest_C1, minus_log_C1 = _apart(_below(z, 1), labels_C1)
+        hard = minus_log_C1.double().sum()
+        grad = grad + (1 - w) * torch.where(_at(labels_C1, z), -rest_C1, others)
     if scale is not None:
         if caps[0] is not None:
             # d(cap · tanh(x / cap)) / dx, which 1 − tanh² would lose where the cap holds.
@@ -134,36 +135,71 @@ def _capped(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def _dense(u: Tensor, t: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+def _below(x: Tensor, temperature: float) -> Tensor:
+    return (x - x.amax(-1, keepdim=True)) / temperature
+
+
+def _at(token_C1: Tensor, like: Tensor) -> Tensor:
+    """[C, V]: whether a column is that of the row's token."""
+    return torch.arange(like.shape[-1], device=like.device) == token_C1
+
+
+def _apart(x: Tensor, token_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(x) [C, V] with 0 at one token, what it adds up to, and −log of the token's own [C, 1];
+    x ≤ 0. See `divergence.Softmax`."""
+    own = x.gather(-1, token_C1)
+    others = torch.where(_at(token_C1, x), 0.0, x.exp())
+    rest = others.sum(-1, keepdim=True)
+    total = rest + own.exp()
+    minus_log = torch.where(own.exp() < TINY, total.log() - own, torch.log1p(rest / own.exp()))
+    return others / total, rest / total, minus_log
+
+
+def _dense(
+    z: Tensor, t: Tensor, temperature: float, divergence: Divergence
+) -> tuple[Tensor, Tensor]:
     """D [C] (fp64) and ∂D/∂u [C, V]; the formulas are those of `divergence.py`."""
-    log_p, log_q = torch.log_softmax(t, -1), torch.log_softmax(u, -1)
-    p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
-    value = torch.zeros_like(p[:, 0], dtype=torch.float64)
-    slope = torch.zeros_like(p)
-    if divergence.forward:
-        value = value + divergence.forward * (p * d - p + q).sum(-1).double()
-        slope = slope + divergence.forward * (q - p)
+    x, y = _below(t, temperature), _below(z, temperature)
+    log_zp, log_zq = x.logsumexp(-1, keepdim=True), y.logsumexp(-1, keepdim=True)
+    p, q = (x - log_zp).exp(), (y - log_zq).exp()
+    between = t.amax(-1, keepdim=True).double() - z.amax(-1, keepdim=True).double()
+    offset = (between / temperature + log_zp.double() - log_zq.double()).to(z.dtype)
+    half = ((z - t) / temperature + offset) / 2
+    s = torch.tanh(half)
+    plain = (p + q) * s
+    total = plain.sum(-1, keepdim=True)
+    kl = (plain - 2 * p * half).sum(-1).double()
+    value = divergence.forward * kl
+    slope = divergence.forward * (plain - (p + q) * total / 2)
+    top = q.argmax(-1, keepdim=True)
     if divergence.reverse:
-        value = value + divergence.reverse * (p - q - q * d).sum(-1).double()
-        slope = slope + divergence.reverse * q * centred(d, q, q.argmax(-1, keepdim=True))[1]
+        value = value + divergence.reverse * (2 * q * half - plain).sum(-1).double()
+        slope = slope - 2 * divergence.reverse * q * centred(half, q, top)[1]
     if divergence.jsd:
-        beta, d = divergence.beta, d.clamp(max=GREATEST_LOG_RATIO)
-        log_m_q = torch.log1p(beta * torch.expm1(d))
+        beta = divergence.beta
+        d0, k, l0 = jsd_origin(half.gather(-1, top) * -2, beta)
+        d = (-2 * half - d0).clamp(max=GREATEST_LOG_RATIO)
+        log_m_q = torch.log1p(k * torch.expm1(d))
         terms = beta * p * (d - log_m_q) - (1 - beta) * q * log_m_q
-        value = value + divergence.jsd * terms.sum(-1).double()
-        slope = (
-            slope
-            + divergence.jsd * (1 - beta) * q * (centred(log_m_q, q, q.argmax(-1, keepdim=True))[1])
-        )
-    return value, slope
+        jsd = terms.sum(-1).double() + (beta * d0.double() - l0).squeeze(-1)
+        value = value + divergence.jsd * jsd
+        slope = slope + divergence.jsd * (1 - beta) * q * centred(log_m_q, q, top)[1]
+    near = ((p + q) * series(s, divergence)).sum(-1).double()
+    near = near - shifted_away(total.squeeze(-1), divergence)
+    holds = (s.abs().amax(-1) < GREATEST) & (kl < CLOSE_MIXED)
+    return torch.where(holds, near, value), slope
 
 
 def _sampled(u: Tensor, ids_CK: Tensor, shares_CK: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p̂ ‖ q), p̂ the shares of the draws."""
-    log_q = torch.log_softmax(u, -1)
+    kept = u.gather(-1, ids_CK).double()
+    own, place = kept.max(-1, keepdim=True)
+    others, rest, minus_log = _apart(u, ids_CK.gather(-1, place))
     share = shares_CK.double()
-    value = (torch.xlogy(share, share) - share * log_q.gather(-1, ids_CK).double()).sum(-1)
-    return value, log_q.exp().scatter_add(-1, ids_CK, -shares_CK.to(u.dtype))
+    log_q = kept - own - minus_log.double()
+    value = (torch.xlogy(share, share) - share * log_q).sum(-1)
+    add = (-share).scatter_add(-1, place, 1 - rest.double())
+    return value, others.scatter_add(-1, ids_CK, add.to(u.dtype))
 
 
 def _sparse(
@@ -179,7 +215,12 @@ def _sparse(
     rest = u.scatter(-1, ids, float("-inf"))
     # Two numbers: a log Z of a hundred has no more than five digits behind the point in fp32.
     top = rest.amax(-1, keepdim=True)
-    log_tail = top.double() + (rest - top).logsumexp(-1, keepdim=True).double()
+    total = (rest - top).exp().sum(-1, keepdim=True).double()
+    # As `cached._flat_tail`, where the tail all but has one value.
+    count = u.shape[-1] - ids.shape[-1]
+    above = torch.where(rest == float("-inf"), 0.0, torch.expm1(rest - top))
+    flat = count + above.sum(-1, keepdim=True).double()
+    log_tail = top.double() + torch.where(total > count / 2, flat, total).log()
     joint = torch.log_softmax(torch.cat([kept, log_tail], -1), -1)
     value, slope = of_buckets(torch.cat([log_p, log_p_tail], -1), joint, divergence)
     slope = slope.to(u.dtype)

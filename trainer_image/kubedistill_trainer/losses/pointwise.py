@@ -15,7 +15,7 @@ from kubedistill_trainer.losses.cached import (
     sampled_kl,
     sparse_divergence,
 )
-from kubedistill_trainer.losses.divergence import Scratch, dense_divergence, softmax
+from kubedistill_trainer.losses.divergence import Scratch, Softmax, dense_divergence
 from kubedistill_trainer.losses.types import (
     Objective,
     Teacher,
@@ -119,25 +119,25 @@ class Pointwise:
             # cap holds, and after the cap nobody knows x.
             slope_RV = wide_RV.div(cap).cosh_().square_().reciprocal_()
             _capped(wide_RV, cap)
-        soft, soft_R = None, None
+        soft, soft_R, unit_R1 = None, None, None
         if isinstance(self._teacher, TeacherHidden):
             t_RV = _capped(_widened(t_RV, self._teacher_RV), self._teacher.softcap)
-            soft_R = self._dense(wide_RV, t_RV, scratch)
+            soft_R, unit_R1 = self._dense(wide_RV, t_RV, scratch)
         elif tokens is not None:
             soft = self._cached(wide_RV, tokens, scratch)
             soft_R = soft.value_R
-        log_z_R1, unit_R1 = None, None
+        log_z_R1, q = None, None
         if self._hard:
-            log_z_R1, unit_R1 = self._cross_entropy(wide_RV, labels_R1, z_label_R1, soft, scratch)
+            log_z_R1, q = self._cross_entropy(wide_RV, labels_R1, z_label_R1, soft, scratch)
         if self._scale is not None:
-            self._write_gradient(wide_RV, labels_R1, soft, unit_R1, scratch)
+            self._write_gradient(wide_RV, labels_R1, soft, unit_R1, q, scratch)
             if cap is not None:
                 wide_RV.mul_(slope_RV)
             if wide_RV.dtype != z_RV.dtype:
                 z_RV.copy_(wide_RV)
         return soft_R, log_z_R1
 
-    def _dense(self, z_RV: Tensor, t_RV: Tensor, scratch: Scratch) -> Tensor:
+    def _dense(self, z_RV: Tensor, t_RV: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
         T, max_R1 = self._objective.temperature, z_RV.amax(-1, keepdim=True)
         return dense_divergence(z_RV, max_R1, t_RV, T, self._objective.divergence, scratch)
 
@@ -158,20 +158,20 @@ class Pointwise:
         z_label_R1: Tensor,
         soft: SoftTerm | None,
         scratch: Scratch,
-    ) -> tuple[Tensor, Tensor | None]:
-        """log Z [R, 1], and the factor that makes `scratch.b_RV` softmax(z), None where it is that.
+    ) -> tuple[Tensor, Softmax | None]:
+        """log Z [R, 1], and softmax(z) in `scratch.b_RV`.
 
         At T = 1 a cached teacher's `soft` has all that is needed.
         """
-        q_RV, T = scratch.b_RV, self._objective.temperature
+        T = self._objective.temperature
         if soft is not None and T == 1:
             return soft.log_z_R1, None
-        if T == 1 and isinstance(self._teacher, TeacherHidden):
-            # dense_divergence has left it there.
-            return log_normaliser(z_RV, 1, q_RV, labels_R1, z_label_R1), None
-        unit_R1 = softmax(z_RV, q_RV)
-        log_z_R1 = log_normaliser(z_RV, 1, q_RV, labels_R1, z_label_R1)
-        return log_z_R1 - unit_R1.double().log(), unit_R1
+        if T != 1 or not isinstance(self._teacher, TeacherHidden):
+            torch.softmax(z_RV, -1, out=scratch.b_RV)
+        # Else dense_divergence has left it there.
+        log_z_R1 = log_normaliser(z_RV, 1, scratch.b_RV, labels_R1, z_label_R1)
+        q = Softmax.apart(scratch.b_RV, labels_R1)
+        return log_z_R1 - q.unit_R1.log(), q
 
     def _write_gradient(
         self,
@@ -179,38 +179,49 @@ class Pointwise:
         labels_R1: Tensor,
         soft: SoftTerm | None,
         unit_R1: Tensor | None,
+        q: Softmax | None,
         scratch: Scratch,
     ) -> None:
-        """out_RV = scale · (w · T · ∂D/∂u + (1 − w) · ∂CE/∂z)."""
+        """out_RV = scale · (w · T · ∂D/∂u + (1 − w) · ∂CE/∂z). `unit_R1`: of a dense teacher's ∂D/∂u.
+
+        At the label softmax(z) − 1 is made from what all others have: in fp32 nothing is left of it
+        where a student is sure of the label.
+        """
         assert self._scale is not None
         w, T = self._objective.soft_weight, self._objective.temperature
         soft_scale, hard_scale = self._scale * w * T, self._scale * (1 - w)
-        shared = soft is not None and T == 1
+        label_R1 = torch.full_like(labels_R1, -hard_scale, dtype=torch.float64)
         if soft is not None:
             factor_R1, add_RK = soft_scale * soft.factor_R1, soft_scale * soft.add_RK
-            if shared and self._hard:
+            if q is None and self._hard:
                 factor_R1 += hard_scale * soft.unit_R1
-                if soft.kept_RK is not None:
-                    add_RK += hard_scale * soft.kept_RK
+                named_RK = _first(soft.ids_RK == labels_R1)
+                add_RK += hard_scale * (soft.kept_RK - named_RK)
+                label_R1 *= 1 - named_RK.sum(-1, keepdim=True)
             torch.mul(soft.base_RV, factor_R1.to(out_RV.dtype), out=out_RV)
             out_RV.scatter_add_(-1, soft.ids_RK, add_RK.to(out_RV.dtype))
-        elif self._teacher is not None:
-            torch.mul(scratch.c_RV, soft_scale, out=out_RV)
+        elif unit_R1 is not None:
+            torch.mul(scratch.c_RV, soft_scale * unit_R1, out=out_RV)
         if not self._hard:
             return
-        if unit_R1 is None:
-            if not shared:
-                out_RV.add_(scratch.b_RV, alpha=hard_scale)
-        elif self._teacher is None:
-            torch.mul(scratch.b_RV, hard_scale * unit_R1, out=out_RV)
-        else:
-            out_RV.addcmul_(scratch.b_RV, hard_scale * unit_R1)
-        out_RV.scatter_add_(-1, labels_R1, out_RV.new_full(labels_R1.shape, -hard_scale))
+        if q is not None:
+            factor_R1 = (hard_scale * q.unit_R1).to(out_RV.dtype)
+            if self._teacher is None:
+                torch.mul(scratch.b_RV, factor_R1, out=out_RV)
+            else:
+                out_RV.addcmul_(scratch.b_RV, factor_R1)
+            label_R1 = -hard_scale * q.rest_R1
+        out_RV.scatter_add_(-1, labels_R1, label_R1.to(out_RV.dtype))
 
 
 def _widened(x_RV: Tensor, buffer_RV: Tensor | None) -> Tensor:
     """Logits in the wide type: as they are, unless there is a buffer for the wide type."""
     return x_RV if buffer_RV is None else buffer_RV[: len(x_RV)].copy_(x_RV)
+
+
+def _first(found_RK: Tensor) -> Tensor:
+    """1 (fp64) at the first True of each row: a cache of draws may name a token twice."""
+    return (found_RK & (found_RK.cumsum(-1) == 1)).double()
 
 
 def _capped(x_RV: Tensor, softcap: float | None) -> Tensor:

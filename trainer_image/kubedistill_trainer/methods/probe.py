@@ -144,8 +144,10 @@ class Compared:
         """∂D/∂u for teacher logits, which stay as they are."""
         scratch = _scratch(self.student)
         top = self.student.amax(-1, keepdim=True)
-        dense_divergence(self.student, top, teacher.clone(), temperature, divergence, scratch)
-        return scratch.c_RV
+        _, unit = dense_divergence(
+            self.student, top, teacher.clone(), temperature, divergence, scratch
+        )
+        return scratch.c_RV.mul_(unit)
 
     def sparse(self, kept: Sparse, temperature: float, divergence: Divergence) -> Tensor:
         """∂D/∂u for a Sparse payload of the whole sequence."""
