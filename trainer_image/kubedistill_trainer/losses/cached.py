@@ -22,8 +22,9 @@ from kubedistill_trainer.losses.divergence import TINY, Softmax, normalise, temp
 from kubedistill_trainer.losses.types import Divergence, TeacherSampled, TeacherSparse
 
 _LOG_TINY = math.log(TINY)
-_FLAT = 1.0
-"""Greatest less least u, below which a student counts as all but uniform."""
+_FLAT = 0.25
+"""Greatest less least u, below which a student counts as all but uniform. Above it the sum of e^u has the
+digits, and a fresh student at T = 4, whose u is not far above it, is spared the passes."""
 
 
 @dataclass(frozen=True)
