@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import data_kit
 import pytest
 import torch
+from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.runspec import ResolvedModel, RunSpec
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.exporter import ProgressBoard
-from kubedistill_trainer.failures import InputsRefused
+from kubedistill_trainer.failures import InputsRefused, RunFailure
 from kubedistill_trainer.methods import held_out, own_teacher
 from kubedistill_trainer.methods.held_out import NotComparable, held_out_teacher
 from kubedistill_trainer.methods.learn_text import text_there
@@ -145,6 +147,40 @@ def test_the_preflight_starts_the_teacher_for_it_alone(store: Store, tmp_path: P
     teach(context)
     resolved = run_preflight(context).resolved
     assert resolved is not None and resolved.stream_complete
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "tries"),
+    [(AttributeError("no decoder"), False, 3), (torch.OutOfMemoryError("full"), False, 3),
+     (RunFailure(ExitCode.OUT_OF_MEMORY, "split"), True, 3),
+     (RunFailure(ExitCode.INTERRUPTED, "stop"), True, 5)],
+)  # fmt: skip
+def test_states_that_cannot_be_written_cost_no_job(
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    raised: bool,
+    tries: int,
+) -> None:
+    context = context_of(job(store, tmp_path), store, tmp_path)
+    tried: list[int] = []
+
+    def fails(*arguments: Any) -> Any:
+        tried.append(1)
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(held_out, "teacher_outputs", fails)
+        for _ in range(5):
+            with pytest.raises(RunFailure) if raised and len(tried) < tries else nullcontext():
+                teach(context)
+    assert len(tried) == tries
+    resolved = run_preflight(context).resolved
+    given_up = tries == 3
+    assert resolved is not None and resolved.stream_complete == given_up
+    with pytest.raises(NotComparable, match="has not written its states"):
+        held_out_teacher(context, learnt(context), torch.device("cpu"))
 
 
 def test_another_split_is_another_stream(store: Store, tmp_path: Path) -> None:

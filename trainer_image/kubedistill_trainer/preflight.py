@@ -126,10 +126,10 @@ def _text_complete(context: Context, text: TextChecked) -> bool:
     if dataset is None or _has_to_measure(context, text.tokenizer):
         return False
     with quiet_collector():
-        from kubedistill_trainer.methods.held_out import NotComparable, held_out
+        from kubedistill_trainer.methods.held_out import NotComparable, held_out, is_settled
 
     try:
-        return is_whole(context.storage, held_out(context, dataset).identity, ask=True)
+        return is_settled(context.storage, held_out(context, dataset))
     except NotComparable:
         return True
 

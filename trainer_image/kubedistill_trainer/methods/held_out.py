@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.status import TeacherStreamStatus
 from torch import Tensor
 
@@ -26,11 +27,13 @@ from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.data.template import ChatTemplate, Unrenderable
 from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
 from kubedistill_trainer.evaluation.speak import Tick
+from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.methods.generate import teacher_outputs
 from kubedistill_trainer.methods.learn_text import text_there
 from kubedistill_trainer.methods.signal import Ids, StreamTeacher, TeacherBatch
 from kubedistill_trainer.models.folder import read_config
-from kubedistill_trainer.store.errors import StoreError
+from kubedistill_trainer.store import Store
+from kubedistill_trainer.store.errors import NotFound, StoreError
 from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.errors import StreamError
 from kubedistill_trainer.teacher.head import load_head, publish_head
@@ -47,6 +50,7 @@ _log = logging.getLogger(__name__)
 _TALK = (Message("user", "What is it?"), Message("assistant", "It is this."))
 _TALKS = (_TALK, (Message("system", "Be brief."), *_TALK), _TALK * 2)
 _PARTITION = 0
+_TRIES, _MOST_TRIES = "tries", 3
 _STALL_SECONDS = 60.0
 """A stream that is whole needs no teacher: what stalls is the store."""
 
@@ -114,25 +118,60 @@ def held_out(context: Context, dataset: Dataset) -> HeldOut:
     return HeldOut(part, identity_of(HiddenSpec(), part, digest, config), config)
 
 
+def is_settled(store: Store, wanted: HeldOut) -> bool:
+    """Whether no teacher is needed: its states are there, or were given up. `store` is rooted at the
+    storage URI."""
+    if is_whole(store, wanted.identity, ask=True):
+        return True
+    return _tries(store.child(wanted.identity.address)) >= _MOST_TRIES
+
+
 def write_held_out(context: Context, model: Callable[[], Any], tick: Tick) -> None:
     """In a teacher's pod: write the stream, where all answers are there and it is not.
 
-    `model` gives the teacher, and is called where it is needed.
+    `model` gives the teacher, and is called where it is needed. The answers are worth more than
+    this: what fails costs the figures only, and after `_MOST_TRIES` nobody tries again. RunFailure
+    where the pod is to stop, or a split teacher's processes are out of step.
     """
-    there = text_there(context)
-    if there is None:
-        return
     try:
-        wanted = held_out(context, there)
+        there = text_there(context)
+        wanted = None if there is None else held_out(context, there)
+        if wanted is None or is_settled(context.storage, wanted):
+            return
+        stream = context.storage.child(wanted.identity.address)
+        tries = _tries(stream)
+        stream.put(_TRIES, str(tries + 1).encode())
+        try:
+            _write(context, wanted, model(), tick)
+        except RunFailure as failure:
+            if failure.code == ExitCode.INTERRUPTED:
+                stream.put(_TRIES, str(tries).encode())
+            raise
+        stream.delete([_TRIES])
     except NotComparable as reason:
         _log.info("the teacher is not held beside the student's distribution: %s", reason)
-        return
-    if is_whole(context.storage, wanted.identity):
-        return
+    except RunFailure:
+        raise
+    except Exception as error:
+        _log.exception("the teacher's states over the held-out answers are not written")
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+
+
+def _tries(stream: Store) -> int:
+    """How often writing was begun and did not come to its end."""
+    try:
+        found = stream.get(_TRIES)
+    except NotFound:
+        return 0
+    return int(found) if found.isdigit() else 0
+
+
+def _write(context: Context, wanted: HeldOut, teacher: Any, tick: Tick) -> None:
     _log.info("writing the teacher's states over the held-out answers")
     scratch = context.scratch / "held-out"
     scratch.mkdir(parents=True, exist_ok=True)
-    teacher, identity, packed = model(), wanted.identity, wanted.dataset.packed
+    identity, packed = wanted.identity, wanted.dataset.packed
     head = publish_head(context.storage, identity, teacher.get_output_embeddings().weight, scratch)
     manifest = publish_manifest(
         context.storage,
