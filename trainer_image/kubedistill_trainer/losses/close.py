@@ -37,9 +37,8 @@ def coefficients(divergence: Divergence) -> list[float]:
     """a₂, a₃, …"""
     beta, power, found = divergence.beta, 2 * divergence.beta - 1, []
     for n in range(2, _DEGREE + 1):
-        power = power * (
-            2 * beta - 1
-        )  # (2β − 1)ⁿ; a compiler takes β for a variable, and no `**` of it
+        # (2β − 1)ⁿ; a compiler takes β for a variable, and no `**` of it.
+        power = power * (2 * beta - 1)
         even = n % 2 == 0
         forward = 1 / (n - 1) if even else -1 / n
         mixed = beta + (1 - beta) * (1 if even else -1) - power
