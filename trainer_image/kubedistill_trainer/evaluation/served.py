@@ -17,7 +17,7 @@ from kubedistill_trainer.evaluation.results import Performance, Prompting
 from kubedistill_trainer.evaluation.served_answer import answered, read_chat, read_completion
 from kubedistill_trainer.evaluation.served_speed import PROMPT, measure_served
 from kubedistill_trainer.evaluation.speak import Tick
-from kubedistill_trainer.evaluation.voice import NotAsked, uncounted
+from kubedistill_trainer.evaluation.voice import NotAsked, spent, uncounted
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.teacher.endpoint import EndpointAnswerer, Manner
 from kubedistill_trainer.teacher.endpoint_client import Patience
@@ -123,6 +123,5 @@ class ServedVoice:
         finally:
             self._tab.commit()
         if len(said) < len(requests):
-            limit = f"spec.teacher.endpoint.maxCost ({self._endpoint.max_cost:g}) is spent"
-            raise NotAsked(f"{limit}; raise it to have the teacher asked", again=True)
+            raise spent()
         return [said[request.prompt] for request in requests]

@@ -12,7 +12,7 @@ from kubedistill_api.exit_codes import ExitCode
 from kubedistill_trainer.evaluation.results import Pace, Performance
 from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.evaluation.speed import ANSWER_TOKENS, BATCHES, ROUNDS
-from kubedistill_trainer.evaluation.voice import NotAsked, uncounted
+from kubedistill_trainer.evaluation.voice import NotAsked, spent, uncounted
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.teacher.endpoint_client import Client
 from kubedistill_trainer.teacher.endpoint_reply import Again, PromptRefused, SettingRefused
@@ -98,7 +98,7 @@ class _Run:
     def once(self, batch: int) -> list[Timing]:
         """`batch` answers. NotAsked where one of them fails."""
         if self._tab.full:
-            raise NotAsked("spec.teacher.endpoint.maxCost is spent", again=True)
+            raise spent()
         try:
             return self._answers(batch)
         except (SettingRefused, PromptRefused) as refused:

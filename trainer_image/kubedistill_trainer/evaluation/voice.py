@@ -22,6 +22,12 @@ class NotAsked(Exception):
         self.again = again
 
 
+def spent() -> NotAsked:
+    """Of a server that may not be paid for more."""
+    why = "spec.teacher.endpoint.maxCost is spent; raise it to have the teacher asked"
+    return NotAsked(why, again=True)
+
+
 def uncounted() -> NotAsked:
     """Of a server that may be paid so much and no more: a limit on what nobody counts is none."""
     why = "under spec.teacher.endpoint.maxCost, and its answers do not say what they took (`usage`)"
