@@ -29,8 +29,8 @@ import torch
 from kit.brown import documents
 from kit.common import Measure, arguments, note, report
 from kit.stream import Open, streamed
-from kubedistill_api.job import Training
 from kubedistill_api.objective import Objective
+from kubedistill_api.training import Training
 from kubedistill_trainer.data.order import Order, Part, Split, split
 from kubedistill_trainer.data.packing import IGNORED, Packed, encode, pack
 from kubedistill_trainer.losses import FeatureMatcher, LossParts, Teacher, TeacherHidden

@@ -68,7 +68,7 @@ FULL: Object = MINIMAL | {
     },
     "teacher": {"delivery": "Stream", "payload": "Sparse", "topK": 8, "workers": {"replicas": 2}},
     "distill": {"objective": {"temperature": 4, "softWeight": 0.9}},
-    "checkpoint": {"intervalSteps": 10, "keepLast": 2},
+    "checkpoint": {"interval": 10, "keepLast": 2},
     "backoffLimit": 0,
     "activeDeadlineSeconds": 3600,
     "stallTimeoutSeconds": 60,

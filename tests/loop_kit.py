@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from kubedistill_api.job import Training
+from kubedistill_api.training import Training
 from kubedistill_trainer.data.order import Order, Part
 from kubedistill_trainer.data.packing import pack
 from kubedistill_trainer.exporter import ProgressBoard
@@ -99,7 +99,7 @@ def loop(
     fields = {"globalBatchSize": 1, "learningRate": 0.1, **training}
     spec = SimpleNamespace(
         training=Training.model_validate(fields),
-        checkpoint=SimpleNamespace(interval_steps=4),
+        checkpoint=SimpleNamespace(interval=4),
         student=SimpleNamespace(config={}),
     )
     context = SimpleNamespace(run=SimpleNamespace(spec=spec), world_size=1, rank=0)

@@ -29,6 +29,7 @@ class ExitCode(IntEnum):
     STREAM_DAMAGED = 19
     ENDPOINT_UNAVAILABLE = 20
     COST_LIMIT = 21
+    NON_FINITE_LOSS = 22
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ POLICIES: dict[ExitCode, ExitPolicy] = {
     ),
     ExitCode.COST_LIMIT: ExitPolicy(
         reasons.COST_LIMIT_REACHED, False, False, "the teacher's answers cost as much as they may"
+    ),
+    ExitCode.NON_FINITE_LOSS: ExitPolicy(
+        reasons.NON_FINITE_LOSS, False, False, "the loss is no number: the same would come again"
     ),
 }
 

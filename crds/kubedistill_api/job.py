@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from kubedistill_api.base import ApiModel, cel, number_or, rules
+from kubedistill_api.base import ApiModel, cel, rules
+from kubedistill_api.checkpoint import Checkpoint
 from kubedistill_api.data import Data
 from kubedistill_api.evaluation import Evaluation
 from kubedistill_api.gates import MAX_GATES, Gate
@@ -20,6 +21,7 @@ from kubedistill_api.references import (
     SecretReference,
 )
 from kubedistill_api.teacher import Teacher
+from kubedistill_api.training import Training
 
 
 class Distill(ApiModel):
@@ -117,78 +119,26 @@ class Student(ApiModel):
     )
 
 
-class DeepSpeed(ApiModel):
-    """What DeepSpeed partitions."""
-
-    zero_stage: int = Field(
-        1, ge=1, le=3, description="1: optimizer states; 2: and gradients; 3: and weights."
-    )
-    offload: Literal["None", "CPU"] = Field(
-        "None", description="CPU: the optimizer's states and its step are in host memory."
-    )
-
-
-class EarlyStopping(ApiModel):
-    """Ends training when the held-out loss stops falling; the best commit is what is exported."""
-
-    interval_steps: int = Field(
-        ge=1, le=1_000_000, description="Optimizer steps between two looks at the held-out loss."
-    )
-    patience: int = Field(
-        3, ge=1, le=1000, description="Looks in a row without improvement before training ends."
-    )
-    min_delta: float = Field(
-        0.0, ge=0, le=100, description="Fall of the loss, in nats a token, that is an improvement."
-    )
-
-
-class Training(ApiModel):
-    """The optimizer and its schedule: AdamW, linear warm-up, decay."""
-
-    epochs: int = Field(3, ge=1, le=1000, description="Passes over the data.")
-    max_steps: int | None = Field(
-        None, ge=1, le=10_000_000, description="Optimizer steps after which training ends anyway."
-    )
-    global_batch_size: int = Field(
-        64, ge=1, le=65536, description="Sequences of an optimizer step, over all ranks."
-    )
-    micro_batch_size: int = Field(
-        4, ge=1, le=4096, description="Sequences that a rank takes at once."
-    )
-    learning_rate: float = Field(
-        2.0e-5,
-        gt=0,
-        le=1,
-        strict=True,
-        description="Peak learning rate, a number without quotes: 2.0e-5.",
-        json_schema_extra=number_or("a number without quotes, such as 2.0e-5"),
-    )
-    warmup_ratio: float = Field(0.05, ge=0, le=1, description="Share of the steps that warm up.")
-    schedule: Literal["Cosine", "Linear", "Constant"] = Field(
-        "Cosine", description="Course of the learning rate after the warm-up."
-    )
-    final_rate_ratio: float = Field(
-        0.1, ge=0, le=1, description="Learning rate at the end, as a share of the peak."
-    )
-    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW's decoupled weight decay.")
-    gradient_clipping: float = Field(
-        1.0, ge=0, le=1000, description="Greatest norm of the gradient; 0 for no clipping."
-    )
-    precision: Literal["BF16", "FP32"] = Field("BF16", description="Type of weights in training.")
-    seed: int = Field(0, ge=0, le=2_147_483_647, description="Seed of weights, order and dropout.")
-    activation_checkpointing: bool = Field(
-        False, description="Keep no activations within a layer: less memory, a third more time."
-    )
-    early_stopping: EarlyStopping | None = Field(
-        None, description="End when the held-out loss stops falling."
-    )
-    deep_speed: DeepSpeed = Field(DeepSpeed(), description="DeepSpeed's settings.")
-
-
 class Workers(ApiModel):
     """The student's gang."""
 
+    model_config = rules(
+        [
+            cel(
+                "!has(self.minNodes) || self.minNodes <= self.nodes",
+                "`minNodes` is at most `nodes`",
+                ".minNodes",
+            )
+        ]
+    )
     nodes: int = Field(1, ge=1, le=1024, description="Pods of the gang.")
+    min_nodes: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Pods with which the gang goes on where there is no room for more; without it, "
+        "it waits for all `nodes`. The batch stays `globalBatchSize`.",
+    )
     gpus_per_node: int = Field(
         1, ge=0, le=16, description="GPUs (and ranks) of a pod; 0 runs one rank on the CPU."
     )
@@ -220,13 +170,6 @@ class Storage(ApiModel):
         description="Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
         "without it the pods' own identity is used.",
     )
-
-
-class Checkpoint(ApiModel):
-    """How often state is committed, and how much of it is kept."""
-
-    interval_steps: int = Field(100, ge=1, le=1_000_000, description="Steps between commits.")
-    keep_last: int = Field(3, ge=1, le=100, description="Commits that are kept.")
 
 
 def _scored_rules() -> list[dict[str, Any]]:
@@ -375,6 +318,12 @@ class DistillationJobSpec(ApiModel):
         le=604_800,
         description="Seconds without a step after which the gang is restarted.",
     )
+    ttl_seconds_after_finished: int | None = Field(
+        None,
+        ge=0,
+        le=2_147_483_647,
+        description="Seconds after its end after which the object is deleted; its model stays.",
+    )
 
 
 def immutability_rules(started: str) -> list[dict[str, Any]]:
@@ -384,8 +333,8 @@ def immutability_rules(started: str) -> list[dict[str, Any]]:
             f"!({started}) || (has(self.spec.{name}) == has(oldSelf.spec.{name}) && "
             f"(!has(self.spec.{name}) || self.spec.{name} == oldSelf.spec.{name}))",
             f"spec.{name} cannot change once the job has started: delete the job, or apply the "
-            "change under another name (gates, suspend, backoffLimit, activeDeadlineSeconds and "
-            "stallTimeoutSeconds may change)",
+            "change under another name (gates, suspend, backoffLimit, activeDeadlineSeconds, "
+            "stallTimeoutSeconds and ttlSecondsAfterFinished may change)",
             f".spec.{name}",
         )
         for name in _IMMUTABLE

@@ -54,6 +54,8 @@ NOT_SUSPENDED = "NotSuspended"
 NO_CHECKPOINT_YET = "NoCheckpointYet"
 COMMITTED = "Committed"
 CHECKPOINT_REJECTED = "CheckpointRejected"
+SAVE_FAILED = "SaveFailed"
+GRACE_TOO_SHORT = "GraceTooShort"
 COMPLETED = "Completed"
 NOT_EVALUATED = "NotEvaluated"
 GATES_MET = "GatesMet"
@@ -70,6 +72,7 @@ INTERRUPTED = "Interrupted"
 DISRUPTED = "Disrupted"
 FENCED = "Fenced"
 GRACEFUL_CHECKPOINT = "GracefulCheckpoint"
+NON_FINITE_LOSS = "NonFiniteLoss"
 ERROR = "Error"
 DEADLINE_EXCEEDED = "DeadlineExceeded"
 BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
@@ -124,10 +127,19 @@ WHAT_TO_DO: dict[str, str] = {
     ),
     IS_SUSPENDED: "Set spec.suspend to false to go on from the newest commit.",
     NOT_SUSPENDED: "Nothing.",
-    NO_CHECKPOINT_YET: "Nothing: the first commit comes after spec.checkpoint.intervalSteps steps.",
+    NO_CHECKPOINT_YET: "Nothing: the first commit comes after spec.checkpoint.interval.",
     COMMITTED: "Nothing.",
     CHECKPOINT_REJECTED: (
         "Check the store: a committed shard did not verify, and an older commit was used."
+    ),
+    SAVE_FAILED: (
+        "Check the object store and the pods' scratch space: training goes on, and the commit before "
+        "is what a restart would take."
+    ),
+    GRACE_TOO_SHORT: (
+        "Nothing is lost but the steps since the last commit when a pod is evicted: the next "
+        "attempt's pods get a longer grace. Set terminationGracePeriodSeconds in spec.workers.template "
+        "to have it from the start."
     ),
     COMPLETED: "Nothing: status.model says where the model is.",
     NOT_EVALUATED: "Nothing: gates are held against the figures once training has ended.",
@@ -160,6 +172,10 @@ WHAT_TO_DO: dict[str, str] = {
     DISRUPTED: "Nothing: a pod was evicted or preempted; the retry is free.",
     FENCED: "Nothing: a newer attempt owns the run.",
     GRACEFUL_CHECKPOINT: "Nothing: the attempt committed before it stopped.",
+    NON_FINITE_LOSS: (
+        "Lower training.learningRate, or use precision: FP32 or onNonFiniteLoss: Skip, under another "
+        "name; commits before it stay."
+    ),
     ERROR: "Read the logs of the pod that the message names.",
     DEADLINE_EXCEEDED: "Raise activeDeadlineSeconds and apply the job again.",
     BACKOFF_LIMIT_EXCEEDED: "Read status.attempts, mend the cause, raise backoffLimit.",

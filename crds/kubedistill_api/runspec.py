@@ -68,6 +68,12 @@ class RunSpec(ApiModel):
         None, description="Memory limit of a student's container, if it has one."
     )
     termination_grace_seconds: int = 30
+    micro_batch_size: int | None = Field(
+        None, description="In place of the spec's, after an attempt that ran out of memory."
+    )
+    mean_seconds_between_failures: float | None = Field(
+        None, description="Of this job's attempts so far; None while none has failed."
+    )
     sweep: SweepTable | None = Field(None, description="Of a report: what is added to it.")
 
 
@@ -88,7 +94,18 @@ class ProgressReport(ApiModel):
     checkpoint: CheckpointStatus | None = None
     rejected_checkpoints: list[str] = []
     teacher_stream: TeacherStreamStatus | None = None
-    save_seconds: float | None = Field(None, description="Longest save of a checkpoint so far.")
+    save_seconds: float | None = Field(
+        None, description="Longest save of a checkpoint so far, from its snapshot to its commit."
+    )
+    stall_seconds: float | None = Field(
+        None, description="Longest time that training waited for a snapshot."
+    )
+    save_problem: str = Field("", description="Why the last save failed; empty where it did not.")
+    grace_problem: str = Field(
+        "", description="Why a save does not fit the pod's grace; empty where it does."
+    )
+    straggler: str = Field("", description="The rank that the others wait for, and by how much.")
+    skipped_steps: list[int] = Field([], description="Steps left out for a loss that is no number.")
     step_seconds: float | None = Field(None, description="99th percentile of a step's time.")
 
 

@@ -16,10 +16,11 @@ from kubedistill_api.chain import PARTIAL_MARK, STAGE_MARK
 from kubedistill_api.job import DistillationJobSpec
 
 _DEFAULT_MAX_LENGTH = 1024
+_INT_OR_STRING = "x-kubernetes-int-or-string"
 _KEPT = (
     "type", "description", "enum", "pattern", "minLength", "maxLength", "minItems", "maxItems",
     "minimum", "maximum", "format", "x-kubernetes-validations", "x-kubernetes-list-type",
-    "x-kubernetes-list-map-keys", "x-kubernetes-preserve-unknown-fields",
+    "x-kubernetes-list-map-keys", "x-kubernetes-preserve-unknown-fields", _INT_OR_STRING,
 )  # fmt: skip
 
 
@@ -44,6 +45,9 @@ def _convert(node: dict[str, Any], definitions: dict[str, Any], path: str) -> di
         partial = partial_job_spec()
         return {**partial, "description": node.get("description", ""), **_default_of(node)}
     node = _without_null(node, definitions, path)
+    if _INT_OR_STRING in node:
+        # The mark stands in place of the type.
+        return {key: node[key] for key in _KEPT if key in node} | _default_of(node)
     if "const" in node:
         node = {**node, "enum": [node["const"]]}
     if "type" not in node:

@@ -42,6 +42,12 @@ class Progress(ApiModel):
     loss_text: str = Field("", max_length=32, description="The loss, for the table.")
     estimated_remaining: str = Field("", max_length=32, description="Time left, such as 3h12m.")
     last_updated_time: str = Field("", max_length=64, description="When rank 0 last said so.")
+    straggler: str = Field(
+        "", max_length=256, description="The rank that the others wait for, and by how much."
+    )
+    skipped_steps: list[int] = Field(
+        [], max_length=64, description="Steps left out because their loss was no number."
+    )
 
 
 class CheckpointStatus(ApiModel):
@@ -90,6 +96,10 @@ class Attempt(ApiModel):
         None, description="Step of the commit that it began with."
     )
     last_step: int = Field(0, description="Last step that it reported.")
+    nodes: int = Field(0, description="Pods of the gang; 0 for all of spec.workers.nodes.")
+    micro_batch_size: int = Field(
+        0, description="Sequences that a rank takes at once; 0 for spec.training.microBatchSize."
+    )
 
 
 class PayloadProbe(ApiModel):

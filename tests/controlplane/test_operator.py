@@ -33,7 +33,7 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-FAST = {"checkpoint": {"intervalSteps": 5}}
+FAST = {"checkpoint": {"interval": 5}}
 
 
 def distilling(name: str, pods: dict[str, Any], **spec: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def small_spec(s3: S3Access) -> dict[str, Any]:
         },
         "workers": {"nodes": 2, "gpusPerNode": 0},
         "storage": {"uri": f"{bucket}/runs", "endpoint": s3.endpoint},
-        "checkpoint": {"intervalSteps": 2},
+        "checkpoint": {"interval": 2},
         # What every job does at its end, in little: many tests wait for it.
         "evaluation": {"examples": 2, "maxAnswerTokens": 4, "latency": False},
     }  # fmt: skip

@@ -89,7 +89,7 @@ class Team(Bench):
             },
             training={"epochs": 1000, "maxSteps": 400, "learningRate": 5e-3},
             workers={"nodes": 1},
-            checkpoint={"intervalSteps": 1000},
+            checkpoint={"interval": 1000},
         )
 
     def answers(self, uri: str) -> dict[tuple[int, int], dict[str, Any]]:

@@ -117,7 +117,7 @@ def main() -> None:
 
 def run(ranks: int, rank: int, group: Any, stage: int, micro: int) -> dict[str, torch.Tensor]:
     """Three steps of the loop; this process's view of losses and of the first step's gradients."""
-    from kubedistill_api.job import Training
+    from kubedistill_api.training import Training
     from kubedistill_trainer.exporter import ProgressBoard
     from kubedistill_trainer.methods.engine import wrap
     from kubedistill_trainer.methods.signal import OnlineTeacher
@@ -133,7 +133,7 @@ def run(ranks: int, rank: int, group: Any, stage: int, micro: int) -> dict[str, 
     engine = Recorder(wrap(student(), training, ranks, micro))
     spec = SimpleNamespace(
         training=training,
-        checkpoint=SimpleNamespace(interval_steps=100),
+        checkpoint=SimpleNamespace(interval=100),
         student=SimpleNamespace(config={}),
     )
     context: Any = SimpleNamespace(run=SimpleNamespace(spec=spec), world_size=ranks, rank=rank)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from kubedistill_api.exit_codes import ExitCode
-from kubedistill_api.job import EarlyStopping
 from kubedistill_api.runspec import Outcome
 from kubedistill_api.status import ModelStatus
+from kubedistill_api.training import EarlyStopping
 from kubedistill_trainer import run
 from kubedistill_trainer.exporter import ProgressBoard
 from kubedistill_trainer.failures import RunFailure

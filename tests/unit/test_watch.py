@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 import pytest
-from kubedistill_api.job import EarlyStopping, Training
+from kubedistill_api.training import EarlyStopping, Training
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.methods.schedule import learning_rate
 from kubedistill_trainer.methods.watch import Watch

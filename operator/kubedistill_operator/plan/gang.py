@@ -358,5 +358,9 @@ def _going(step: Pass, attempt: Attempt, pods: list[PodView]) -> None:
     if draft.conditions[reasons.CHECKPOINT_CURRENT].reason == reasons.PENDING:
         draft.set(
             reasons.CHECKPOINT_CURRENT, "Unknown", reasons.NO_CHECKPOINT_YET,
-            f"the first commit comes after {step.spec.checkpoint.interval_steps} steps",
+            f"the first commit comes after {_interval_text(step.spec.checkpoint.interval)}",
         )  # fmt: skip
+
+
+def _interval_text(interval: int | str) -> str:
+    return "a while" if interval == "Auto" else f"{interval} steps"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kubedistill_api.job import Training
+from kubedistill_api.training import Training
 
 from kubedistill_trainer.imports import uncompiled
 from kubedistill_trainer.methods.student import StudentWithLoss

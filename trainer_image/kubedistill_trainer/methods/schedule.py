@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from kubedistill_api.job import Training
+from kubedistill_api.training import Training
 
 
 def learning_rate(step: int, total_steps: int, training: Training) -> float:

@@ -123,7 +123,8 @@ class Loop:
             if asked:
                 self._stop(step)
             best = self.watch.due(step, total) and self._look(step)
-            interval = self._context.run.spec.checkpoint.interval_steps
+            asked_for = self._context.run.spec.checkpoint.interval
+            interval = 100 if asked_for == "Auto" else int(asked_for)
             if best or (step % interval == 0 and step < total):
                 self._commit(step)
         if self._committed_step != step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from kubedistill_api.job import EarlyStopping
+from kubedistill_api.training import EarlyStopping
 from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 _ROWS = TypeAdapter(list[tuple[int, float | None]])
