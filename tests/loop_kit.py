@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from kubedistill_api.training import Training
+from kubedistill_trainer.checkpoint import CommitInfo
+from kubedistill_trainer.checkpoint.checkpointer import Flight
 from kubedistill_trainer.data.order import Order, Part
 from kubedistill_trainer.data.packing import pack
 from kubedistill_trainer.exporter import ProgressBoard
@@ -30,11 +32,29 @@ class Commits:
         self.kept: list[int | None] = []
         self.loaded: list[int | None] = []
         self.damaged: int | None = None
+        self.failures: list[Exception] = []
+        """What the next saves end with, in order."""
+        self.flight: Flight | None = None
 
-    def save(self, engine: Any, step: int, cursor: Any, keep_step: int | None) -> Any:
-        self.cursors.append(json.dumps(cursor, allow_nan=False))
-        self.kept.append(keep_step)
-        return SimpleNamespace(duration_seconds=0.0, uri="", time="", digest="")
+    def start(self, engine: Any, step: int, cursor: Any, keep_step: int | None, then: Any) -> None:
+        assert self.flight is None, "one save is in flight at a time"
+        self.flight = Flight(step)
+        if self.failures:
+            self.flight.error = self.failures.pop(0)
+        else:
+            self.cursors.append(json.dumps(cursor, allow_nan=False))
+            self.kept.append(keep_step)
+            self.flight.info = CommitInfo("", step, "", 0, 0.0, 0.0, "")
+            then(self.flight.info)
+        self.flight.ended.set()
+
+    def finish(self) -> CommitInfo | None:
+        flight, self.flight = self.flight, None
+        if flight is None:
+            return None
+        if flight.error is not None:
+            raise flight.error
+        return flight.info
 
     def restore(self, engine: Any, step: int | None = None) -> Any:
         self.loaded.append(step)
@@ -89,6 +109,21 @@ def gang(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def run_of(training: Training, interval: int) -> Any:
+    """What the loop asks of a run spec."""
+    spec = SimpleNamespace(
+        training=training,
+        checkpoint=SimpleNamespace(interval=interval),
+        student=SimpleNamespace(config={}),
+    )
+    return SimpleNamespace(
+        spec=spec,
+        rendezvous=None,
+        termination_grace_seconds=30,
+        mean_seconds_between_failures=None,
+    )
+
+
 def loop(
     commits: Commits,
     stop_after: int = 0,
@@ -97,12 +132,9 @@ def loop(
 ) -> Loop:
     """Ten steps of one rank; `heldout` gives the perplexity whenever it is asked for."""
     fields = {"globalBatchSize": 1, "learningRate": 0.1, **training}
-    spec = SimpleNamespace(
-        training=Training.model_validate(fields),
-        checkpoint=SimpleNamespace(interval=4),
-        student=SimpleNamespace(config={}),
+    context = SimpleNamespace(
+        run=run_of(Training.model_validate(fields), interval=4), world_size=1, rank=0
     )
-    context = SimpleNamespace(run=SimpleNamespace(spec=spec), world_size=1, rank=0)
     dataset = SimpleNamespace(
         total_steps=10,
         order=Order([Part(np.arange(6))], 1, seed=0),

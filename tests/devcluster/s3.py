@@ -96,11 +96,13 @@ class S3Server:
         """Whether the bucket can be used. RuntimeError when the server has ended."""
         if not self.process.running:
             raise RuntimeError(f"SeaweedFS ended:\n{self.process.tail()}")
+        from botocore.exceptions import BotoCoreError, ClientError
+
         try:
             with socket.create_connection(("127.0.0.1", self._port), timeout=1):
                 pass
             self.client().head_bucket(Bucket=self.access.bucket)
-        except Exception:  # whatever it says before it is ready means: not yet
+        except (OSError, BotoCoreError, ClientError):  # whatever it says before means: not yet
             return False
         return True
 

@@ -222,11 +222,12 @@ def outcome(action: Callable[[], object]) -> list[str]:
 class Rank:
     """One process: its store, its group, and how it makes a Checkpointer."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, uploads: Any) -> None:
         from kubedistill_trainer.store import Limits, Store
 
         self.number = int(os.environ["RANK"])
         self.group = group
+        self.uploads = uploads
         self.root = Store(
             os.environ["TEST_URI"],
             endpoint=os.environ["TEST_ENDPOINT"],
@@ -246,6 +247,7 @@ class Rank:
             config_digest="c",
             keep_last=3,
             control_group=self.group,
+            upload_group=self.uploads,
         )
         checkpointer.open()
         return checkpointer
@@ -347,7 +349,7 @@ def main() -> None:
     # Gloo does the same without a compiler. (`deepspeed.comm.torch` as an attribute is torch.)
     vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    rank = Rank(dist.new_group(backend="gloo"))
+    rank = Rank(dist.new_group(backend="gloo"), dist.new_group(backend="gloo"))
     seen: dict[str, Any] = {case: run_case(rank, case) for case in CASES}
     seen["bad shard"] = run_bad_shard(rank)
     seen |= run_failures(rank)

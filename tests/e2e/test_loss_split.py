@@ -109,7 +109,7 @@ def main() -> None:
     from kubedistill_trainer.methods.engine import join_gang
 
     ranks, rank, port = (int(argument) for argument in sys.argv[1:])
-    group = join_gang("127.0.0.1", port, rank, ranks, rank)
+    group = join_gang("127.0.0.1", port, rank, ranks, rank).control
     found = {name_of(ranks, *split): run(ranks, rank, group, *split) for split in SPLITS[ranks]}
     if rank == 0:
         torch.save(found, Path(os.environ["TEST_FOLDER"]) / f"seen-{ranks}.pt")
@@ -122,7 +122,7 @@ def run(ranks: int, rank: int, group: Any, stage: int, micro: int) -> dict[str, 
     from kubedistill_trainer.methods.engine import wrap
     from kubedistill_trainer.methods.signal import OnlineTeacher
     from kubedistill_trainer.methods.train import Loop
-    from loop_kit import Commits
+    from loop_kit import Commits, run_of
 
     training = Training.model_validate(
         {
@@ -131,12 +131,7 @@ def run(ranks: int, rank: int, group: Any, stage: int, micro: int) -> dict[str, 
         }
     )  # fmt: skip
     engine = Recorder(wrap(student(), training, ranks, micro))
-    spec = SimpleNamespace(
-        training=training,
-        checkpoint=SimpleNamespace(interval=100),
-        student=SimpleNamespace(config={}),
-    )
-    context: Any = SimpleNamespace(run=SimpleNamespace(spec=spec), world_size=ranks, rank=rank)
+    context: Any = SimpleNamespace(run=run_of(training, 100), world_size=ranks, rank=rank)
     calm: Any = SimpleNamespace(asked=False)
     teacher = OnlineTeacher(llama(40, 3, seed=7), (1, 3))
     commits: Any = Commits()

@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,12 @@ class Engine:
 
     def __init__(self, value: float = 0.0) -> None:
         self.weights = torch.full((1000,), value)
+        self.checkpoint_engine: Any = None
 
     def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
         assert not save_latest
-        torch.save(self.weights, Path(folder) / tag / "mp_rank_00_model_states.pt")
+        path = Path(folder) / tag / "mp_rank_00_model_states.pt"
+        self.checkpoint_engine.save(state_dict=self.weights, path=str(path))
         (Path(folder) / tag / "zero_to_fp32.py").write_text("print()")
 
     def load_checkpoint(self, folder: str, *, tag: str) -> tuple[str | None, object]:
@@ -253,24 +256,57 @@ def test_a_truncated_upload_is_never_committed(store: Store, tmp_path: Path) -> 
     assert [commit.step for commit in commits(store)] == [10]
 
 
-def test_a_full_disk_fails_loudly_and_leaves_the_last_commit(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saver = opened(store, tmp_path, 1)
+class Full(Engine):
+    """Its file lies on a disk that is full."""
+
+    def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
+        (Path(folder) / tag / "mp_rank_00_model_states.pt").symlink_to("/dev/full")
+        super().save_checkpoint(folder, tag=tag, save_latest=save_latest)
+
+
+def test_where_memory_is_short_the_snapshot_goes_to_disk(store: Store, tmp_path: Path) -> None:
+    saver = opened(store, tmp_path, 1, memory_limit_bytes=1)
     save(saver, 10)
+    engine = Engine()
+    restored = opened(store, tmp_path, 2).restore(engine)
+    assert restored is not None
+    assert engine.value == 10.0
 
-    class Full(Engine):
-        def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
-            raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointFailed, match=r"rank 0: OSError: .*No space left"):
-        saver.save(Full(), step=20, cursor={})
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
-    with pytest.raises(CheckpointFailed, match="10 bytes free"):
-        save(saver, 20)
-    monkeypatch.undo()
-    save(saver, 30)
+def test_a_full_disk_fails_loudly_and_leaves_the_last_commit(store: Store, tmp_path: Path) -> None:
+    short = opened(store, tmp_path, 1, memory_limit_bytes=1)
+    save(short, 10)
+    with pytest.raises(CheckpointFailed, match=r"no room for a snapshot in memory, and \d+ bytes"):
+        short.save(Full(), step=20, cursor={})
+    save(short, 30)
     assert [commit.step for commit in commits(store)] == [10, 30]
+    roomy = opened(store, tmp_path, 2)
+    roomy.save(Full(), step=40, cursor={})
+    assert [commit.step for commit in commits(store)] == [10, 30, 40], "memory has room"
+
+
+def test_training_goes_on_while_a_save_is_in_flight(store: Store, tmp_path: Path) -> None:
+    """What is committed is the state of the snapshot, whatever training does to it afterwards."""
+    saver, engine, told = opened(store, tmp_path, 1), Engine(10.0), Event()
+    released = Event()
+
+    def hold(**_event: Any) -> None:
+        released.wait(30)
+
+    store._connection.client.meta.events.register("before-send.s3.PutObject", hold)
+    saver.start(engine, step=10, cursor={}, then=lambda info: told.set())
+    engine.weights.fill_(99.0)
+    assert saver.flight is not None
+    assert not told.is_set()
+    assert kinds(store) == ["FENCE"]
+    released.set()
+    info = saver.finish()
+    assert info is not None
+    assert told.is_set()
+    assert saver.flight is None
+    assert 0 < info.stall_seconds < info.duration_seconds
+    opened(store, tmp_path, 2).restore(engine)
+    assert engine.value == 10.0
 
 
 def test_a_failed_upload_leaves_the_last_commit(store: Store, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from kubedistill_trainer.checkpoint import CheckpointCorrupt, shards
 from kubedistill_trainer.checkpoint.records import ShardRecord
 from kubedistill_trainer.checkpoint.shards import PART_BYTES
+from kubedistill_trainer.checkpoint.staging import Staged
 from kubedistill_trainer.store import Store, StoreUnavailable
 from s3_fixture import Faults, S3Server, s3  # noqa: F401  (s3 is a fixture)
 
@@ -21,9 +23,10 @@ def store(s3: S3Server) -> Store:  # noqa: F811
 
 
 def uploaded(store: Store, folder: Path, content: bytes) -> ShardRecord:
-    (folder / "state").mkdir()
-    (folder / "state/a.pt").write_bytes(content)
-    [receipt] = shards.upload(store, folder, ["state/a.pt"], rank=3, is_shared=lambda path: True)
+    path = "state/mp_rank_00_model_states.pt"
+    [receipt] = shards.upload(
+        store, [Staged(path, len(content), lambda: io.BytesIO(content))], rank=3
+    )
     return receipt
 
 
@@ -31,7 +34,11 @@ def uploaded(store: Store, folder: Path, content: bytes) -> ShardRecord:
 def test_a_shard_comes_down_as_it_went_up(store: Store, tmp_path: Path, size: int) -> None:
     content = random.Random(size).randbytes(size)
     receipt = uploaded(store, tmp_path, content)
-    assert (receipt.path, receipt.rank, receipt.shared) == ("state/a.pt", 3, True)
+    assert (receipt.path, receipt.rank, receipt.shared) == (
+        "state/mp_rank_00_model_states.pt",
+        3,
+        True,
+    )
     assert receipt.size_bytes == size
     assert len(receipt.crc32c) == -(-size // PART_BYTES)
     shards.check_by_head(store, [receipt])
@@ -72,7 +79,7 @@ def test_damage_is_seen(store: Store, tmp_path: Path, damage: str) -> None:
     if damage != "longer":  # a download asks for what was committed and would not see more
         with pytest.raises(CheckpointCorrupt, match=message) as caught:
             shards.download(store, receipt, tmp_path / "down")
-        assert store.uri_of("state/a.pt") in str(caught.value)
+        assert store.uri_of(receipt.path) in str(caught.value)
         assert not (tmp_path / "down").exists()
         assert not list(tmp_path.glob("*.partial"))
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kubedistill_api import names
+from kubedistill_api.quantity import to_bytes
 from kubedistill_api.runspec import RunSpec
 
-from kubedistill_trainer.store import Store
+from kubedistill_trainer.store import Limits, Store
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,14 @@ class Context:
     @property
     def run_store(self) -> Store:
         """The prefix of this run: shards and commit log."""
-        run = self.run
-        return self.open_store(
-            names.run_uri(run.spec.storage.uri, run.namespace, run.name, run.uid)
-        )
+        run, storage = self.run, self.run.spec.storage
+        uri = names.run_uri(storage.uri, run.namespace, run.name, run.uid)
+        if uri not in self._stores:
+            limits = Limits(upload_bytes_per_second=to_bytes(run.spec.checkpoint.max_bandwidth))
+            self._stores[uri] = Store(
+                uri, endpoint=storage.endpoint, region=storage.region, limits=limits
+            )
+        return self._stores[uri]
 
     @property
     def models_store(self) -> Store:

@@ -23,6 +23,12 @@ LAST_STEP = Gauge("distill_last_step_timestamp_seconds", "Unix time of the lates
 LAST_COMMIT = Gauge(
     "distill_checkpoint_last_commit_timestamp_seconds", "Unix time of the newest commit."
 )
+CHECKPOINT_INTERVAL = Gauge(
+    "distill_checkpoint_interval_seconds", "Time between the starts of the last two saves."
+)
+CHECKPOINT_BYTES = Gauge("distill_checkpoint_bytes", "Size of the newest commit, over all ranks.")
+FAILED_SAVES = Counter("distill_checkpoint_failed_saves", "Saves that ended without a commit.")
+STRAGGLING = Gauge("distill_straggler_rank", "The rank that the others wait for; −1 for none.")
 AGREEMENT = Gauge(
     "distill_teacher_agreement_ratio", "Share of held-out tokens whose top choice is the teacher's."
 )
@@ -37,7 +43,7 @@ STEP_DURATION = Histogram(
 )
 CHECKPOINT_DURATION = Histogram(
     "distill_checkpoint_duration_seconds",
-    "Time of a save or a restore.",
+    "Time of a save, of training's wait for it (stall), or of a restore.",
     ["operation"],
     buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
 )

@@ -60,9 +60,10 @@ def run_student(
     rendezvous = run.rendezvous
     if rendezvous is None:
         raise refuse("rendezvous", "nothing", "the operator gives it to student pods")
-    group = join_gang(
+    groups = join_gang(
         rendezvous.host, rendezvous.port, context.rank, context.world_size, local_rank
     )
+    group = groups.control
     checkpointer = Checkpointer(
         store=context.run_store,
         scratch=context.scratch / f"checkpoint-{context.rank}",
@@ -73,6 +74,8 @@ def run_student(
         config_digest=run.inputs_digest,
         keep_last=spec.checkpoint.keep_last,
         control_group=group,
+        upload_group=groups.uploads,
+        memory_limit_bytes=run.memory_limit_bytes,
     )
     checkpointer.open()
     taught = read_taught(context)
@@ -83,7 +86,8 @@ def run_student(
     features = _features(objective, model, teacher_folder)
     module = StudentWithLoss(model, objective, dataset.tokenizer.vocab_size, features)
     micro = micro_batch_size(
-        spec.training.global_batch_size // context.world_size, spec.training.micro_batch_size
+        spec.training.global_batch_size // context.world_size,
+        run.micro_batch_size or spec.training.micro_batch_size,
     )
     if spec.training.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,11 +1,13 @@
 """The Checkpointer: save, commit, clean up and restore a DeepSpeed engine across ranks.
 
-The numbered steps are those of storage.md.
+The numbered steps are those of storage.md. A save has two halves: a snapshot, for which training
+waits, and the upload with its commit, which runs beside training in a thread of each rank.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 from pydantic import JsonValue
 
-from kubedistill_trainer.checkpoint import retention, rng, shards, snapshot
+from kubedistill_trainer.checkpoint import retention, shards, snapshot
 from kubedistill_trainer.checkpoint.agreement import Gang
 from kubedistill_trainer.checkpoint.errors import (
     CheckpointCorrupt,
@@ -26,6 +28,7 @@ from kubedistill_trainer.checkpoint.errors import (
 )
 from kubedistill_trainer.checkpoint.log import CommitEntry, CommitLog, Entry, slot_key
 from kubedistill_trainer.checkpoint.records import Commit, Reject, ShardRecord, digest
+from kubedistill_trainer.checkpoint.staging import HostMemory
 from kubedistill_trainer.store import Store, StoreError
 
 _log = logging.getLogger(__name__)
@@ -41,6 +44,9 @@ class CommitInfo:
     digest: str
     size_bytes: int
     duration_seconds: float
+    """From the snapshot's begin to the commit."""
+    stall_seconds: float
+    """Of these, how long training waited."""
     time: str
     """ISO 8601, UTC, by the clock of rank 0."""
 
@@ -68,11 +74,24 @@ class Restored:
     rejected: list[Rejected] = field(default_factory=list)
 
 
-class Checkpointer:
-    """One rank's side of a run's checkpoints. Every method is collective over all ranks.
+@dataclass
+class Flight:
+    """A save whose upload runs."""
 
-    `store` is at the run's prefix. `control_group` is a gloo group of all ranks with a timeout
-    (None: the default group). Not thread-safe.
+    step: int
+    began: float = field(default_factory=time.monotonic)
+    ended: threading.Event = field(default_factory=threading.Event)
+    info: CommitInfo | None = None
+    error: Exception | None = None
+
+
+class Checkpointer:
+    """One rank's side of a run's checkpoints. Every method but `flight` is collective over all
+    ranks.
+
+    `store` is at the run's prefix. `control_group` and `upload_group` are two gloo groups of all
+    ranks with timeouts (None for a single rank): the second one is used by the uploads alone, so its
+    timeout is longer than any upload. Not thread-safe.
     """
 
     def __init__(
@@ -87,6 +106,8 @@ class Checkpointer:
         config_digest: str,
         keep_last: int,
         control_group: dist.ProcessGroup | None,
+        upload_group: dist.ProcessGroup | None = None,
+        memory_limit_bytes: int | None = None,
     ) -> None:
         self._store = store
         self._scratch = scratch
@@ -96,9 +117,11 @@ class Checkpointer:
         self._config_digest = config_digest
         self._keep_last = keep_last
         self._gang = Gang(rank, world_size, control_group)
+        self._uploaders = Gang(rank, world_size, upload_group)
+        self._memory = HostMemory(memory_limit_bytes)
         self._log = CommitLog(store, fence=fence, attempt=attempt)
         self._verified: int | None = None
-        self._snapshot_bytes = 0
+        self._flight: Flight | None = None
 
     def open(self) -> None:
         """Step 1: rank 0 writes FENCE; then it clears away what earlier attempts left.
@@ -110,6 +133,76 @@ class Checkpointer:
             lambda: self._tidy(lambda: retention.collect(self._store, self._log, self._fence))
         )
 
+    @property
+    def flight(self) -> Flight | None:
+        """The save that was started last, until `finish` has told how it ended."""
+        return self._flight
+
+    def start(
+        self,
+        engine: Any,
+        *,
+        step: int,
+        cursor: dict[str, JsonValue],
+        keep_step: int | None = None,
+        then: Callable[[CommitInfo], None] = lambda info: None,
+    ) -> None:
+        """First half of step 2: a snapshot; its upload and commit follow beside training.
+
+        One upload is in flight: a save that was started before has been finished by then. Clean-up
+        after the commit leaves the commit of `keep_step` alone. `then` is called by the upload's
+        thread once the commit is made.
+
+        Raises on every rank: CheckpointFailed when a snapshot cannot be taken.
+        """
+        assert self._flight is None, "finish the save before it"
+        flight = Flight(step)
+        folder = snapshot.empty(self._scratch / "save")
+        taken: list[snapshot.Snapshot] = []
+
+        def take() -> None:
+            taken.append(snapshot.take(engine, folder, self._rank, self._memory))
+
+        try:
+            self._gang.gather(take)
+        except Exception:
+            snapshot.empty(folder)
+            raise
+        stall = time.monotonic() - flight.began
+        if taken[0].on_disk_bytes:
+            _log.warning(
+                "memory is short: a part of the snapshot went to disk while training waited",
+                extra={"step": step, "bytes": taken[0].on_disk_bytes},
+            )
+
+        def work() -> None:
+            try:
+                flight.info = self._upload_and_commit(flight, taken[0], stall, cursor)
+                then(flight.info)
+                if self._rank == 0:
+                    self._tidy(lambda: self._retire(keep_step))
+            except Exception as error:
+                flight.error = error
+            snapshot.empty(folder)
+            flight.ended.set()
+
+        self._flight = flight
+        threading.Thread(target=work, name="checkpoint", daemon=True).start()
+
+    def finish(self) -> CommitInfo | None:
+        """Wait for the upload that is in flight; its commit, or None where there was none.
+
+        Raises on every rank: Fenced (exit, write nothing more), StoreError or CheckpointError
+        (nothing was committed; the previous commit is valid, and another save may be tried).
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return None
+        flight.ended.wait()
+        if flight.error is not None:
+            raise flight.error
+        return flight.info
+
     def save(
         self,
         engine: Any,
@@ -118,50 +211,41 @@ class Checkpointer:
         cursor: dict[str, JsonValue],
         keep_step: int | None = None,
     ) -> CommitInfo:
-        """Steps 2 and 3: snapshot, upload, commit; then clean up. Returns after the commit.
+        """Both halves at once. Raises what `start` and `finish` raise."""
+        self.start(engine, step=step, cursor=cursor, keep_step=keep_step)
+        info = self.finish()
+        assert info is not None
+        return info
 
-        Clean-up leaves the commit of `keep_step` alone.
-
-        Raises on every rank: Fenced (exit, write nothing more), StoreError or CheckpointFailed
-        (nothing was committed; the previous commit is valid, and another save may be tried).
-        Training's random generators are left as the snapshot holds them.
-        """
-        started = time.monotonic()
-        folder = snapshot.empty(self._scratch / "save")
-        try:
-            self._gang.gather(lambda: snapshot.check_room(folder, self._snapshot_bytes))
-            taken = self._gang.gather(lambda: snapshot.take(engine, folder, self._rank))[self._rank]
-            self._snapshot_bytes = taken.size_bytes
-            data, receipts = self.upload(taken, step)
-            entry = self._gang.from_first(lambda: self._commit(step, cursor, data, receipts))
-        finally:
-            snapshot.empty(folder)
-        self._gang.from_first(lambda: self._tidy(lambda: self._retire(keep_step)))
-        # Retries draw random numbers in some libraries; a resumed run would not have drawn them.
-        rng.restore(taken.generators)
-        commit = entry.record
+    def _upload_and_commit(
+        self,
+        flight: Flight,
+        taken: snapshot.Snapshot,
+        stall: float,
+        cursor: dict[str, JsonValue],
+    ) -> CommitInfo:
+        """Second half of step 2, and step 3. The ranks agree over the uploads' own group."""
+        data, receipts = self.upload(taken, flight.step)
+        commit = self._uploaders.from_first(
+            lambda: self._commit(flight.step, cursor, data, receipts)
+        ).record
         return CommitInfo(
             uri=self._store.uri_of(commit.data),
-            step=step,
+            step=flight.step,
             digest=digest(commit),
             size_bytes=commit.size_bytes,
-            duration_seconds=time.monotonic() - started,
+            duration_seconds=time.monotonic() - flight.began,
+            stall_seconds=stall,
             time=commit.time,
         )
 
     def upload(self, taken: snapshot.Snapshot, step: int) -> tuple[str, list[ShardRecord]]:
         """Step 2: upload under a prefix of its own; the prefix and the receipts of all ranks."""
-        data = self._gang.from_first(
+        data = self._uploaders.from_first(
             lambda: retention.data_prefix(self._fence, step, str(uuid.uuid4()))
         )
-        receipts = self._gang.gather(
-            lambda: shards.upload(
-                self._store.child(data),
-                taken.folder,
-                taken.paths,
-                rank=self._rank,
-                is_shared=snapshot.is_shared,
-            )
+        receipts = self._uploaders.gather(
+            lambda: shards.upload(self._store.child(data), taken.files, rank=self._rank)
         )
         return data, [receipt for of_rank in receipts for receipt in of_rank]
 
@@ -169,11 +253,13 @@ class Checkpointer:
         """Load the newest good commit into the engine; None when the run has none.
 
         With `step` the newest good commit of that step, or where there is none the newest of all.
+        No save may be in flight.
 
         A commit that is missing, altered or torn gets a REJECT and the next older one is tried.
         Raises WorldSizeChanged and ConfigChanged on a good commit that does not fit, StoreError
         when the store cannot be read (which rejects nothing), Fenced when the run is taken over.
         """
+        assert self._flight is None, "finish the save before it"
         self._gang.from_first(self._log.read)
         rejected = self._gang.from_first(self._reject_unreadable)
         while True:

@@ -22,10 +22,11 @@ def fits_grace(
     """
     if not save_seconds:
         return False
-    needed = _p99(save_seconds) + (_p99(step_seconds) if step_seconds else 0.0)
+    needed = p99(save_seconds) + (p99(step_seconds) if step_seconds else 0.0)
     return grace_seconds - margin_seconds >= needed
 
 
-def _p99(values: Sequence[float]) -> float:
+def p99(values: Sequence[float]) -> float:
+    """The 99th percentile of at least one value, by the nearest rank."""
     ordered = sorted(values)
     return ordered[math.ceil(_QUANTILE * len(ordered)) - 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,45 +12,78 @@ import google_crc32c
 
 from kubedistill_trainer.checkpoint.errors import CheckpointCorrupt
 from kubedistill_trainer.checkpoint.records import ShardRecord
+from kubedistill_trainer.checkpoint.staging import Source, Staged
 from kubedistill_trainer.store import NotFound, Store, StoreError
 
 PART_BYTES = 16 * 1024 * 1024
 """One CRC32C is kept for each part of this size; a download asks for parts of it."""
+_SHARED_PREFIX = "state/mp_rank_"  # DeepSpeed's name for what is of the model
 _PARTS_AHEAD = 4  # of 16 MiB: enough to keep one connection busy while another part is hashed
 _DOWNLOAD_ATTEMPTS = 2  # a part that is wrong twice is wrong in the store
 
 
-def describe(folder: Path, path: str, *, rank: int, shared: bool) -> ShardRecord:
-    """Hash `folder/path`: SHA-256 of the whole and CRC32C of each part, in one reading."""
-    whole, parts, size_bytes = hashlib.sha256(), list[int](), 0
-    with (folder / path).open("rb") as file:
-        while part := file.read(PART_BYTES):
-            whole.update(part)
-            parts.append(google_crc32c.value(part))
-            size_bytes += len(part)
-    return ShardRecord(
-        path=path,
-        rank=rank,
-        shared=shared,
-        size_bytes=size_bytes,
-        sha256=whole.hexdigest(),
-        crc32c=parts,
-    )
+class Hashed:
+    """A stream that is hashed while it is read: SHA-256 of the whole, CRC32C of each part."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._whole = hashlib.sha256()
+        self._parts: list[int] = []
+        self._part_bytes = PART_BYTES
+        self.size_bytes = 0
+
+    def read(self, size: int = -1) -> bytes:
+        """As of a file."""
+        data = self._source.read(size)
+        self._whole.update(data)
+        self.size_bytes += len(data)
+        view = memoryview(data)
+        while view:
+            if self._part_bytes == PART_BYTES:
+                self._parts.append(0)
+                self._part_bytes = 0
+            piece = view[: PART_BYTES - self._part_bytes]
+            self._parts[-1] = google_crc32c.extend(self._parts[-1], bytes(piece))
+            self._part_bytes += len(piece)
+            view = view[len(piece) :]
+        return data
+
+    def readable(self) -> bool:
+        return True
+
+    def record(self, path: str, *, rank: int, shared: bool) -> ShardRecord:
+        """The receipt for what was read."""
+        return ShardRecord(
+            path=path,
+            rank=rank,
+            shared=shared,
+            size_bytes=self.size_bytes,
+            sha256=self._whole.hexdigest(),
+            crc32c=self._parts,
+        )
 
 
-def upload(
-    store: Store, folder: Path, paths: Sequence[str], *, rank: int, is_shared: Callable[[str], bool]
-) -> list[ShardRecord]:
-    """Step 2: hash and upload files of `folder` to `store`; their receipts, in the same order.
+def upload(store: Store, files: Sequence[Staged], *, rank: int) -> list[ShardRecord]:
+    """Step 2: upload a snapshot's files to `store`, hashed on their way; the receipts, in order.
 
     `store` is at the commit's own prefix, so every key is new. Raises StoreError with the object's
     name, within the store's deadlines, and OSError when a file cannot be read.
     """
     receipts = []
-    for path in paths:
-        receipts.append(describe(folder, path, rank=rank, shared=is_shared(path)))
-        store.upload_file(path, folder / path)
+    for file in files:
+        source = file.open()
+        hashed = Hashed(source)
+        try:
+            store.upload_stream(file.path, hashed, file.size_bytes)
+        finally:
+            source.close()
+        receipts.append(hashed.record(file.path, rank=rank, shared=is_shared(file.path)))
     return receipts
+
+
+def is_shared(path: str) -> bool:
+    """True for a file that rank 0 writes and every rank loads."""
+    return path.startswith(_SHARED_PREFIX)
 
 
 def check_by_head(store: Store, shards: Iterable[ShardRecord]) -> None:

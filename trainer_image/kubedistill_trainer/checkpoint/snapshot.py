@@ -1,68 +1,114 @@
-"""DeepSpeed's state and the generators' ↔ files in a folder of the rank's own."""
+"""DeepSpeed's state and the generators', taken from an engine and put back into one.
+
+DeepSpeed hands its files to a checkpoint engine. Ours copies what they would hold (`staging`) and
+leaves the writing to the upload, which runs beside training.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from pydantic import JsonValue
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from kubedistill_trainer.checkpoint import rng
 from kubedistill_trainer.checkpoint.errors import CheckpointFailed
+from kubedistill_trainer.checkpoint.staging import HostMemory, Staged, Written, save_state
 
 _TAG = "state"
-_SHARED_PREFIX = f"{_TAG}/mp_rank_"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a rank has to upload: files below `folder`, as relative paths."""
+    """What a rank has to upload."""
 
-    folder: Path
-    paths: list[str]
-    generators: dict[str, JsonValue]
+    files: list[Staged]
 
     @property
     def size_bytes(self) -> int:
-        """On disk."""
-        return sum((self.folder / path).stat().st_size for path in self.paths)
+        return sum(file.size_bytes for file in self.files)
+
+    @property
+    def on_disk_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files if file.on_disk)
 
 
-def check_room(folder: Path, needed_bytes: int) -> None:
-    """Raise CheckpointFailed when the disk has less than `needed_bytes` (the last snapshot's size).
-
-    Asked before a snapshot: a rank that fails inside one leaves its peers in a barrier.
-    """
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise CheckpointFailed(
-            f"{folder}: {free_bytes} bytes free, a snapshot takes {needed_bytes}; give the pods "
-            "more ephemeral storage"
-        )
-
-
-def take(engine: Any, folder: Path, rank: int) -> Snapshot:
-    """Write this rank's part of the engine's state into `folder`. Collective over all ranks.
+def take(engine: Any, folder: Path, rank: int, memory: HostMemory) -> Snapshot:
+    """This rank's part of the engine's state. Collective over all ranks.
 
     Under ZeRO the parts are: every rank its optimizer partition; rank 0 the module (stages 1 and
-    2), or every rank its own part of it (stage 3).
+    2), or every rank its own part of it (stage 3). `folder` is empty and takes what finds no room in
+    memory. Whatever goes wrong is raised after the collectives, so that a rank that fails leaves no
+    peer waiting.
     """
-    state = folder / _TAG
-    state.mkdir(parents=True)
-    engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+    (folder / _TAG).mkdir(parents=True)
+    stage = _Stage(folder, memory)
+    usual, engine.checkpoint_engine = engine.checkpoint_engine, stage
+    try:
+        engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+    finally:
+        engine.checkpoint_engine = usual
+    if stage.error is not None:
+        raise stage.error
+    memory.settle()
     generators = rng.capture()
-    (folder / _rng_path(rank)).write_text(json.dumps(generators))
-    # DeepSpeed adds scripts for people; what is not ours to load is not ours to store.
-    paths = sorted(f"{_TAG}/{file.name}" for file in state.glob("*.pt"))
-    return Snapshot(folder, [_rng_path(rank), *paths], generators)
+    text = json.dumps(generators).encode()
+    files = sorted(stage.files, key=lambda file: file.path)
+    return Snapshot([Staged(_rng_path(rank), len(text), lambda: io.BytesIO(text)), *files])
 
 
-def is_shared(path: str) -> bool:
-    """True for a file that rank 0 writes and every rank loads."""
-    return path.startswith(_SHARED_PREFIX)
+class _Stage(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
+    """Where DeepSpeed saves to."""
+
+    def __init__(self, folder: Path, memory: HostMemory) -> None:
+        super().__init__()
+        self.name = "kubedistill"
+        self.files: list[Staged] = []
+        self.error: Exception | None = None
+        self._folder = folder
+        self._memory = memory
+
+    def create(self, info: Any) -> None:
+        """Nothing is begun by a name."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Keep a copy. An error waits until the peers are through (see `take`)."""
+        if self.error is not None:
+            return
+        try:
+            self.files.append(self._staged(state_dict, path))
+        except Exception as error:
+            self.error = error
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """As DeepSpeed's own does: only for files of our own commits (see the module's `load`)."""
+        return torch.load(path, map_location=map_location, weights_only=False)
+
+    def commit(self, info: Any) -> bool:
+        """A commit is the log's affair."""
+        return True
+
+    def _staged(self, state: Any, path: str) -> Staged:
+        name = PurePath(path).relative_to(self._folder).as_posix()
+        copied = self._memory.copy(name, state)
+        if copied is not None:
+            size = self._memory.size_of(name)
+            return Staged(name, size, lambda: Written(lambda file: save_state(copied, file)))
+        file = Path(path)
+        try:
+            save_state(state, file)
+        except (OSError, RuntimeError) as error:  # torch's own writer says RuntimeError
+            free = shutil.disk_usage(self._folder).free
+            raise CheckpointFailed(
+                f"{self._folder}: no room for a snapshot in memory, and {free} bytes free on disk "
+                f"({error}); give the pods more memory or ephemeral storage"
+            ) from error
+        return Staged(name, file.stat().st_size, lambda: file.open("rb"), on_disk=True)
 
 
 def load(engine: Any, folder: Path, rank: int) -> None:

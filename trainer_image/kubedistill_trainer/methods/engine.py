@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,18 @@ from kubedistill_trainer.imports import uncompiled
 from kubedistill_trainer.methods.student import StudentWithLoss
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+UPLOAD_TIMEOUT = timedelta(hours=6)
+"""Between the first rank whose upload is done and the last; a rank that dies is noticed at once."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Gloo groups of all ranks, beside the default group's NCCL."""
+
+    control: Any
+    """Small agreements between steps."""
+    uploads: Any
+    """Agreements of the threads that upload, which run beside steps."""
 
 
 def deepspeed_config(training: Training, ranks: int, micro_batch: int) -> dict[str, Any]:
@@ -48,8 +61,8 @@ def deepspeed_config(training: Training, ranks: int, micro_batch: int) -> dict[s
     }
 
 
-def join_gang(host: str, port: int, rank: int, world_size: int, local_rank: int) -> Any:
-    """Static rendezvous at rank 0; the control-plane group (gloo) is returned.
+def join_gang(host: str, port: int, rank: int, world_size: int, local_rank: int) -> Groups:
+    """Static rendezvous at rank 0; the control-plane groups (gloo) are returned.
 
     Small agreements between ranks never go over NCCL, where they would hang with a dead peer.
     """
@@ -71,7 +84,10 @@ def join_gang(host: str, port: int, rank: int, world_size: int, local_rank: int)
     deepspeed.init_distributed(
         dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False, auto_mpi_discovery=False
     )
-    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return Groups(
+        control=dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT),
+        uploads=dist.new_group(backend="gloo", timeout=UPLOAD_TIMEOUT),
+    )
 
 
 def wrap(module: StudentWithLoss, training: Training, ranks: int, micro_batch: int) -> Any:

@@ -5,54 +5,39 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from kubedistill_api.exit_codes import ExitCode
-from kubedistill_api.status import CheckpointStatus
 from pydantic import JsonValue
 
 from kubedistill_trainer import exporter
-from kubedistill_trainer.checkpoint import Checkpointer, fits_grace
+from kubedistill_trainer.checkpoint import Checkpointer, CheckpointError, fits_grace
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.failures import RunFailure
+from kubedistill_trainer.methods.agreement import Agreed, Losses, Word, agree
 from kubedistill_trainer.methods.history import History
 from kubedistill_trainer.methods.interruption import Interruption
 from kubedistill_trainer.methods.overfitting import overfitting
+from kubedistill_trainer.methods.saving import GRACE_MARGIN_SECONDS, Saver
 from kubedistill_trainer.methods.schedule import learning_rate
 from kubedistill_trainer.methods.signal import Signal
+from kubedistill_trainer.methods.straggler import StragglerWatch
 from kubedistill_trainer.methods.watch import Watch
+from kubedistill_trainer.store import StoreError
 
 _log = logging.getLogger(__name__)
 Ids = npt.NDArray[np.int64]
-_GRACE_MARGIN_SECONDS = 5.0
 _INITIAL = "initialPerplexity"
 _HISTORY = "history"
 _WATCH = "heldOut"
-
-
-@dataclass
-class Timings:
-    """Recent step and save times, in seconds."""
-
-    steps: deque[float] = field(default_factory=lambda: deque(maxlen=200))
-    saves: list[float] = field(default_factory=list)
-
-
-class Losses(NamedTuple):
-    """Mean losses a token of one step, over all ranks."""
-
-    soft: float
-    hard: float
-    features: float
-    total: float
+_SKIPPED = "skipped"
+_MOST_SKIPPED = 10
 
 
 class Loop:
@@ -71,6 +56,8 @@ class Loop:
         heldout_perplexity: Callable[[], float] | None = None,
     ) -> None:
         """`heldout_perplexity` measures the student as it is; a collective over all ranks."""
+        run = context.run
+        nodes = run.rendezvous.nodes if run.rendezvous else 1
         self._context = context
         self._dataset = dataset
         self._engine = engine
@@ -84,12 +71,20 @@ class Loop:
         self.exported_step: int | None = None
         """The step whose weights the engine has at the end."""
         self.history = History()
-        self.watch = Watch(context.run.spec.training.early_stopping)
-        self._timings = Timings()
-        self._committed_step = -1
-        spec = context.run.spec
-        self._training = spec.training
-        self._per_rank = spec.training.global_batch_size // context.world_size
+        self.watch = Watch(run.spec.training.early_stopping)
+        self.skipped: list[int] = []
+        """Steps (from 0) whose batch is left out, since their loss was no number."""
+        self._saver = Saver(
+            checkpointer,
+            run.spec.checkpoint,
+            board,
+            grace_seconds=run.termination_grace_seconds,
+            nodes=nodes,
+            mtbf_seconds=run.mean_seconds_between_failures,
+        )
+        self._stragglers = StragglerWatch(max(1, context.world_size // nodes))
+        self._training = run.spec.training
+        self._per_rank = self._training.global_batch_size // context.world_size
         self._micro = int(engine.train_micro_batch_size_per_gpu())
 
     def run(self) -> int:
@@ -97,40 +92,89 @@ class Loop:
 
         Where the held-out loss was best before the last step, the engine has that commit's weights.
 
-        Raises RunFailure: GRACEFUL_CHECKPOINT or INTERRUPTED after SIGTERM, UNKNOWN when the loss
-        stops being finite.
+        Raises RunFailure: GRACEFUL_CHECKPOINT or INTERRUPTED after SIGTERM, NON_FINITE_LOSS when the
+        loss stops being finite and that is not to be skipped.
         """
         total = self._dataset.total_steps
         step = self._restore()
         if step == 0 and self._heldout_perplexity is not None and self._starts_with_weights:
             self.initial_perplexity = self._heldout_perplexity()
         self._board.update(phase="Training", total_steps=total, step=step)
+        if step == 0 and self._training.on_non_finite_loss == "Skip":
+            self._saver.save(self._engine, *self._state(step))  # there is something to go back to
+        step = self._train(step, total)
+        self._saver.settle()
+        if self._saver.committed_step != step:
+            self._saver.save(self._engine, *self._state(step))
+        self._take_best(step)
+        return step
+
+    def _train(self, step: int, total: int) -> int:
+        """From `step` on until the end, or until the held-out loss says stop; the step then."""
         self._teacher.expect(self._micro_batches(step))
         self._engine.train()
         started, first = time.monotonic(), step
         while step < total and not self.watch.stopped:
+            if step in self.skipped:
+                step += 1
+                self._board.update(step=step)
+                continue
             begun = time.monotonic()
-            parts = self._step(step)
+            agreed = self._agree(step, *self._step(step))
+            seconds = time.monotonic() - begun
+            if self._diverged(agreed.losses):
+                step = self._go_back(step, agreed.losses)
+                continue
             step += 1
-            asked, losses = self._agree(parts)
-            self._timings.steps.append(time.monotonic() - begun)
-            if not math.isfinite(losses.total):
-                exporter.NONFINITE.inc()
-                raise RunFailure(ExitCode.UNKNOWN, f"the loss of step {step} is {losses.total}")
+            self._saver.stepped(seconds)
+            self._stragglers.record(seconds, agreed.own_seconds)
             speed = (step - first) / (time.monotonic() - started)
+            losses = agreed.losses
             self.history.record(step, losses.soft, losses.hard, losses.total, self._rate(step - 1))
-            self._report(step, total, losses, speed)
-            if asked:
-                self._stop(step)
-            best = self.watch.due(step, total) and self._look(step)
-            asked_for = self._context.run.spec.checkpoint.interval
-            interval = 100 if asked_for == "Auto" else int(asked_for)
-            if best or (step % interval == 0 and step < total):
-                self._commit(step)
-        if self._committed_step != step:
-            self._commit(step)
-        self._take_best(step)
+            self._report(step, total, losses, speed, seconds)
+            self._save_or_stop(step, total, agreed)
         return step
+
+    def _save_or_stop(self, step: int, total: int, agreed: Agreed) -> None:
+        """What follows a step: the same on all ranks."""
+        if agreed.save_failed:
+            self._saver.settle()
+        if agreed.asked_to_stop:
+            self._stop(step)
+        best = self.watch.due(step, total) and self._look(step)
+        if best or (agreed.save_is_due and step < total):
+            self._saver.start(self._engine, *self._state(step))
+
+    def _diverged(self, losses: Losses) -> bool:
+        """Whether the loss or the gradient is no number: then the weights are worth nothing now."""
+        norm = self._engine.get_global_grad_norm()
+        return not math.isfinite(losses.total + (0.0 if norm is None else float(norm)))
+
+    def _go_back(self, step: int, losses: Losses) -> int:
+        """By policy: load the newest commit, and leave this step's batch out; its step."""
+        exporter.NONFINITE.inc()
+        found = f"the loss of step {step + 1:,} is {losses.total}"
+        if math.isfinite(losses.total):
+            found = f"the gradient of step {step + 1:,} is no number"
+        if self._training.on_non_finite_loss == "Stop":
+            raise RunFailure(
+                ExitCode.NON_FINITE_LOSS,
+                f"{found}; lower spec.training.learningRate, or set onNonFiniteLoss: Skip",
+            )
+        if len(self.skipped) == _MOST_SKIPPED:
+            raise RunFailure(
+                ExitCode.NON_FINITE_LOSS, f"{found}, after {_MOST_SKIPPED} steps that were left out"
+            )
+        skipped = [*self.skipped, step]
+        self._saver.settle()
+        back = self._restore(again=True)
+        # The commit knows of fewer: what it does not know of was found since.
+        self.skipped = skipped
+        _log.warning("%s: its batch is left out", found, extra={"step": step + 1, "from": back})
+        self._board.update(step=back, skipped_steps=[s + 1 for s in self.skipped])
+        self._teacher.expect(self._micro_batches(back))
+        self._engine.train()
+        return back
 
     @property
     def _starts_with_weights(self) -> bool:
@@ -167,35 +211,46 @@ class Loop:
                 extra={"best": best, "exported": self.exported_step},
             )
 
-    def _restore(self) -> int:
+    def _restore(self, *, again: bool = False) -> int:
+        """Load the newest good commit; its step. `again`: not at the attempt's start."""
         with exporter.CHECKPOINT_DURATION.labels("restore").time():
             restored = self._checkpointer.restore(self._engine)
         if restored is None:
             return 0
         _log.info("resumed", extra={"step": restored.step, "commit": restored.uri})
-        self._board.update(
-            resumed_from_step=restored.step,
-            rejected_checkpoints=[str(rejected) for rejected in restored.rejected][:8],
-        )
-        self._committed_step = restored.step
-        began = restored.cursor.get(_INITIAL)
+        if not again:
+            self._board.update(
+                resumed_from_step=restored.step,
+                rejected_checkpoints=[str(rejected) for rejected in restored.rejected][:8],
+            )
+        self._saver.committed_step = restored.step
+        cursor = restored.cursor
+        began, skipped = cursor.get(_INITIAL), cursor.get(_SKIPPED)
         self.initial_perplexity = float(began) if isinstance(began, int | float) else None
-        self.history = History.from_cursor(restored.cursor.get(_HISTORY))
-        self.watch = Watch.from_cursor(self._training.early_stopping, restored.cursor.get(_WATCH))
+        self.history = History.from_cursor(cursor.get(_HISTORY))
+        self.watch = Watch.from_cursor(self._training.early_stopping, cursor.get(_WATCH))
+        steps = skipped if isinstance(skipped, list) else []
+        self.skipped = [step for step in steps if isinstance(step, int)]
+        self._board.update(skipped_steps=[step + 1 for step in self.skipped])
         return int(restored.step)
 
     def _micro_batches(self, first_step: int) -> Iterator[Ids]:
         """This rank's sample ids from `first_step` on, a micro-batch at a time."""
         for step in range(first_step, self._dataset.total_steps):
-            yield from self._micro_batches_of(self._dataset.order.batch(step))
+            if step not in self.skipped:
+                yield from self._micro_batches_of(self._dataset.order.batch(step))
 
     def _micro_batches_of(self, batch: Ids) -> Iterator[Ids]:
         mine = batch[self._context.rank * self._per_rank :][: self._per_rank]
         for start in range(0, self._per_rank, self._micro):
             yield mine[start : start + self._micro]
 
-    def _step(self, step: int) -> torch.Tensor:
-        """One optimizer step; this rank's share of its `Losses`, float64 [4]."""
+    def _step(self, step: int) -> tuple[torch.Tensor, float]:
+        """One optimizer step; this rank's share of its `Losses`, float64 [4], and its own seconds.
+
+        Its own are those until the first micro-batch's loss is there: from then on ranks wait for
+        each other. (Under ZeRO-3 they do within a forward pass too.)
+        """
         rate = self._rate(step)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -207,17 +262,20 @@ class Loop:
         # DeepSpeed divides by the ranks and by the accumulation steps; the normaliser already
         # speaks of the whole step.
         scale = self._context.world_size * self._engine.gradient_accumulation_steps()
+        begun, own_seconds = time.monotonic(), 0.0
         for samples in self._micro_batches_of(batch):
             parts = self._forward(samples, float(max(1, valid)))
-            self._engine.backward(parts.total * scale)
-            self._engine.step()
             features = torch.zeros_like(parts.total) if parts.features is None else parts.features
             shares = (parts.soft, parts.hard, features, parts.total)
+            # To the host, which waits for a GPU: so the time is the forward pass's.
             sums += torch.stack([share.detach() for share in shares]).double().cpu()
+            own_seconds = own_seconds or time.monotonic() - begun
+            self._engine.backward(parts.total * scale)
+            self._engine.step()
             exporter.TOKENS.labels("student").inc(
                 samples.size * self._dataset.packed.sequence_length
             )
-        return sums
+        return sums, own_seconds
 
     def _rate(self, step: int) -> float:
         return learning_rate(step, self._dataset.total_steps, self._training)
@@ -232,18 +290,21 @@ class Loop:
             teacher = self._teacher.batch(samples, tokens, positions)
         return self._engine(tokens, positions, labels, teacher, normalizer)
 
-    def _agree(self, sums: torch.Tensor) -> tuple[bool, Losses]:
-        """One small all-reduce a step: was any rank asked to stop; the losses of all ranks."""
-        message = torch.cat([torch.tensor([float(self._interruption.asked)]).double(), sums])
-        dist.all_reduce(message, group=self._control_group)
-        asked, *losses = message.tolist()
-        return asked > 0, Losses(*losses)
+    def _agree(self, step: int, sums: torch.Tensor, own_seconds: float) -> Agreed:
+        word = Word(
+            asked_to_stop=self._interruption.asked,
+            save_is_due=self._saver.due(step + 1),
+            save_failed=self._saver.failed,
+            own_seconds=own_seconds,
+            losses=sums,
+        )
+        return agree(word, self._context.rank, self._context.world_size, self._control_group)
 
-    def _report(self, step: int, total: int, losses: Losses, speed: float) -> None:
+    def _report(self, step: int, total: int, losses: Losses, speed: float, seconds: float) -> None:
         now = time.time()
         exporter.STEP.set(step)
         exporter.LAST_STEP.set(now)
-        exporter.STEP_DURATION.labels("step").observe(self._timings.steps[-1])
+        exporter.STEP_DURATION.labels("step").observe(seconds)
         for component, value in losses._asdict().items():
             exporter.LOSS.labels(component).set(value)
         norm = self._engine.get_global_grad_norm()
@@ -256,49 +317,50 @@ class Loop:
             last_step_time=now,
             tokens_per_second=speed * batch_tokens,
             estimated_remaining_seconds=(total - step) / speed if speed else None,
-            step_seconds=max(self._timings.steps),
+            step_seconds=self._saver.longest_step,
             teacher_stream=self._teacher.status(),
+            straggler=self._stragglers.sentence,
         )
         if step == 1 or step % 50 == 0 or step == total:
             _log.info("step", extra={"step": step, "of": total, "loss": round(losses.total, 4)})
 
-    def _commit(self, step: int) -> None:
-        with exporter.CHECKPOINT_DURATION.labels("save").time():
-            cursor: dict[str, JsonValue] = {"step": step, _HISTORY: self.history.to_cursor()}
-            # JSON knows no NaN.
-            if self.initial_perplexity is not None and math.isfinite(self.initial_perplexity):
-                cursor[_INITIAL] = self.initial_perplexity
-            if self.watch.looks:
-                cursor[_WATCH] = self.watch.to_cursor()
-            info = self._checkpointer.save(
-                self._engine, step=step, cursor=cursor, keep_step=self.watch.best_step
-            )
-        self._committed_step = step
-        self._timings.saves.append(info.duration_seconds)
-        exporter.LAST_COMMIT.set(time.time())
-        self._board.update(
-            checkpoint=CheckpointStatus(
-                uri=info.uri, step=step, time=info.time, digest=info.digest
-            ),
-            save_seconds=max(self._timings.saves),
-        )
-        _log.info("committed", extra={"step": step, "seconds": round(info.duration_seconds, 2)})
+    def _state(self, step: int) -> tuple[int, dict[str, JsonValue], int | None]:
+        """The step, what a commit of it says beside the engine's state, and the commit to keep."""
+        cursor: dict[str, JsonValue] = {"step": step, _HISTORY: self.history.to_cursor()}
+        # JSON knows no NaN.
+        if self.initial_perplexity is not None and math.isfinite(self.initial_perplexity):
+            cursor[_INITIAL] = self.initial_perplexity
+        if self.watch.looks:
+            cursor[_WATCH] = self.watch.to_cursor()
+        if self.skipped:
+            cursor[_SKIPPED] = [*self.skipped]
+        return step, cursor, self.watch.best_step
 
     def _stop(self, step: int) -> None:
-        """All ranks are here: commit when the grace allows, or start nothing."""
-        remaining = torch.tensor([self._interruption.remaining_seconds()], dtype=torch.float64)
-        dist.all_reduce(remaining, op=dist.ReduceOp.MIN, group=self._control_group)
-        fits = fits_grace(
-            list(self._timings.steps), self._timings.saves, remaining.item(), _GRACE_MARGIN_SECONDS
-        )
-        if self._committed_step == step:
-            fits = True
-        elif fits:
-            self._commit(step)
-        if not fits:
+        """All ranks are here: commit when the grace allows, or start nothing.
+
+        A save that is in flight is waited for as long as the grace lasts: `Interruption` ends the
+        process in time.
+        """
+        try:
+            self._saver.settle(last=True)
+        except (CheckpointError, StoreError) as error:
             raise RunFailure(
-                ExitCode.INTERRUPTED,
-                f"asked to stop after step {step} with {remaining.item():.0f} s of grace: "
-                "too little to commit",
-            )
+                ExitCode.INTERRUPTED, f"asked to stop after step {step}; a save failed: {error}"
+            ) from error
+        remaining = torch.tensor([self._interruption.remaining_seconds()], dtype=torch.float64)
+        saves = self._saver.saves
+        # The ranks' own measures differ a little.
+        mine = fits_grace([], saves, remaining.item(), GRACE_MARGIN_SECONDS)
+        answer = torch.tensor([float(mine), remaining.item()], dtype=torch.float64)
+        dist.all_reduce(answer, op=dist.ReduceOp.MIN, group=self._control_group)
+        fits, left = answer.tolist()
+        if self._saver.committed_step != step:
+            if not fits:
+                raise RunFailure(
+                    ExitCode.INTERRUPTED,
+                    f"asked to stop after step {step} with {left:.0f} s of grace: too little to "
+                    f"commit; step {max(0, self._saver.committed_step)} is committed",
+                )
+            self._saver.save(self._engine, *self._state(step))
         raise RunFailure(ExitCode.GRACEFUL_CHECKPOINT, f"asked to stop; committed step {step}")

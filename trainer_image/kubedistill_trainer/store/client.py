@@ -194,14 +194,19 @@ class Store:
 
     def upload_file(self, key: str, path: Path) -> None:
         """Write a file, in parts when it is big. Raises OSError when the file cannot be read."""
-        size_bytes = path.stat().st_size
+        self.upload_stream(key, str(path), path.stat().st_size)
+
+    def upload_stream(self, key: str, source: Any, size_bytes: int) -> None:
+        """Write what `source.read(size)` gives, or the file of that name, in parts when it is much:
+        bounded memory.
+
+        `size_bytes` is about what it gives, for the deadline. Raises what `source.read` raises.
+        """
         with (
             translated("upload", self.uri_of(key), self.endpoint),
             self._connection.transfer_within(size_bytes) as futures,
         ):
-            futures.append(
-                self._connection.transfers.upload(str(path), self.bucket, self._full(key))
-            )
+            futures.append(self._connection.transfers.upload(source, self.bucket, self._full(key)))
             futures[0].result()
         BYTES.labels("upload").inc(size_bytes)
 

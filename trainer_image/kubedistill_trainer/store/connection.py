@@ -15,8 +15,9 @@ import botocore.loaders
 import botocore.session
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
+from botocore.retries import standard
 
-from kubedistill_trainer.store.translate import count_failures, retry_more
+from kubedistill_trainer.store.translate import count_failures, jitter, retry_more
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -38,10 +39,15 @@ class Limits:
     """Every transfer gets this long …"""
     slowest_bytes_per_second: float = MIB
     """… plus its size at this speed: silence is not the only way for a store to stall."""
+    upload_bytes_per_second: int | None = None
+    """What uploads of files and streams may take of the network; None for all of it."""
 
     def deadline_seconds(self, size_bytes: int) -> float:
         """Seconds after which moving `size_bytes` is given up."""
-        return self.deadline_floor_seconds + size_bytes / self.slowest_bytes_per_second
+        slowest = self.slowest_bytes_per_second
+        if self.upload_bytes_per_second is not None:
+            slowest = min(slowest, self.upload_bytes_per_second / 2)
+        return self.deadline_floor_seconds + size_bytes / slowest
 
 
 class Connection:
@@ -61,7 +67,7 @@ class Connection:
         # First, because botocore's own handler answers "no" to what it does not know.
         events.register_first("needs-retry.s3", partial(retry_more, limit=limits.attempts))
         events.register("response-received.s3", count_failures)
-        self.transfers: Any = create_transfer_manager(self.client, _transfer_config())
+        self.transfers: Any = create_transfer_manager(self.client, _transfer_config(limits))
 
     @contextmanager
     def transfer_within(self, size_bytes: int) -> Iterator[list[TransferFuture]]:
@@ -95,6 +101,18 @@ class Connection:
 _descriptions: Any = botocore.loaders.create_loader()
 
 
+class _Backoff(standard.ExponentialBackoff):
+    """botocore's waits, with draws of our own: it takes them from Python's global generator, which
+    belongs to training, and uploads run beside it."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, random=jitter.random)
+
+
+# botocore's retry handler looks the class up by this name, and takes no other.
+vars(standard)["ExponentialBackoff"] = _Backoff
+
+
 def _session() -> boto3.session.Session:
     """A session of its own, so that credentials are looked up anew."""
     inner = botocore.session.Session()
@@ -117,8 +135,9 @@ def _config(endpoint: str, limits: Limits) -> Config:
     )
 
 
-def _transfer_config() -> TransferConfig:
+def _transfer_config(limits: Limits) -> TransferConfig:
     return TransferConfig(
+        max_bandwidth=limits.upload_bytes_per_second,
         multipart_threshold=32 * MIB,
         multipart_chunksize=16 * MIB,
         max_concurrency=max(4, min(10, os.cpu_count() or 4)),

@@ -41,7 +41,7 @@ _CONFLICT = "ConditionalRequestConflict"
 # another one, throttling as some compatible stores put it, a body garbled on its way.
 _ALSO_RETRIED = {_CONFLICT, "TooManyRequests", "BadDigest", "XAmzContentSHA256Mismatch"}
 # Its own generator: the global one belongs to training, whose draws must not depend on retries.
-_jitter = random.Random()  # noqa: S311
+jitter = random.Random()  # noqa: S311
 _ANSWERS = {"404", "NoSuchKey", "412", "PreconditionFailed", "304"}  # outcomes, not failures
 
 
@@ -54,7 +54,7 @@ def retry_more(
     http, parsed = response
     code = parsed.get("Error", {}).get("Code", "")
     if code in _ALSO_RETRIED or http.status_code == 429:
-        return float(_jitter.uniform(0.05, 0.2) * 2**attempts)
+        return float(jitter.uniform(0.05, 0.2) * 2**attempts)
     return None
 
 
