@@ -37,6 +37,7 @@ from devcluster.process import free_port  # noqa: E402
 from devcluster.s3 import S3Access, S3Server  # noqa: E402
 from kubedistill_api.training import Training  # noqa: E402
 from kubedistill_trainer.checkpoint import Checkpointer, shards  # noqa: E402
+from kubedistill_trainer.checkpoint.records import ShardRecord  # noqa: E402
 from kubedistill_trainer.checkpoint.staging import Staged  # noqa: E402
 from kubedistill_trainer.methods.engine import join_gang, wrap  # noqa: E402
 from kubedistill_trainer.methods.student import StudentWithLoss  # noqa: E402
@@ -136,7 +137,7 @@ def throughput(s3: S3Access, size_mib: int, rounds: int, scratch: Path) -> list[
         for _ in range(size_mib // 16):
             out.write(os.urandom(16 * MIB))
     store = Store(f"s3://{s3.bucket}/copies", endpoint=s3.endpoint)
-    receipts = []
+    receipts: list[ShardRecord] = []
     remote = f"s3://{s3.bucket}/peer-shard"
 
     def up() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from kubedistill_trainer.store import NotFound, Store, StoreError
 PART_BYTES = 16 * 1024 * 1024
 """One CRC32C is kept for each part of this size; a download asks for parts of it."""
 _SHARED_PREFIX = "state/mp_rank_"  # DeepSpeed's name for what is of the model
-_PARTS_AHEAD = 4  # of 16 MiB: enough to keep one connection busy while another part is hashed
+_PARTS_AHEAD = 6  # of 16 MiB: some on their way while another one is hashed
 _DOWNLOAD_ATTEMPTS = 2  # a part that is wrong twice is wrong in the store
 
 
@@ -103,37 +104,49 @@ def download(store: Store, shard: ShardRecord, path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    whole = hashlib.sha256()
     try:
         with partial.open("wb") as file:
-            for part in _parts(store, shard):
-                whole.update(part)
-                file.write(part)
-        if whole.hexdigest() != shard.sha256:
+            digest = _fetch(store, shard, file.fileno())
+        if digest != shard.sha256:
             raise CheckpointCorrupt(
-                f"{store.uri_of(shard.path)}: SHA-256 {whole.hexdigest()}, committed {shard.sha256}"
+                f"{store.uri_of(shard.path)}: SHA-256 {digest}, committed {shard.sha256}"
             )
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _parts(store: Store, shard: ShardRecord) -> Iterator[bytes]:
-    """The verified parts of a shard in order, some fetched ahead."""
+def _fetch(store: Store, shard: ShardRecord, descriptor: int) -> str:
+    """Write the verified parts of a shard, some fetched ahead; SHA-256 of the whole."""
     expected = -(-shard.size_bytes // PART_BYTES)
     if len(shard.crc32c) != expected:
         raise CheckpointCorrupt(
             f"{store.uri_of(shard.path)}: the record has {len(shard.crc32c)} CRCs for {expected} "
             "parts"
         )
+
+    def copy(number: int) -> bytes:
+        part = _fetch_part(store, shard, number)
+        written = 0
+        while written < len(part):
+            written += os.pwrite(
+                descriptor, memoryview(part)[written:], number * PART_BYTES + written
+            )
+        return part
+
+    whole = hashlib.sha256()
     with ThreadPoolExecutor(_PARTS_AHEAD) as pool:
         ahead: deque[Future[bytes]] = deque()
-        for number in range(expected):
-            ahead.append(pool.submit(_fetch_part, store, shard, number))
-            if len(ahead) == _PARTS_AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        try:
+            for number in range(expected):
+                ahead.append(pool.submit(copy, number))
+                if len(ahead) == _PARTS_AHEAD:
+                    whole.update(ahead.popleft().result())
+            while ahead:
+                whole.update(ahead.popleft().result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return whole.hexdigest()
 
 
 def _fetch_part(store: Store, shard: ShardRecord, number: int) -> bytes:

@@ -264,17 +264,18 @@ class Store:
         # The body's public read waits for all it was asked for, byte by byte if need be. read1
         # returns what is there, so that a store that drips meets the deadline.
         body: Any = answer["Body"]
-        raw, parts = body._raw_stream, bytearray()
-        while len(parts) < size_bytes:
+        raw, pieces, there = body._raw_stream, list[bytes](), 0
+        while there < size_bytes:
             piece = raw.read1(MIB)
             if not piece:
-                raise IncompleteReadError(actual_bytes=len(parts), expected_bytes=size_bytes)
-            parts += piece
+                raise IncompleteReadError(actual_bytes=there, expected_bytes=size_bytes)
+            pieces.append(piece)
+            there += len(piece)
             if time.monotonic() > deadline:
                 raw.close()
-                raise TimeoutError(f"{len(parts)} of {size_bytes} bytes by the deadline")
+                raise TimeoutError(f"{there} of {size_bytes} bytes by the deadline")
         raw.release_conn()
-        return bytes(parts)
+        return b"".join(pieces)
 
 
 def _list_of(keys: Iterable[str]) -> list[str]:
