@@ -83,13 +83,17 @@ class Trainer:
         *,
         name: str = "job",
         attempt: int = 1,
+        nodes: int | None = None,
         teacher: ResolvedModel | None = None,
         student: ResolvedModel | None = None,
         timeout_seconds: float = 600,
         strike: Callable[[int], None] | None = None,
     ) -> Result:
-        """Start all containers of a role and wait for them. `strike` gets the first one's pid."""
-        nodes = spec.workers.nodes if role == "student" else 1
+        """Start all containers of a role and wait for them. `strike` gets the first one's pid.
+
+        `nodes`: fewer or more than the spec's, as after a node was lost for good.
+        """
+        nodes = (nodes or spec.workers.nodes) if role == "student" else 1
         rendezvous = Rendezvous(host="127.0.0.1", port=free_port(), nodes=nodes)
         run = RunSpec(
             namespace="test", name=name, uid=f"uid-{name}", role=role, attempt=attempt,

@@ -76,6 +76,8 @@ def run_student(
         control_group=group,
         upload_group=groups.uploads,
         memory_limit_bytes=run.memory_limit_bytes,
+        node_scratch=context.scratch,
+        local_rank=local_rank,
     )
     checkpointer.open()
     taught = read_taught(context)

@@ -12,7 +12,6 @@ from kubedistill_trainer.checkpoint.errors import (
     CheckpointFailed,
     ConfigChanged,
     Fenced,
-    WorldSizeChanged,
 )
 from kubedistill_trainer.checkpoint.estimate import fits_grace
 from kubedistill_trainer.checkpoint.log import CommitLog
@@ -36,7 +35,6 @@ __all__ = [
     "Fenced",
     "Rejected",
     "Restored",
-    "WorldSizeChanged",
     "fits_grace",
 ]
 

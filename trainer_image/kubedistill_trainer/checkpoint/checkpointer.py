@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,11 @@ from typing import Any
 import torch.distributed as dist
 from pydantic import JsonValue
 
-from kubedistill_trainer.checkpoint import retention, shards, snapshot
+from kubedistill_trainer.checkpoint import retention, shards, snapshot, universal
 from kubedistill_trainer.checkpoint.agreement import Gang
 from kubedistill_trainer.checkpoint.errors import (
     CheckpointCorrupt,
     ConfigChanged,
-    WorldSizeChanged,
 )
 from kubedistill_trainer.checkpoint.log import CommitEntry, CommitLog, Entry, slot_key
 from kubedistill_trainer.checkpoint.records import Commit, Reject, ShardRecord, digest
@@ -89,7 +88,8 @@ class Checkpointer:
     """One rank's side of a run's checkpoints. Every method but `flight` is collective over all
     ranks.
 
-    `store` is at the run's prefix. `control_group` and `upload_group` are two gloo groups of all
+    `store` is at the run's prefix. `scratch` is this rank's own folder, `node_scratch` one that the
+    ranks of its node share (None: `scratch`). `control_group` and `upload_group` are two gloo groups of all
     ranks with timeouts (None for a single rank): the second one is used by the uploads alone, so its
     timeout is longer than any upload. Not thread-safe.
     """
@@ -108,9 +108,13 @@ class Checkpointer:
         control_group: dist.ProcessGroup | None,
         upload_group: dist.ProcessGroup | None = None,
         memory_limit_bytes: int | None = None,
+        node_scratch: Path | None = None,
+        local_rank: int = 0,
     ) -> None:
         self._store = store
         self._scratch = scratch
+        self._node_scratch = node_scratch or scratch
+        self._local_rank = local_rank
         self._fence = fence
         self._rank = rank
         self._world_size = world_size
@@ -256,7 +260,7 @@ class Checkpointer:
         No save may be in flight.
 
         A commit that is missing, altered or torn gets a REJECT and the next older one is tried.
-        Raises WorldSizeChanged and ConfigChanged on a good commit that does not fit, StoreError
+        Raises ConfigChanged on a good commit that does not fit, StoreError
         when the store cannot be read (which rejects nothing), Fenced when the run is taken over.
         """
         assert self._flight is None, "finish the save before it"
@@ -267,14 +271,9 @@ class Checkpointer:
             if entry is None:
                 self._refuse_if_all_bad(rejected)
                 return None
-            folder = snapshot.empty(self._scratch / "restore")
-            try:
-                if problem := self._fetch(entry, folder):
-                    rejected.append(self._gang.from_first(partial(self._reject, entry, problem)))
-                    continue
-                self._gang.gather(partial(snapshot.load, engine, folder, self._rank))
-            finally:
-                snapshot.empty(folder)
+            if problem := self._load(engine, entry):
+                rejected.append(self._gang.from_first(partial(self._reject, entry, problem)))
+                continue
             self._verified = entry.sequence
             commit = entry.record
             uri = self._store.uri_of(commit.data)
@@ -302,19 +301,60 @@ class Checkpointer:
         wanted = [commit for commit in commits if commit.record.step == step]
         return next(reversed(wanted or commits), None)
 
-    def _fetch(self, entry: CommitEntry, folder: Path) -> str:
-        """Download what this rank needs, verified; what is wrong on any rank, or nothing."""
-        commit = entry.record
+    def _load(self, engine: Any, entry: CommitEntry) -> str:
+        """Load a commit into the engine; or what is wrong with it, and then nothing is loaded."""
         self._refuse_misfit(entry)
+        commit = entry.record
+        if commit.world_size != self._world_size:
+            return self._load_universal(engine, commit)
+        folder = snapshot.empty(self._scratch / "restore")
+        mine = [shard for shard in commit.shards if shard.shared or shard.rank == self._rank]
+        try:
+            problem = self._fetch(commit, mine, folder)
+            if not problem:
+                self._gang.gather(partial(snapshot.load, engine, folder, self._rank))
+            return problem
+        finally:
+            snapshot.empty(folder)
+
+    def _load_universal(self, engine: Any, commit: Commit) -> str:
+        """The same for a commit of another number of ranks: each node's first rank converts it."""
+        leads = self._local_rank == 0
+        folder = self._node_scratch / "restore-universal"
+        if leads:
+            snapshot.empty(folder)
+        all_but_generators = [
+            s for s in commit.shards if not s.path.startswith(snapshot.RNG_PREFIX)
+        ]
+        try:
+            problem = self._fetch(
+                commit, all_but_generators if leads else [], universal.shard_folder(folder)
+            )
+            if not problem:
+                self._gang.gather(lambda: universal.convert(folder) if leads else None)
+                step = commit.step
+                self._gang.gather(
+                    lambda: universal.load(engine, folder, rank=self._rank, step=step)
+                )
+                _log.info(
+                    "loaded by another number of ranks",
+                    extra={"ranks": self._world_size, "committed_by": commit.world_size},
+                )
+            return problem
+        finally:
+            if leads:
+                snapshot.empty(folder)
+
+    def _fetch(self, commit: Commit, wanted: Sequence[ShardRecord], folder: Path) -> str:
+        """Download what this rank needs, verified; what is wrong on any rank, or nothing."""
         store = self._store.child(commit.data)
 
         def fetch() -> str:
             try:
                 if self._rank == 0:
                     shards.check_by_head(store, commit.shards)
-                for shard in commit.shards:
-                    if shard.shared or shard.rank == self._rank:
-                        shards.download(store, shard, folder / shard.path)
+                for shard in wanted:
+                    shards.download(store, shard, folder / shard.path)
             except CheckpointCorrupt as error:
                 return str(error)
             return ""
@@ -328,11 +368,6 @@ class Checkpointer:
             raise ConfigChanged(
                 f"{uri}: written under configuration {commit.config_digest!r}, this run has "
                 f"{self._config_digest!r}; start a new job for a changed specification"
-            )
-        if commit.world_size != self._world_size:
-            raise WorldSizeChanged(
-                f"{uri}: written by {commit.world_size} ranks, this attempt has "
-                f"{self._world_size}; give the job its former number of nodes and GPUs"
             )
 
     def _reject(self, entry: CommitEntry, reason: str) -> Rejected:

@@ -19,9 +19,5 @@ class CheckpointFailed(CheckpointError):
     """A rank could not write or read its part; nothing was committed. Names the rank."""
 
 
-class WorldSizeChanged(CheckpointError):
-    """The checkpoint was written by another number of ranks than would load it."""
-
-
 class ConfigChanged(CheckpointError):
     """The checkpoint was written under another configuration than the run has now."""

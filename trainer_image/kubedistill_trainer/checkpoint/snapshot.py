@@ -20,7 +20,9 @@ from kubedistill_trainer.checkpoint import rng
 from kubedistill_trainer.checkpoint.errors import CheckpointFailed
 from kubedistill_trainer.checkpoint.staging import HostMemory, Staged, Written, save_state
 
-_TAG = "state"
+TAG = "state"
+"""The folder of DeepSpeed's files."""
+RNG_PREFIX = "rng-"
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,11 @@ def take(engine: Any, folder: Path, rank: int, memory: HostMemory) -> Snapshot:
     memory. Whatever goes wrong is raised after the collectives, so that a rank that fails leaves no
     peer waiting.
     """
-    (folder / _TAG).mkdir(parents=True)
+    (folder / TAG).mkdir(parents=True)
     stage = _Stage(folder, memory)
     usual, engine.checkpoint_engine = engine.checkpoint_engine, stage
     try:
-        engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
     finally:
         engine.checkpoint_engine = usual
     if stage.error is not None:
@@ -117,7 +119,7 @@ def load(engine: Any, folder: Path, rank: int) -> None:
     DeepSpeed's files are pickles: call this only on files whose SHA-256 was checked against a
     COMMIT of our own log, never on anything that came from a user.
     """
-    loaded, _ = engine.load_checkpoint(str(folder), tag=_TAG)
+    loaded, _ = engine.load_checkpoint(str(folder), tag=TAG)
     if loaded is None:
         raise CheckpointFailed(f"{folder}: DeepSpeed found no state in it")
     rng.restore(json.loads((folder / _rng_path(rank)).read_text()))
@@ -131,4 +133,4 @@ def empty(folder: Path) -> Path:
 
 
 def _rng_path(rank: int) -> str:
-    return f"rng-{rank:05d}.json"
+    return f"{RNG_PREFIX}{rank:05d}.json"
