@@ -100,6 +100,9 @@ class Clock:
     def remaining_seconds(self) -> float:
         return 1e6
 
+    def has_work(self) -> None:
+        """It always has."""
+
 
 @pytest.fixture
 def gang(tmp_path: Path) -> Iterator[None]:
@@ -120,7 +123,6 @@ def run_of(training: Training, interval: int) -> Any:
         spec=spec,
         rendezvous=None,
         termination_grace_seconds=30,
-        mean_seconds_between_failures=None,
     )
 
 
@@ -133,7 +135,10 @@ def loop(
     """Ten steps of one rank; `heldout` gives the perplexity whenever it is asked for."""
     fields = {"globalBatchSize": 1, "learningRate": 0.1, **training}
     context = SimpleNamespace(
-        run=run_of(Training.model_validate(fields), interval=4), world_size=1, rank=0
+        run=run_of(Training.model_validate(fields), interval=4),
+        world_size=1,
+        rank=0,
+        mean_seconds_between_failures=None,
     )
     dataset = SimpleNamespace(
         total_steps=10,

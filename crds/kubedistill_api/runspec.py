@@ -104,6 +104,10 @@ class ProgressReport(ApiModel):
     grace_problem: str = Field(
         "", description="Why a save does not fit the pod's grace; empty where it does."
     )
+    rank_restarts: int = Field(
+        0, description="Starts of the ranks within the attempt, but the first."
+    )
+    restart_reason: str = Field("", description="Why the ranks before these ended.")
     straggler: str = Field("", description="The rank that the others wait for, and by how much.")
     skipped_steps: list[int] = Field([], description="Steps left out for a loss that is no number.")
     step_seconds: float | None = Field(None, description="99th percentile of a step's time.")

@@ -96,6 +96,9 @@ class Attempt(ApiModel):
         None, description="Step of the commit that it began with."
     )
     last_step: int = Field(0, description="Last step that it reported.")
+    rank_restarts: int = Field(
+        0, description="How often its ranks were started again in their pods; not charged."
+    )
     nodes: int = Field(0, description="Pods of the gang; 0 for all of spec.workers.nodes.")
     micro_batch_size: int = Field(
         0, description="Sequences that a rank takes at once; 0 for spec.training.microBatchSize."

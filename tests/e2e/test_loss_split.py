@@ -131,8 +131,13 @@ def run(ranks: int, rank: int, group: Any, stage: int, micro: int) -> dict[str, 
         }
     )  # fmt: skip
     engine = Recorder(wrap(student(), training, ranks, micro))
-    context: Any = SimpleNamespace(run=run_of(training, 100), world_size=ranks, rank=rank)
-    calm: Any = SimpleNamespace(asked=False)
+    context: Any = SimpleNamespace(
+        run=run_of(training, 100),
+        world_size=ranks,
+        rank=rank,
+        mean_seconds_between_failures=None,
+    )
+    calm: Any = SimpleNamespace(asked=False, has_work=lambda: None)
     teacher = OnlineTeacher(llama(40, 3, seed=7), (1, 3))
     commits: Any = Commits()
     loop = Loop(context, data(), engine, teacher, commits, ProgressBoard(), calm, group)

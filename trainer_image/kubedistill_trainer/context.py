@@ -9,8 +9,29 @@ from pathlib import Path
 from kubedistill_api import names
 from kubedistill_api.quantity import to_bytes
 from kubedistill_api.runspec import RunSpec
+from pydantic import BaseModel
 
 from kubedistill_trainer.store import Limits, Store
+
+_RESTART = "KUBEDISTILL_RESTART"
+
+
+class Restart(BaseModel):
+    """How often the ranks of this pod were started again in this attempt, and what of it matters."""
+
+    number: int = 0
+    reason: str = ""
+    """Why the ranks before ended."""
+    mean_seconds: float | None = None
+    """Between the starts so far."""
+
+    def to_environment(self) -> dict[str, str]:
+        return {_RESTART: self.model_dump_json()}
+
+
+def restart_of_environment() -> Restart:
+    """What the launcher told this rank."""
+    return Restart.model_validate_json(os.environ.get(_RESTART, "{}"))
 
 
 @dataclass(frozen=True)
@@ -22,6 +43,7 @@ class Context:
     rank: int = 0
     world_size: int = 1
     partition: int = 0
+    restart: Restart = field(default_factory=Restart)
     _stores: dict[str, Store] = field(default_factory=dict, repr=False)
 
     def open_store(self, uri: str) -> Store:
@@ -30,6 +52,12 @@ class Context:
             storage = self.run.spec.storage
             self._stores[uri] = Store(uri, endpoint=storage.endpoint, region=storage.region)
         return self._stores[uri]
+
+    @property
+    def mean_seconds_between_failures(self) -> float | None:
+        """As seen of this job: of its attempts, or of the restarts within this one."""
+        known = (self.run.mean_seconds_between_failures, self.restart.mean_seconds)
+        return min((seconds for seconds in known if seconds is not None), default=None)
 
     @property
     def storage(self) -> Store:
@@ -66,3 +94,13 @@ def read_run_spec() -> RunSpec:
 def scratch_directory() -> Path:
     """The pod's own disk (KUBEDISTILL_SCRATCH names another folder)."""
     return Path(os.environ.get("KUBEDISTILL_SCRATCH", names.SCRATCH_DIRECTORY))
+
+
+def joined_file(scratch: Path, local_rank: int) -> Path:
+    """There once a rank has met its peers."""
+    return scratch / f"joined-{local_rank}"
+
+
+def trained_file(scratch: Path, local_rank: int) -> Path:
+    """There once a rank has nothing to do with its peers any more."""
+    return scratch / f"trained-{local_rank}"

@@ -1,7 +1,8 @@
 """Container entry: `kubedistill-trainer preflight | teacher | student | report`.
 
-As PID 1 of a student pod it waits until its peers have names, starts one process a rank, forwards
-SIGTERM once, and turns the ranks' ends into one exit code and one termination message.
+As PID 1 of a student pod it waits until its peers have names, starts one process a rank, starts them
+again where one was killed, forwards SIGTERM once, and turns the ranks' ends into one exit code and
+one termination message.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from types import FrameType
+from typing import NoReturn
 
-from kubedistill_api.exit_codes import ExitCode, policy
+from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.runspec import Outcome, RunSpec
 from pydantic import ValidationError
 
@@ -25,13 +25,11 @@ from kubedistill_trainer.context import Context, read_run_spec, scratch_director
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.imports import quiet_collector
 from kubedistill_trainer.interrupt import interrupt
-from kubedistill_trainer.rank import meeting_file, outcome_file
+from kubedistill_trainer.rank import meeting_file
+from kubedistill_trainer.ranks import Ranks
 
 _log = logging.getLogger(__name__)
 _PEER_TIMEOUT_SECONDS = 300.0
-_PEERS_END_SECONDS = 15.0
-_POLL_SECONDS = 0.1
-_LEAST_TELLING = (ExitCode.PEER_LOST, ExitCode.UNKNOWN)
 
 
 def main() -> None:
@@ -97,8 +95,9 @@ def _report(run: RunSpec) -> tuple[ExitCode, Outcome]:
 
 def _split_teacher(shards: int) -> tuple[ExitCode, Outcome]:
     """A process for each part of the teacher."""
-    meeting_file(scratch_directory()).unlink(missing_ok=True)
-    gang = _Ranks(shards, "kubedistill_trainer.teacher_rank")
+    scratch = scratch_directory()
+    meeting_file(scratch).unlink(missing_ok=True)
+    gang = Ranks(shards, scratch, "kubedistill_trainer.teacher_rank")
     signal.signal(signal.SIGTERM, gang.forward)
     gang.start()
     return gang.wait()
@@ -108,7 +107,8 @@ def _student(run: RunSpec) -> tuple[ExitCode, Outcome]:
     rendezvous = run.rendezvous
     if rendezvous is None:
         raise RunFailure(ExitCode.BAD_CONFIGURATION, "run.json has no rendezvous")
-    gang = _Ranks(rendezvous.ranks_per_node)
+    fork = _imported_rank() if _may_fork(run) else None
+    gang = Ranks(rendezvous.ranks_per_node, scratch_directory(), fork=fork, in_place=True)
     signal.signal(signal.SIGTERM, gang.forward)
     if not wait_for_name(rendezvous.host, _PEER_TIMEOUT_SECONDS, lambda: gang.asked_to_stop):
         if gang.asked_to_stop:
@@ -119,6 +119,23 @@ def _student(run: RunSpec) -> tuple[ExitCode, Outcome]:
         )
     gang.start()
     return gang.wait()
+
+
+def _may_fork(run: RunSpec) -> bool:
+    """Whether ranks are forked off this process, which has imported for all of them.
+
+    Not where they use GPUs: what a library might do to CUDA before the fork was never tried on one.
+    """
+    on_cpu = run.spec.workers.gpus_per_node == 0 or os.environ.get("DS_ACCELERATOR") == "cpu"
+    return os.environ.get("KUBEDISTILL_FORK_RANKS", "1" if on_cpu else "0") == "1"
+
+
+def _imported_rank() -> Callable[[int], NoReturn]:
+    with quiet_collector():
+        from kubedistill_trainer import rank
+
+        rank.import_all()
+    return rank.run
 
 
 def wait_for_name(host: str, timeout_seconds: float, stop: Callable[[], bool]) -> bool:
@@ -132,84 +149,6 @@ def wait_for_name(host: str, timeout_seconds: float, stop: Callable[[], bool]) -
         else:
             return True
     return False
-
-
-class _Ranks:
-    """The rank processes of this pod."""
-
-    def __init__(self, count: int, module: str = "kubedistill_trainer.rank") -> None:
-        self._count = count
-        self._module = module
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self.asked_to_stop = False
-
-    def start(self) -> None:
-        """One process a rank."""
-        for local_rank in range(self._count):
-            outcome_file(scratch_directory(), local_rank).unlink(missing_ok=True)
-            command = [sys.executable, "-m", self._module, str(local_rank)]
-            self._processes.append(subprocess.Popen(command))
-        if self.asked_to_stop:
-            self._signal(signal.SIGTERM)
-
-    def forward(self, number: int, frame: FrameType | None) -> None:
-        """SIGTERM, once: the ranks agree among themselves what to do with it."""
-        if not self.asked_to_stop:
-            self.asked_to_stop = True
-            self._signal(signal.SIGTERM)
-
-    def wait(self) -> tuple[ExitCode, Outcome]:
-        """Until all ranks have ended: after the first failure the others get a little time."""
-        ended: list[tuple[int, int]] = []
-        deadline = float("inf")
-        while len(ended) < self._count:
-            for rank, process in enumerate(self._processes):
-                code = process.poll()
-                if code is not None and rank not in [r for r, _ in ended]:
-                    ended.append((rank, code))
-                    if code != 0:
-                        deadline = min(deadline, time.monotonic() + _PEERS_END_SECONDS)
-            if time.monotonic() > deadline:
-                self._signal(signal.SIGKILL)
-            time.sleep(_POLL_SECONDS)
-        return _summary(ended)
-
-    def _signal(self, number: signal.Signals) -> None:
-        for process in self._processes:
-            if process.poll() is None:
-                process.send_signal(number)
-
-
-def _summary(ended: list[tuple[int, int]]) -> tuple[ExitCode, Outcome]:
-    """The end that explains the others: the first to fail that knows why, or else the first."""
-    failures = [(rank, code) for rank, code in ended if code != 0]
-    if not failures:
-        return ExitCode.SUCCESS, _outcome_of(0, ExitCode.SUCCESS)
-    telling = [f for f in failures if _known(f[1]) not in _LEAST_TELLING]
-    rank, raw = (telling or failures)[0]
-    code = _known(raw)
-    result = _outcome_of(rank, code)
-    if raw < 0:
-        text = f"local rank {rank} was ended by {signal.Signals(-raw).name}"
-        result = Outcome(reason=policy(code).reason, message=text)
-    return code, result
-
-
-def _known(raw: int) -> ExitCode:
-    try:
-        return ExitCode(raw)
-    except ValueError:
-        return ExitCode.UNKNOWN
-
-
-def _outcome_of(local_rank: int, code: ExitCode) -> Outcome:
-    try:
-        return Outcome.model_validate_json(
-            outcome_file(scratch_directory(), local_rank).read_text()
-        )
-    except (OSError, ValidationError):
-        message = f"local rank {local_rank} ended with code {int(code)} and left no outcome"
-        return Outcome(reason=policy(code).reason, message=message)
 
 
 _roles = {

@@ -13,7 +13,12 @@ from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.runspec import Outcome
 
 from kubedistill_trainer import exporter, logs, outcome
-from kubedistill_trainer.context import Context, read_run_spec, scratch_directory
+from kubedistill_trainer.context import (
+    Context,
+    read_run_spec,
+    restart_of_environment,
+    scratch_directory,
+)
 from kubedistill_trainer.failures import refuse
 from kubedistill_trainer.imports import quiet_collector
 from kubedistill_trainer.methods.interruption import Interruption
@@ -33,24 +38,35 @@ def meeting_file(scratch: Path) -> Path:
 
 def main() -> None:
     """Run this rank; exit with its code at once, since gloo threads may hang on a dead peer."""
-    local_rank = int(sys.argv[1])
-    run = read_run_spec()
-    if run.rendezvous is None:
+    run(int(sys.argv[1]))
+
+
+def import_all() -> None:
+    """What takes the time of a start. The engine would import it late, with the collector at work."""
+    import deepspeed  # noqa: F401
+
+    import kubedistill_trainer.run  # noqa: F401
+
+
+def run(local_rank: int) -> NoReturn:
+    """The rank of this number within its pod, in this process."""
+    spec = read_run_spec()
+    if spec.rendezvous is None:
         raise SystemExit(int(ExitCode.BAD_CONFIGURATION))
-    ranks_per_node = run.rendezvous.ranks_per_node
+    ranks_per_node = spec.rendezvous.ranks_per_node
     rank = int(os.environ.get("JOB_COMPLETION_INDEX", "0")) * ranks_per_node + local_rank
-    logs.set_up(job=run.name, namespace=run.namespace, attempt=run.attempt, rank=rank)
-    context = Context(run, scratch_directory(), rank, run.rendezvous.nodes * ranks_per_node)
-    interruption = Interruption(float(run.termination_grace_seconds))
+    logs.set_up(job=spec.name, namespace=spec.namespace, attempt=spec.attempt, rank=rank)
+    world_size = spec.rendezvous.nodes * ranks_per_node
+    context = Context(spec, scratch_directory(), rank, world_size, restart=restart_of_environment())
+    interruption = Interruption(float(spec.termination_grace_seconds))
     interruption.install()
-    board = exporter.ProgressBoard(run.attempt)
+    board = exporter.ProgressBoard(spec.attempt)
+    board.update(rank_restarts=context.restart.number, restart_reason=context.restart.reason)
 
     def work() -> tuple[ExitCode, Outcome]:
         exporter.serve(board, local_rank)
         with quiet_collector():
-            # The engine imports it late, and then with the collector at work: here for its time.
-            import deepspeed  # noqa: F401
-
+            import_all()
             from kubedistill_trainer.run import run_student
 
         _check_device(context)

@@ -19,7 +19,7 @@ from kubedistill_api.status import Metric, WeakestSlice
 
 from kubedistill_trainer import exporter
 from kubedistill_trainer.checkpoint import Checkpointer
-from kubedistill_trainer.context import Context
+from kubedistill_trainer.context import Context, joined_file, trained_file
 from kubedistill_trainer.data.dataset import Dataset, learns_text, load_dataset
 from kubedistill_trainer.data.order import micro_batch_size
 from kubedistill_trainer.evaluation.speak import Tick
@@ -64,6 +64,7 @@ def run_student(
         rendezvous.host, rendezvous.port, context.rank, context.world_size, local_rank
     )
     group = groups.control
+    joined_file(context.scratch, local_rank).touch()
     checkpointer = Checkpointer(
         store=context.run_store,
         scratch=context.scratch / f"checkpoint-{context.rank}",
@@ -105,6 +106,7 @@ def run_student(
     )
     try:
         loop.run()
+        trained_file(context.scratch, local_rank).touch()
         return _finish(context, dataset, engine, teacher, board, interruption, group, loop, taught)
     finally:
         teacher.close()

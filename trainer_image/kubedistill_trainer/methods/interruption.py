@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType
@@ -22,6 +22,11 @@ class Interruption:
         self._grace = grace_seconds
         self._margin = margin_seconds
         self._asked_at: float | None = None
+        self._has_work = False
+
+    def has_work(self) -> None:
+        """From now on there may be something to commit; before, SIGTERM ends the process at once."""
+        self._has_work = True
 
     def install(self) -> None:
         """Take over SIGTERM in the main thread."""
@@ -38,15 +43,17 @@ class Interruption:
         return self._grace - (time.monotonic() - self._asked_at)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._has_work:
+            _end("asked to stop before training began")
         if self._asked_at is None:
             self._asked_at = time.monotonic()
             wait = max(0.0, self._grace - self._margin)
-            timer = threading.Timer(wait, _end)
+            timer = threading.Timer(wait, _end, ["grace is over: ending without a commit"])
             timer.daemon = True
             timer.start()
 
 
-def _end() -> None:
-    sys.stdout.write('{"level": "error", "event": "grace is over: ending without a commit"}\n')
-    sys.stdout.flush()
+def _end(event: str) -> None:
+    # Not by logging: its lock may be held by what was interrupted.
+    os.write(1, json.dumps({"level": "error", "event": event}).encode() + b"\n")
     os._exit(int(ExitCode.INTERRUPTED))

@@ -80,7 +80,7 @@ class Loop:
             board,
             grace_seconds=run.termination_grace_seconds,
             nodes=nodes,
-            mtbf_seconds=run.mean_seconds_between_failures,
+            mtbf_seconds=context.mean_seconds_between_failures,
         )
         self._stragglers = StragglerWatch(max(1, context.world_size // nodes))
         self._training = run.spec.training
@@ -97,6 +97,7 @@ class Loop:
         """
         total = self._dataset.total_steps
         step = self._restore()
+        self._interruption.has_work()
         if step == 0 and self._heldout_perplexity is not None and self._starts_with_weights:
             self.initial_perplexity = self._heldout_perplexity()
         self._board.update(phase="Training", total_steps=total, step=step)
