@@ -86,7 +86,8 @@ def test_of_many_writers_of_one_slot_one_wins(s3: S3Server, store: Store) -> Non
     logs[0].take_over()
     for log in logs[1:]:
         log.read()
-        log._fence_sequence = 0  # what a zombie believes
+        log._fence_sequence = 0  # twins: each takes the FENCE for its own
+        log._tried |= logs[0]._tried
     start = Barrier(racers)
 
     def race(log: CommitLog) -> bool:
@@ -171,6 +172,63 @@ def test_a_commit_under_a_fence_that_is_over_is_not_used(store: Store) -> None:
     reader = CommitLog(store)
     reader.read()
     assert steps(reader) == [10]
+
+
+def test_a_zombie_that_reads_writes_nothing_behind_the_winner(store: Store) -> None:
+    """What it read tells it that it was overtaken: to append there would fence out the winner."""
+    zombie = opened(store, 1)
+    zombie.append(Commit, **commit_fields(10))
+    winner = opened(store, 2)
+    zombie.read()
+    for make, fields in (
+        (Reject, {"sequence": 1, "reason": "x"}),
+        (Retire, {"sequences": [1], "data": ["data/e1/s10/u"]}),
+        (Commit, commit_fields(20)),
+    ):
+        with pytest.raises(Fenced, match="fence 2, attempt 'attempt-2'"):
+            zombie.append(make, **fields)
+    winner.append(Commit, **commit_fields(30))
+    assert kinds(store) == ["FENCE", "COMMIT", "FENCE", "COMMIT"]
+
+
+def test_who_was_fenced_takes_nothing_over_again(store: Store) -> None:
+    zombie = opened(store, 1)
+    opened(store, 2)
+    with pytest.raises(Fenced):
+        zombie.append(Commit, **commit_fields(10))
+    with pytest.raises(Fenced):
+        zombie.take_over()
+    assert kinds(store) == ["FENCE", "FENCE"]
+
+
+def test_a_fence_of_unknown_fate_that_was_overtaken_is_over(store: Store) -> None:
+    log = CommitLog(store, fence=1, attempt="a")
+    Faults(store).lose_answers("PUT", store.limits.attempts)
+    with pytest.raises(StoreUnavailable):
+        log.take_over()
+    opened(store, 2)
+    with pytest.raises(Fenced):
+        log.take_over()
+    assert kinds(store) == ["FENCE", "FENCE"]
+
+
+@pytest.mark.parametrize("kind", ["COMMIT", "REJECT", "RETIRE"])
+def test_records_of_a_fence_that_is_over_count_for_nothing(store: Store, kind: str) -> None:
+    """Whoever wrote them: readers pass over them, and the attempt in force goes on behind them."""
+    opened(store, 1).append(Commit, **commit_fields(10))
+    winner = opened(store, 2)
+    common = {"nonce": "1" * 32, "fence": 1, "attempt": "attempt-1", "trainer_version": ""}
+    stale = {
+        "COMMIT": lambda: Commit(**common, time="", **commit_fields(20)),
+        "REJECT": lambda: Reject(**common, time="", sequence=1, reason="x"),
+        "RETIRE": lambda: Retire(**common, time="", sequences=[1], data=["data/e1/s10/u"]),
+    }[kind]()
+    store.put(slot_key(3), encode(stale), only_if_absent=True)
+    winner.append(Commit, **commit_fields(30))
+    reader = CommitLog(store)
+    reader.read()
+    assert steps(reader) == steps(winner) == [10, 30]
+    assert kinds(store) == ["FENCE", "COMMIT", "FENCE", kind, "COMMIT"]
 
 
 def test_a_lost_answer_is_no_fence(store: Store) -> None:
