@@ -183,18 +183,18 @@ class Store:
                     "check that the keys in storage.secretRef may delete here",
                 )
 
-    def uploads(self, prefix: str = "") -> list[Upload]:
+    def uploads(self, prefix: str = "") -> tuple[Upload, ...]:
         """Unfinished multipart uploads of keys that start with `prefix`; their parts cost money."""
         whole = f"{self.prefix}/" if self.prefix else ""
         with translated("list uploads", self.uri_of(prefix), self.endpoint):
             pages = self._connection.client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self.bucket, Prefix=whole + prefix
             )
-            return [
+            return tuple(
                 Upload(found["Key"].removeprefix(whole), found["UploadId"], found["Initiated"])
                 for page in pages
                 for found in page.get("Uploads", [])
-            ]
+            )
 
     def abort_upload(self, upload: Upload) -> None:
         """End a multipart upload and free its parts; one that is over already is no error."""
