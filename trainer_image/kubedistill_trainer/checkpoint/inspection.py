@@ -110,13 +110,23 @@ def inspect(store: Store, *, deep: bool = False, tell: Tell | None = None) -> In
     Raises StoreError when the store does not answer, and CheckpointCorrupt for a log whose slots
     are no log's.
     """
-    log = CommitLog(store)
-    log.read_to_end()
-    slots = log.history()
+    log, checked = CommitLog(store), dict[int, str]()
+    while True:
+        # Again after each look: a run that goes on retires commits while they are looked at.
+        slots = log.history() if log.read_to_end() else []
+        unchecked = [
+            slot
+            for slot in slots
+            if slot.state is State.LIVE and slot.entry.sequence not in checked
+        ]
+        if not unchecked:
+            break
+        for slot in unchecked:
+            problem = _problem(store, slot, tell if deep else None, deep=deep)
+            checked[slot.entry.sequence] = problem
     found = Inspection(store.uri, run_of(log.entries), deep, slots)
-    for slot in found.live:
-        if problem := _problem(store, slot, tell if deep else None, deep=deep):
-            found.problems[slot.entry.sequence] = problem
+    live = (slot.entry.sequence for slot in found.live)
+    found.problems = {sequence: checked[sequence] for sequence in live if checked[sequence]}
     objects = list(store.list())
     found.leftovers = _leftovers(objects, slots, set(pins.pinned(store)))
     found.pins = [Pin(n, _pin_means(slots, n)) for n in pins.pinned(store)]

@@ -105,12 +105,13 @@ def _log_table(found: Inspection) -> Table:
 def _cells(slot: Slot, found: Inspection) -> list[Text | str]:
     record, sequence = slot.entry.record, slot.entry.sequence
     state = Text(str(slot.state), _COLOURS[slot.state])
-    if problem := found.problems.get(sequence):
-        state = Text(f"damaged: {problem}", "bold red")
+    if sequence in found.problems:
+        state = Text("damaged", "bold red")
     elif slot.state is State.LIVE:
         state.append(", bytes verified" if found.deep else ", sizes verified")
     elif reason := slot.reason or slot.entry.problem:
-        state.append(f": {reason}" if slot.state is not State.RETIRED else f" {reason}")
+        reason = _shorter(reason, found)
+        state.append(f" {reason}" if slot.state is State.RETIRED else f": {reason}")
     if sequence in {pin.sequence for pin in found.pins}:
         state.append(", pinned", "cyan")
     if record is None:
@@ -120,6 +121,11 @@ def _cells(slot: Slot, found: Inspection) -> list[Text | str]:
     attempt = record.attempt if len(record.attempt) <= 14 else "…" + record.attempt[-13:]
     time = record.time[:19].replace("T", " ")
     return [str(sequence), record.kind, str(record.fence), step, size, shards, attempt, time, state]
+
+
+def _shorter(text: str, found: Inspection) -> str:
+    """Keys instead of addresses: the prefix is in the first line."""
+    return text.replace(f"{found.uri}/", "")
 
 
 def _of_kind(record: Record) -> tuple[str, str, str]:
@@ -152,7 +158,7 @@ def _verdict(found: Inspection) -> list[Text]:
     for slot, why in found.passed_over:
         record = slot.entry.record
         what = f"step {record.step}" if isinstance(record, Commit) else "no record"
-        line = f"  not slot {slot.entry.sequence} ({what}), {why}"
+        line = f"  not slot {slot.entry.sequence} ({what}), {_shorter(why, found)}"
         lines.append(Text(line, "yellow", overflow="fold"))
     return lines
 
@@ -180,7 +186,7 @@ def _rest(found: Inspection) -> Group:
         [f"{info.key}  {bytes_text(info.size_bytes)}" for info in found.strangers],
         "yellow",
     )
-    part("Damage", found.findings, "bold red")
+    part("Damage", [_shorter(finding, found) for finding in found.findings], "bold red")
     if not found.findings:
         lines.append(Text("\nNothing is damaged.", "green"))
     return Group(*lines)

@@ -80,15 +80,14 @@ class CommitLog:
         where a slot lies so far beyond the others that no writer of this log can have made it.
         """
         listed = {slot_of(info.key) for info in self._store.list("log/")}
-        missing = range(len(self._entries), max(listed, default=-1) + 1)
-        if len(missing) - len(listed.intersection(missing)) > _MOST_MISSING:
-            last = self._store.uri_of(slot_key(missing[-1]))
+        first, last = len(self._entries), max(listed, default=-1)
+        if last + 1 - first - sum(slot >= first for slot in listed) > _MOST_MISSING:
             raise CheckpointCorrupt(
-                f"{last}: more than {_MOST_MISSING} slots below it are empty, so it is not this "
-                "log's; move it away, or restore the slots"
+                f"{self._store.uri_of(slot_key(last))}: more than {_MOST_MISSING} slots below it "
+                "are empty, so it is not this log's; move it away, or restore the slots"
             )
         with ThreadPoolExecutor(_READERS) as pool:
-            self._entries.extend(pool.map(self._read_slot, missing))
+            self._entries.extend(pool.map(self._read_slot, range(first, last + 1)))
         return self.entries
 
     def read_to_end(self) -> list[Entry]:
