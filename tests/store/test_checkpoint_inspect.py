@@ -67,12 +67,12 @@ def test_a_good_run(store: Store, say: Say) -> None:
     assert row(out, 1)[-4:] == ["retired", "in", "slot", "3"]
     assert row(out, 3)[3:5] == ["→", "1"]
     assert row(out, 5)[1:4] == ["COMMIT", "2", "300"]
-    assert row(out, 5)[-3:] == ["live,", "sizes", "verified"]
+    assert row(out, 5)[-3:] == ["live,", "sizes", "right"]
     assert "A resume takes step 300 (slot 5)." in out
     assert "Nothing is damaged." in out
     code, out, err = say("inspect", store.uri, "--deep")
     assert code == 0
-    assert "bytes verified" in out
+    assert "live, verified" in out
     assert err.splitlines() == [f"step {n}: 2 shards, 802 B, good" for n in (200, 300)]
 
 

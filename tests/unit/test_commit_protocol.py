@@ -1,7 +1,7 @@
 """The commit protocol, model-checked: every interleaving and fault within stated bounds.
 
 Real code (CommitLog, retention, pins) runs over the store of `explorer.py`; what must hold is in
-`commit_model.py`. KUBEDISTILL_MODEL_DEEP=1 adds larger shapes (minutes, some GiB), and
+`commit_model.py`. KUBEDISTILL_MODEL_DEEP=1 adds larger shapes (a minute), and
 KUBEDISTILL_MODEL_WALKS=20000 makes that many random schedules.
 """
 
@@ -20,7 +20,7 @@ from kubedistill_trainer.checkpoint import CommitLog, Fenced, pins, retention
 from kubedistill_trainer.checkpoint.records import Retire
 from kubedistill_trainer.store import PreconditionFailed, StoreError
 
-WALKS = int(os.environ.get("KUBEDISTILL_MODEL_WALKS", "150"))
+WALKS = int(os.environ.get("KUBEDISTILL_MODEL_WALKS", "100"))
 NOTHING: Objects = frozenset()
 COMMITTED, _ = directly(NOTHING, attempt(1, 1), 90)
 """A run with step 10 in slot 1, whose attempt has ended."""
@@ -52,12 +52,6 @@ if os.environ.get("KUBEDISTILL_MODEL_DEEP"):
             [attempt(2, 2), attempt(3, 1)], 1, COMMITTED,
         ),
         "two attempts, 1 save each, 2 faults": ([attempt(1, 1), attempt(2, 1)], 2, NOTHING),
-        "three attempts, the last saves nothing, 1 fault": (
-            [attempt(1, 1), attempt(2, 1), attempt(3, 0)], 1, NOTHING,
-        ),
-        "two attempts and a person, 1 fault": (
-            [attempt(2, 2), attempt(3, 0), pinner(3)], 1, COMMITTED,
-        ),
     }  # fmt: skip
 
 

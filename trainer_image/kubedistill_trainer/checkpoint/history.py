@@ -108,7 +108,7 @@ def replay(entries: Sequence[Entry], run: str = "") -> list[Slot]:
                 slots[owner] = Slot(slots[owner].entry, State.OVER)
             owner = index
             slots.append(Slot(entry, State.IN_FORCE))
-        elif owner is None or not _is_of(record, slots[owner]):
+        elif owner is None or record.fence != _fence(slots[owner]):
             slots.append(_fenced_out(entry, slots[owner] if owner is not None else None))
         elif isinstance(record, Commit):
             slots.append(Slot(entry, State.LIVE))
@@ -140,12 +140,6 @@ def _may_become(slot: Slot, state: State) -> bool:
 def _fence(slot: Slot) -> int:
     assert slot.entry.record is not None
     return slot.entry.record.fence
-
-
-def _is_of(record: Record, owner: Slot) -> bool:
-    fence = owner.entry.record
-    assert fence is not None
-    return (record.fence, record.attempt) == (fence.fence, fence.attempt)
 
 
 def _fenced_out(entry: Entry, owner: Slot | None) -> Slot:

@@ -108,7 +108,7 @@ def _cells(slot: Slot, found: Inspection) -> list[Text | str]:
     if sequence in found.problems:
         state = Text("damaged", "bold red")
     elif slot.state is State.LIVE:
-        state.append(", bytes verified" if found.deep else ", sizes verified")
+        state.append(", verified" if found.deep else ", sizes right")
     elif reason := slot.reason or slot.entry.problem:
         reason = _shorter(reason, found)
         state.append(f" {reason}" if slot.state is State.RETIRED else f": {reason}")
