@@ -1,7 +1,7 @@
 """The commit protocol, model-checked: every interleaving and fault within stated bounds.
 
 Real code (CommitLog, retention, pins) runs over the store of `explorer.py`; what must hold is in
-`commit_model.py`. KUBEDISTILL_MODEL_DEEP=1 adds larger shapes (a minute), and
+`commit_model.py`. KUBEDISTILL_MODEL_DEEP=1 adds larger shapes (six minutes, 2 GiB), and
 KUBEDISTILL_MODEL_WALKS=20000 makes that many random schedules.
 """
 
@@ -52,6 +52,9 @@ if os.environ.get("KUBEDISTILL_MODEL_DEEP"):
             [attempt(2, 2), attempt(3, 1)], 1, COMMITTED,
         ),
         "two attempts, 1 save each, 2 faults": ([attempt(1, 1), attempt(2, 1)], 2, NOTHING),
+        "two attempts and a person, 1 fault": (
+            [attempt(2, 2), attempt(3, 0), pinner(3)], 1, COMMITTED,
+        ),
     }  # fmt: skip
 
 
