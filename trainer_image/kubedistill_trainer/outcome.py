@@ -9,6 +9,7 @@ from kubedistill_api.exit_codes import ExitCode, policy
 from kubedistill_api.runspec import TERMINATION_MESSAGE_PATH, Outcome
 
 from kubedistill_trainer.checkpoint import Fenced
+from kubedistill_trainer.checkpoint.errors import ForeignLog, LogTooNew
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.store import (
     AccessDenied,
@@ -26,7 +27,16 @@ from kubedistill_trainer.teacher.errors import (
     StreamStalled,
 )
 
-_REFUSALS = (AccessDenied, CredentialsMissing, InvalidStoreUri, NoSuchBucket, UnsupportedStore)
+_REFUSALS = (
+    AccessDenied,
+    CredentialsMissing,
+    ForeignLog,
+    InvalidStoreUri,
+    LogTooNew,
+    NoSuchBucket,
+    UnsupportedStore,
+)
+"""What another attempt would meet again until a person has changed something."""
 
 
 def of_exception(error: BaseException) -> tuple[ExitCode, Outcome]:

@@ -1,0 +1,27 @@
+"""From an exception to an exit code."""
+
+from __future__ import annotations
+
+import pytest
+from kubedistill_api.exit_codes import ExitCode
+from kubedistill_trainer.checkpoint import CheckpointCorrupt, Fenced
+from kubedistill_trainer.checkpoint.errors import ForeignLog, LogTooNew
+from kubedistill_trainer.outcome import of_exception
+from kubedistill_trainer.store import StoreUnavailable, UnsupportedStore
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (Fenced("over"), ExitCode.FENCED),
+        (ForeignLog("two jobs"), ExitCode.BAD_CONFIGURATION),
+        (LogTooNew("version 3"), ExitCode.BAD_CONFIGURATION),
+        (UnsupportedStore("put", "s3://b/x", "no"), ExitCode.BAD_CONFIGURATION),
+        (StoreUnavailable("put", "s3://b/x", "no"), ExitCode.STORAGE_UNAVAILABLE),
+        (CheckpointCorrupt("none left"), ExitCode.UNKNOWN),
+    ],
+)
+def test_exit_codes(error: Exception, code: ExitCode) -> None:
+    found, outcome = of_exception(error)
+    assert found is code
+    assert str(error) in outcome.message
