@@ -205,7 +205,7 @@ def _scored_rules() -> list[dict[str, Any]]:
     ]
 
 
-_IMMUTABLE = (
+IMMUTABLE_PARTS = (
     "distill", "fineTune", "teacher", "student", "data", "training", "workers", "storage", "checkpoint",
     "evaluation",
 )  # fmt: skip
@@ -337,5 +337,5 @@ def immutability_rules(started: str) -> list[dict[str, Any]]:
             "stallTimeoutSeconds and ttlSecondsAfterFinished may change)",
             f".spec.{name}",
         )
-        for name in _IMMUTABLE
+        for name in IMMUTABLE_PARTS
     ]

@@ -7,13 +7,13 @@ permission but to read pods.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
 from kubedistill_api.base import ApiModel
-from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.job import IMMUTABLE_PARTS, DistillationJobSpec
 from kubedistill_api.status import (
     CheckpointStatus,
     Metric,
@@ -75,6 +75,17 @@ class RunSpec(ApiModel):
         None, description="Of this job's attempts so far; None while none has failed."
     )
     sweep: SweepTable | None = Field(None, description="Of a report: what is added to it.")
+
+    def configuration(self) -> dict[str, Any]:
+        """What determines the result, flat: `training.learningRate` → 2e-05. No nulls."""
+        wire = self.spec.to_wire()
+        parts: dict[str, Any] = {name: wire[name] for name in IMMUTABLE_PARTS if name in wire}
+        models = (
+            ("teacher.model.digest", self.teacher_model),
+            ("student.model.digest", self.student_model),
+        )
+        digests = {name: model.digest for name, model in models if model is not None}
+        return dict(_flat(parts)) | digests
 
 
 class ProgressReport(ApiModel):
@@ -158,6 +169,14 @@ class Outcome(ApiModel):
             fewer = stream.model_copy(update={"probe": _worst_rows(stream.probe)})
             changes["progress"] = self.progress.model_copy(update={"teacher_stream": fewer})
         return self.model_copy(update=changes)
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
 
 
 def _worst_rows(rows: Sequence[PayloadProbe]) -> list[PayloadProbe]:

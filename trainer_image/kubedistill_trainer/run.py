@@ -79,6 +79,9 @@ def run_student(
         memory_limit_bytes=run.memory_limit_bytes,
         node_scratch=context.scratch,
         local_rank=local_rank,
+        run=f"{run.namespace}/{run.name}/{run.uid}",
+        restart=context.restart.number,
+        config=run.configuration(),
     )
     checkpointer.open()
     taught = read_taught(context)

@@ -9,15 +9,11 @@ from typing import Any
 
 from kubedistill_api.data import DataSource
 from kubedistill_api.generation import Generation
-from kubedistill_api.job import Distill, DistillationJobSpec
+from kubedistill_api.job import IMMUTABLE_PARTS, Distill, DistillationJobSpec
 from kubedistill_api.runspec import Problem, ResolvedModel
 from kubedistill_api.teacher import Teacher
 from pydantic import ValidationError
 
-IMMUTABLE_PARTS = (
-    "distill", "fineTune", "teacher", "student", "data", "training", "workers", "storage",
-    "checkpoint", "evaluation",
-)  # fmt: skip
 _FOUND_LIMIT = 80
 
 

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from pydantic import JsonValue
 
 from kubedistill_trainer.checkpoint import retention, shards, snapshot, universal
 from kubedistill_trainer.checkpoint.agreement import Gang
+from kubedistill_trainer.checkpoint.configuration import differences
 from kubedistill_trainer.checkpoint.errors import (
     CheckpointCorrupt,
     ConfigChanged,
@@ -89,7 +90,8 @@ class Checkpointer:
     ranks.
 
     `store` is at the run's prefix. `scratch` is this rank's own folder, `node_scratch` one that the
-    ranks of its node share (None: `scratch`). `control_group` and `upload_group` are two gloo groups of all
+    ranks of its node share (None: `scratch`). `config` is what
+    `config_digest` is of, by name; `run` the job's identity. `control_group` and `upload_group` are two gloo groups of all
     ranks with timeouts (None for a single rank): the second one is used by the uploads alone, so its
     timeout is longer than any upload. Not thread-safe.
     """
@@ -110,6 +112,9 @@ class Checkpointer:
         memory_limit_bytes: int | None = None,
         node_scratch: Path | None = None,
         local_rank: int = 0,
+        run: str = "",
+        restart: int = 0,
+        config: Mapping[str, JsonValue] | None = None,
     ) -> None:
         self._store = store
         self._scratch = scratch
@@ -123,7 +128,8 @@ class Checkpointer:
         self._gang = Gang(rank, world_size, control_group)
         self._uploaders = Gang(rank, world_size, upload_group)
         self._memory = HostMemory(memory_limit_bytes)
-        self._log = CommitLog(store, fence=fence, attempt=attempt)
+        self._config = dict(config or {})
+        self._log = CommitLog(store, fence=fence, restart=restart, attempt=attempt, run=run)
         self._verified: int | None = None
         self._flight: Flight | None = None
 
@@ -292,6 +298,7 @@ class Checkpointer:
             shards=receipts,
             cursor=cursor,
             config_digest=self._config_digest,
+            config=self._config,
         )
         assert isinstance(entry.record, Commit)
         return CommitEntry(entry.sequence, entry.record)
@@ -365,9 +372,11 @@ class Checkpointer:
     def _refuse_misfit(self, entry: CommitEntry) -> None:
         commit, uri = entry.record, self._store.uri_of(slot_key(entry.sequence))
         if commit.config_digest != self._config_digest:
+            found = differences(commit.config, self._config) if commit.config else []
             raise ConfigChanged(
-                f"{uri}: written under configuration {commit.config_digest!r}, this run has "
-                f"{self._config_digest!r}; start a new job for a changed specification"
+                f"{uri}: another model or configuration: {'; '.join(found) or 'nothing is said of it'}"
+                f" (digest {commit.config_digest!r}, this run has {self._config_digest!r}); start a "
+                "new job for a changed specification"
             )
 
     def _reject(self, entry: CommitEntry, reason: str) -> Rejected:

@@ -1,7 +1,7 @@
 """What the log's records mean together: which commits are usable, and why others are not.
 
-Pure: entries in, states out. A record counts only where its fence is in force, which is the highest
-FENCE before it; no writer that keeps the protocol makes another one.
+Pure: entries in, states out. A record counts only where its fence (and restart) is in force, which is the
+highest FENCE before it; no writer that keeps the protocol makes another one.
 """
 
 from __future__ import annotations
@@ -101,14 +101,14 @@ def replay(entries: Sequence[Entry], run: str = "") -> list[Slot]:
         elif record.run and record.run != run:
             slots.append(Slot(entry, State.FOREIGN, f"of run {record.run}"))
         elif isinstance(record, Fence):
-            if owner is not None and record.fence <= _fence(slots[owner]):
+            if owner is not None and record.epoch <= _epoch(slots[owner]):
                 slots.append(_fenced_out(entry, slots[owner]))
                 continue
             if owner is not None:
                 slots[owner] = Slot(slots[owner].entry, State.OVER)
             owner = index
             slots.append(Slot(entry, State.IN_FORCE))
-        elif owner is None or record.fence != _fence(slots[owner]):
+        elif owner is None or record.epoch != _epoch(slots[owner]):
             slots.append(_fenced_out(entry, slots[owner] if owner is not None else None))
         elif isinstance(record, Commit):
             slots.append(Slot(entry, State.LIVE))
@@ -137,11 +137,14 @@ def _may_become(slot: Slot, state: State) -> bool:
     return slot.state in (State.LIVE, State.REJECTED)
 
 
-def _fence(slot: Slot) -> int:
+def _epoch(slot: Slot) -> tuple[int, int]:
     assert slot.entry.record is not None
-    return slot.entry.record.fence
+    return slot.entry.record.epoch
 
 
 def _fenced_out(entry: Entry, owner: Slot | None) -> Slot:
-    reason = f"fence {_fence(owner)} was in force" if owner else "no FENCE was in force"
+    if owner is None:
+        return Slot(entry, State.FENCED_OUT, "no FENCE was in force")
+    fence, restart = _epoch(owner)
+    reason = f"fence {fence}{f', restart {restart},' if restart else ''} was in force"
     return Slot(entry, State.FENCED_OUT, reason)

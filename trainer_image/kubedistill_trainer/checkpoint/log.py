@@ -50,9 +50,18 @@ class CommitLog:
     `take_over` gives the right, and loses it for good to the first record of somebody else.
     """
 
-    def __init__(self, store: Store, *, fence: int = 0, attempt: str = "", run: str = "") -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        fence: int = 0,
+        restart: int = 0,
+        attempt: str = "",
+        run: str = "",
+    ) -> None:
         self._store = store
         self._fence = fence
+        self._restart = restart
         self._attempt = attempt
         self._run = run
         self._entries: list[Entry] = []
@@ -166,7 +175,11 @@ class CommitLog:
     def _counts_for_nothing(self, entry: Entry) -> bool:
         """A record of a lower fence behind one's own: readers pass over it, and so does a writer."""
         record = entry.record
-        return record is not None and record.fence < self._fence and not self._is_foreign(entry)
+        return (
+            record is not None
+            and record.epoch < (self._fence, self._restart)
+            and not self._is_foreign(entry)
+        )
 
     def _is_foreign(self, entry: Entry) -> bool:
         record = entry.record
@@ -176,7 +189,8 @@ class CommitLog:
         if self._over:
             raise Fenced(self._over)
         for entry in entries:
-            is_fence = isinstance(entry.record, Fence) and entry.record.fence >= self._fence
+            own = self._fence, self._restart
+            is_fence = isinstance(entry.record, Fence) and entry.record.epoch >= own
             if entry.too_new or (is_fence and not self._is_own(entry)):
                 raise self._fenced(entry)
 
@@ -236,6 +250,7 @@ class CommitLog:
         return make(
             nonce=uuid.uuid4().hex,
             fence=self._fence,
+            restart=self._restart,
             attempt=self._attempt,
             trainer_version=_trainer_version(),
             time=datetime.now(UTC).isoformat(timespec="milliseconds"),

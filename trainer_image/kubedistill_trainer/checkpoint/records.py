@@ -12,7 +12,7 @@ VERSION = 2
 """Of the records that are written. Raised whenever a reader of the former one could not read them."""
 _HASH_FIELD = "sha256"
 # Fields of version 2. Left out where they say nothing, so that a record of version 1 keeps its hash.
-_ABSENT_IF_EMPTY = ("run", "config")
+_ABSENT_IF_EMPTY = ("run", "config", "restart")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 
@@ -66,6 +66,13 @@ class _Record(_Strict):
     """ISO 8601, UTC, for people. Clocks differ, so nothing is decided by it."""
     run: str = ""
     """The job that the log is of, as `<namespace>/<name>/<uid>`; empty where nobody said."""
+    restart: Count = 0
+    """Starts of the ranks within the attempt before these; they have its fence too."""
+
+    @property
+    def epoch(self) -> tuple[int, int]:
+        """What orders writers: attempts by their fence, starts within one by their number."""
+        return self.fence, self.restart
 
 
 class Fence(_Record):

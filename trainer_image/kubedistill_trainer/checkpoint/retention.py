@@ -58,9 +58,9 @@ def retire(store: Store, log: CommitLog, commits: Sequence[CommitEntry]) -> None
 def collect(store: Store, log: CommitLog, fence: int) -> list[str]:
     """Orphan collection: delete what earlier attempts left behind; the prefixes that went.
 
-    That is the data of retired commits, unless they are pinned, and data that no COMMIT names, of a
-    lower fence and older than this attempt's FENCE by the store's own clock. `log.take_over` must
-    have succeeded: from then on no commit of a lower fence can appear. Rejected data stays until
+    That is the data of retired commits, unless they are pinned, and data that no COMMIT names, of no
+    higher fence and older than this attempt's FENCE by the store's own clock (so none of its own).
+    `log.take_over` must have succeeded: from then on no commit of what came before can appear. Rejected data stays until
     its commit is retired. Stale multipart uploads are aborted by the same rule.
     """
     own = store.head(slot_key(log.fence_sequence)) if log.fence_sequence is not None else None
@@ -77,13 +77,13 @@ def collect(store: Store, log: CommitLog, fence: int) -> list[str]:
         and (
             not pins.is_pinned(store, retired[prefix])
             if prefix in retired
-            else all_known and _fence_of(prefix) < fence and newest < own.last_modified
+            else all_known and _fence_of(prefix) <= fence and newest < own.last_modified
         )
     ]
     for prefix in doomed:
         _delete_below(store, prefix)
     for upload in store.uploads("data/"):
-        if _fence_of(upload.key) < fence and upload.initiated < own.last_modified:
+        if _fence_of(upload.key) <= fence and upload.initiated < own.last_modified:
             store.abort_upload(upload)
     return doomed
 
