@@ -38,7 +38,7 @@ from devcluster.s3 import S3Access, S3Server  # noqa: E402
 from kubedistill_api.training import Training  # noqa: E402
 from kubedistill_trainer.checkpoint import Checkpointer, shards  # noqa: E402
 from kubedistill_trainer.checkpoint.records import ShardRecord  # noqa: E402
-from kubedistill_trainer.checkpoint.staging import Staged  # noqa: E402
+from kubedistill_trainer.checkpoint.staged import Staged  # noqa: E402
 from kubedistill_trainer.methods.engine import join_gang, wrap  # noqa: E402
 from kubedistill_trainer.methods.student import StudentWithLoss  # noqa: E402
 from kubedistill_trainer.store import Store  # noqa: E402

@@ -26,32 +26,46 @@ def shard(name: str) -> ShardRecord:
     return ShardRecord(path=name, rank=0, shared=False, size_bytes=1, sha256="0" * 64, crc32c=[0])
 
 
-def attempt(fence: int, saves: int, *, shards: str = "a", keep_step: int | None = None) -> Actor:
-    """What the Checkpointer of one attempt does, call by call."""
+Epoch = tuple[int, int]
+"""A fence, and a restart within its attempt."""
+
+
+def attempt(
+    fence: int,
+    saves: int,
+    *,
+    shards: str = "a",
+    keep_step: int | None = None,
+    restart: int = 0,
+) -> Actor:
+    """What the Checkpointer of one attempt (or restart of its ranks) does, call by call."""
+    epoch = fence, restart
 
     def run(store: Any, note: Callable[..., None]) -> None:
-        log = CommitLog(store, fence=fence, attempt=f"a{fence}", run=RUN)
+        log = CommitLog(store, fence=fence, restart=restart, attempt=f"a{fence}", run=RUN)
         try:
             if not _take_over(log):
                 return
-            note("owns", fence)
+            note("owns", epoch)
             _tidy(lambda: retention.collect(store, log, fence))
             log.read()
-            verified, step = _resume(store, log, note, fence)
+            verified, step = _resume(store, log, note, epoch)
             for number in range(saves):
                 step += 10
-                if (slot := _save(store, log, note, fence, step, f"u{number}", shards)) is None:
+                if (
+                    slot := _save(store, log, note, fence, step, f"u{restart}{number}", shards)
+                ) is None:
                     continue
                 if step == keep_step:
-                    note("needs", fence, slot)
+                    note("needs", epoch, slot)
                 commits = retention.to_retire(
                     log.commits(), keep_last=1, verified=verified, keep_step=keep_step
                 )
                 _tidy(lambda commits=commits: retention.retire(store, log, commits))
         except Fenced:
-            note("fenced", fence)
+            note("fenced", epoch)
         except StoreError:
-            note("ended", fence)
+            note("ended", epoch)
 
     return run
 
@@ -74,12 +88,12 @@ def _tidy(do: Callable[[], object]) -> None:
 
 
 def _resume(
-    store: Any, log: CommitLog, note: Callable[..., None], fence: int
+    store: Any, log: CommitLog, note: Callable[..., None], epoch: Epoch
 ) -> tuple[int | None, int]:
     for commit in reversed(log.commits()):
         data = commit.record.data
         if all(store.head(f"{data}/{shard.path}") for shard in commit.record.shards):
-            note("needs", fence, commit.sequence)
+            note("needs", epoch, commit.sequence)
             return commit.sequence, commit.record.step
         log.append(Reject, sequence=commit.sequence, reason="missing")
     return None, 0
@@ -132,10 +146,18 @@ class Log:
     """The log as storage.md has it, read from the objects."""
 
     problem: str = ""
-    fence: int = -1
+    epoch: Epoch = (-1, 0)
     records: list[dict[str, Any]] = field(default_factory=list)
     live: dict[int, dict[str, Any]] = field(default_factory=dict)
     retired: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+def said(epoch: Epoch) -> str:
+    return f"{epoch[0]}.{epoch[1]}" if epoch[1] else str(epoch[0])
+
+
+def epoch_of(record: dict[str, Any]) -> Epoch:
+    return record["fence"], record.get("restart", 0)
 
 
 @lru_cache(maxsize=100_000)
@@ -148,12 +170,14 @@ def read(slots: frozenset[tuple[str, bytes]]) -> Log:
         if int(key[4:-5]) != number:
             log.problem = f"slot {number} is open and a later one is not"
         elif record["kind"] == "FENCE":
-            if record["fence"] <= log.fence:
-                log.problem = f"slot {number}: FENCE {record['fence']} behind FENCE {log.fence}"
-            log.fence = record["fence"]
-        elif record["fence"] != log.fence:
-            what = f"{record['kind']} of fence {record['fence']}"
-            log.problem = f"slot {number}: {what}, in force is {log.fence}"
+            if epoch_of(record) <= log.epoch:
+                log.problem = (
+                    f"slot {number}: FENCE {said(epoch_of(record))} behind FENCE {said(log.epoch)}"
+                )
+            log.epoch = epoch_of(record)
+        elif epoch_of(record) != log.epoch:
+            what = f"{record['kind']} of fence {said(epoch_of(record))}"
+            log.problem = f"slot {number}: {what}, in force is {said(log.epoch)}"
         elif record["kind"] == "COMMIT":
             log.live[number] = record
         elif record["kind"] == "RETIRE":
@@ -224,17 +248,17 @@ def _is_whole(record: dict[str, Any], keys: set[str]) -> bool:
 def _of_note(note: Note, log: Log, keys: set[str]) -> str:
     """What was said to a caller must be so from then on."""
     match note:
-        case ("fenced", fence):
-            if not any(r["kind"] == "FENCE" and r["fence"] > fence for r in log.records):
-                return f"fence {fence} was told that it is over, and no higher FENCE is there"
+        case ("fenced", epoch):
+            if not any(r["kind"] == "FENCE" and epoch_of(r) > epoch for r in log.records):
+                return f"fence {said(epoch)} was told that it is over, and no higher FENCE is there"
         case ("committed", sequence, nonce, step):
             if sequence >= len(log.records) or log.records[sequence]["nonce"] != nonce:
                 return f"step {step} was said to be in slot {sequence}, and is not"
             newest = max((record["step"] for record in log.live.values()), default=-1)
             if newest < step:
                 return f"step {step} was committed, and the newest usable commit is of {newest}"
-        case ("needs", fence, sequence):
-            if log.fence == fence and sequence not in log.live:
+        case ("needs", epoch, sequence):
+            if log.epoch == epoch and sequence not in log.live:
                 return f"slot {sequence} is verified or kept for its step, and was retired"
     return ""
 
@@ -256,7 +280,7 @@ def _of_clean_up(objects: Objects) -> str:
     after, notes = directly(objects, attempt(LAST, 0), LAST)
     newest = max(before.live, default=None)
     verified = next((note[2] for note in notes if note[0] == "needs"), None)
-    if ("owns", LAST) not in notes or verified != newest:
+    if ("owns", (LAST, 0)) not in notes or verified != newest:
         return f"the next attempt resumes from slot {verified}, the newest commit is in {newest}"
     keys = {key for key, _, _ in after}
     log = read(slots_of(after))

@@ -54,6 +54,15 @@ def check(client: Any, bucket: str, prefix: str, collected: bool = False) -> Rep
     return _Reader(client, bucket, prefix.strip("/")).check(collected)
 
 
+def _epoch(record: dict[str, Any]) -> tuple[int, int]:
+    """Attempts by their fence, starts of ranks within one by their number."""
+    return record["fence"], record.get("restart", 0)
+
+
+def _said(epoch: tuple[int, int]) -> str:
+    return f"{epoch[0]}, restart {epoch[1]}" if epoch[1] else str(epoch[0])
+
+
 class _Reader:
     def __init__(self, client: Any, bucket: str, prefix: str) -> None:
         self._client, self._bucket, self._prefix = client, bucket, prefix
@@ -110,21 +119,21 @@ class _Reader:
             self._records[slot] = fields
 
     def _replay(self) -> None:
-        fence, attempt, nonces, runs = -1, None, dict[str, int](), set[str]()
+        fence, attempt, nonces, runs = (-1, 0), None, dict[str, int](), set[str]()
         for slot, record in sorted(self._records.items()):
             kind = record["kind"]
             if (other := nonces.setdefault(record["nonce"], slot)) != slot:
                 self._say(f"slots {other} and {slot} hold one nonce")
             runs.add(record.get("run", ""))
             if kind == "FENCE":
-                if record["fence"] <= fence:
-                    what = f"FENCE {record['fence']} behind FENCE {fence}"
+                if _epoch(record) <= fence:
+                    what = f"FENCE {_said(_epoch(record))} behind FENCE {_said(fence)}"
                     self._say(f"slot {slot} is a {what}: the history is not linear")
                     continue
-                fence, attempt = record["fence"], record["attempt"]
-            elif (record["fence"], record["attempt"]) != (fence, attempt):
-                what = f"a {kind} of fence {record['fence']}, attempt {record['attempt']!r}"
-                self._say(f"slot {slot} is {what}; in force was {fence} of {attempt!r}")
+                fence, attempt = _epoch(record), record["attempt"]
+            elif (_epoch(record), record["attempt"]) != (fence, attempt):
+                what = f"a {kind} of fence {_said(_epoch(record))}, attempt {record['attempt']!r}"
+                self._say(f"slot {slot} is {what}; in force was {_said(fence)} of {attempt!r}")
             else:
                 self._apply(slot, record)
         if len(runs - {""}) > 1:

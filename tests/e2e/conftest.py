@@ -13,7 +13,9 @@ from devcluster.fixtures import (  # noqa: F401
     temporary_namespace,
 )
 from devcluster.handle import Handle
+from devcluster.s3 import S3Access
 from operator_kit import Operator, install_role
+from s3_fixture import running_server
 
 from e2e.gang import put_inputs
 from e2e.kit import Team, start_operator
@@ -44,3 +46,12 @@ def team(
     name = str(request.module.__name__).rsplit(".", 1)[-1].replace("_", "-")
     with temporary_namespace(cluster, name) as space:
         yield Team(cluster, space)
+
+
+@pytest.fixture(scope="module")
+def access() -> S3Access:
+    """A store with the inputs in it, for containers without a cluster."""
+    server = running_server()
+    found = S3Access(server.endpoint, server.access_key, server.secret_key, server.bucket)
+    put_inputs(found)
+    return found

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +88,9 @@ class Trainer:
         teacher: ResolvedModel | None = None,
         student: ResolvedModel | None = None,
         timeout_seconds: float = 600,
-        strike: Callable[[int], None] | None = None,
+        strike: Callable[[list[int]], None] | None = None,
     ) -> Result:
-        """Start all containers of a role and wait for them. `strike` gets the first one's pid.
+        """Start all containers of a role and wait for them. `strike` gets their pids.
 
         `nodes`: fewer or more than the spec's, as after a node was lost for good.
         """
@@ -105,7 +106,7 @@ class Trainer:
         processes = [self._start(role, run, folder, i) for i, folder in enumerate(folders)]
         try:
             if strike is not None:
-                strike(processes[0].pid)
+                strike([process.pid for process in processes])
             codes = [process.wait(timeout_seconds) for process in processes]
         finally:
             for process in processes:
@@ -183,3 +184,23 @@ def put_inputs(s3: S3Access) -> None:
     client = s3.client()
     for key, body in objects.items():
         client.put_object(Bucket=s3.bucket, Key=key, Body=body)
+
+
+def exported(access: S3Access, result: Result) -> bytes:
+    """The weights that a finished run exported."""
+    model = result.outcomes[0].model
+    assert model is not None, result.log
+    bucket, _, prefix = model.uri.removeprefix("s3://").partition("/")
+    body = access.client().get_object(Bucket=bucket, Key=f"{prefix}/model.safetensors")["Body"]
+    return bytes(body.read())
+
+
+def committed(access: S3Access, run: str, records: int, seconds: float = 300) -> None:
+    """Wait until the log of the run at this address has so many records beside its first."""
+    prefix = f"{run.removeprefix(f's3://{access.bucket}/')}/log/"
+    client, deadline = access.client(), time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if client.list_objects_v2(Bucket=access.bucket, Prefix=prefix)["KeyCount"] > records:
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"{run} has no {records} records")

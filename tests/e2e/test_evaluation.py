@@ -144,10 +144,10 @@ def test_a_student_that_is_to_stop_while_it_is_asked_is_asked_again(bench: Bench
         workers={"nodes": 1}, evaluation={**ASKED, "examples": 60},
     )  # fmt: skip
 
-    def strike(pid: int) -> None:
+    def strike(pids: list[int]) -> None:
         log = bench.folder / "stopped-student-1-0" / "log"
         wait_for(lambda: b"asking the student" in log.read_bytes(), "nobody asks", 600)
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pids[0], signal.SIGTERM)
 
     stopped = bench.trainer.run("student", spec, name="stopped", strike=strike)
     assert stopped.codes == [int(ExitCode.GRACEFUL_CHECKPOINT)], stopped.log

@@ -231,7 +231,8 @@ def test_the_death_of_one_process_ends_the_other(bench: Bench) -> None:
     spec = bench.spec("dies", 2, "Hidden")
     killed: list[int] = []
 
-    def strike(pid: int) -> None:
+    def strike(pids: list[int]) -> None:
+        pid = pids[0]
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not killed:
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

@@ -153,14 +153,14 @@ def test_a_whole_record_of_a_later_version_is_not_taken_for_damage() -> None:
 
 
 def test_a_record_of_version_1_is_read_and_keeps_its_hash() -> None:
-    data = signed(version=1, run=...)
+    data = signed(version=1, run=..., restart=...)
     record = decode(data)
     assert (record.version, record.run) == (1, "")
     assert digest(record) == json.loads(data)["sha256"]
 
 
 def test_empty_fields_of_version_2_are_left_out() -> None:
-    assert "run" not in json.loads(encode(FENCE))
+    assert not {"run", "restart"} & set(json.loads(encode(FENCE)))
     named = FENCE.model_copy(update={"run": "team/job/uid"})
     assert json.loads(encode(named))["run"] == "team/job/uid"
     assert decode(encode(named)) == named

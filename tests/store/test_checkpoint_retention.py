@@ -171,15 +171,21 @@ def test_data_of_a_live_commit_never_goes_whatever_a_retire_names(store: Store) 
     assert data_of(store) == {"data/e1/s10"}
 
 
-def test_uploads_of_ones_own_fence_are_not_stale(store: Store) -> None:
+def test_uploads_since_ones_own_fence_are_not_stale(store: Store) -> None:
     client = store._connection.client
-    for fence in (1, 2):
-        key = f"{store.prefix}/data/e{fence}/s10/u/a"
+
+    def begin(fence: int, name: str) -> None:
+        key = f"{store.prefix}/data/e{fence}/s10/u/{name}"
         client.create_multipart_upload(Bucket=store.bucket, Key=key)
+
+    begin(1, "a")
+    begin(2, "a")  # of the same attempt, before its ranks were started again
     time.sleep(1.1)  # the server's clock counts seconds
-    collect(store, opened(store, 2), 2)
+    log = opened(store, 2)
+    begin(2, "b")
+    collect(store, log, 2)
     (left,) = store.uploads("data/")
-    assert left.key == "data/e2/s10/u/a"
+    assert left.key == "data/e2/s10/u/b"
     store.abort_upload(left)
     store.abort_upload(left)  # over already
     assert store.uploads() == ()

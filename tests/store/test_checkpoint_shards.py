@@ -12,7 +12,7 @@ import pytest
 from kubedistill_trainer.checkpoint import CheckpointCorrupt, shards
 from kubedistill_trainer.checkpoint.records import ShardRecord
 from kubedistill_trainer.checkpoint.shards import PART_BYTES
-from kubedistill_trainer.checkpoint.staging import Staged
+from kubedistill_trainer.checkpoint.staged import Staged
 from kubedistill_trainer.store import Store, StoreUnavailable
 from s3_fixture import Faults, S3Server, s3  # noqa: F401  (s3 is a fixture)
 

@@ -36,6 +36,12 @@ SHAPES: dict[str, tuple[list[Actor], int, Objects]] = {
     "two attempts resume, 2 saves and none, 1 fault": (
         [attempt(2, 2), attempt(3, 0)], 1, COMMITTED,
     ),
+    "ranks started again beside the ones before, 1 fault": (
+        [attempt(2, 1), attempt(2, 1, restart=1)], 1, COMMITTED,
+    ),
+    "ranks started again, and a next attempt": (
+        [attempt(2, 1), attempt(2, 1, restart=1), attempt(3, 1)], 0, COMMITTED,
+    ),
     "an attempt keeps a step, 3 saves, 1 fault": (
         [attempt(2, 3, keep_step=20)], 1, COMMITTED,
     ),

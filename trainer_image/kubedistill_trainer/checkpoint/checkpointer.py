@@ -89,9 +89,9 @@ class Checkpointer:
     """One rank's side of a run's checkpoints. Every method but `flight` is collective over all
     ranks.
 
-    `store` is at the run's prefix. `scratch` is this rank's own folder, `node_scratch` one that the
-    ranks of its node share (None: `scratch`). `config` is what
-    `config_digest` is of, by name; `run` the job's identity. `control_group` and `upload_group` are two gloo groups of all
+    `store` is at the run's prefix, `run` the job's identity. `scratch` is this rank's own folder,
+    `node_scratch` one that the ranks of its node share (None: `scratch`). `config` is what
+    `config_digest` is of, by name. `control_group` and `upload_group` are two gloo groups of all
     ranks with timeouts (None for a single rank): the second one is used by the uploads alone, so its
     timeout is longer than any upload. Not thread-safe.
     """

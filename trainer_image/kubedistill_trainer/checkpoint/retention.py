@@ -60,8 +60,9 @@ def collect(store: Store, log: CommitLog, fence: int) -> list[str]:
 
     That is the data of retired commits, unless they are pinned, and data that no COMMIT names, of no
     higher fence and older than this attempt's FENCE by the store's own clock (so none of its own).
-    `log.take_over` must have succeeded: from then on no commit of what came before can appear. Rejected data stays until
-    its commit is retired. Stale multipart uploads are aborted by the same rule.
+    `log.take_over` must have succeeded: from then on no commit of what came before can appear.
+    Rejected data stays until its commit is retired. Stale multipart uploads are aborted by the same
+    rule.
     """
     own = store.head(slot_key(log.fence_sequence)) if log.fence_sequence is not None else None
     if own is None:

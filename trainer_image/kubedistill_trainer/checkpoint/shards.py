@@ -13,7 +13,7 @@ import google_crc32c
 
 from kubedistill_trainer.checkpoint.errors import CheckpointCorrupt
 from kubedistill_trainer.checkpoint.records import ShardRecord
-from kubedistill_trainer.checkpoint.staging import Source, Staged
+from kubedistill_trainer.checkpoint.staged import Source, Staged
 from kubedistill_trainer.store import NotFound, Store, StoreError
 
 PART_BYTES = 16 * 1024 * 1024

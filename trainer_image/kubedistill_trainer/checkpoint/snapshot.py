@@ -18,7 +18,8 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 
 from kubedistill_trainer.checkpoint import rng
 from kubedistill_trainer.checkpoint.errors import CheckpointFailed
-from kubedistill_trainer.checkpoint.staging import HostMemory, Staged, Written, save_state
+from kubedistill_trainer.checkpoint.staged import Staged
+from kubedistill_trainer.checkpoint.staging import HostMemory, Written, save_state
 
 TAG = "state"
 """The folder of DeepSpeed's files."""

@@ -10,9 +10,8 @@ import copy
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, cast
 
 import psutil
 import torch
@@ -153,26 +152,6 @@ def _cgroup_number(*names: str) -> int | None:
         if text.isdigit() and int(text) < 1 << 60:
             return int(text)
     return None
-
-
-class Source(Protocol):
-    """What a shard is read from."""
-
-    def read(self, size: int = -1, /) -> bytes: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Staged:
-    """One file of a snapshot, in memory or, where memory was short, on disk."""
-
-    path: str
-    """Relative, as it is stored."""
-    size_bytes: int
-    """Nearly: a file in memory has its framing yet to come."""
-    open: Callable[[], Source] = field(repr=False)
-    on_disk: bool = False
 
 
 class Written:
