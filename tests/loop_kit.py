@@ -71,6 +71,12 @@ class Engine:
     device = torch.device("cpu")
     optimizer = SimpleNamespace(param_groups=[{}])
 
+    def __init__(self, sick: frozenset[int] = frozenset()) -> None:
+        """`sick`: samples whose loss is no number."""
+        self.sick = sick
+        self.taken: list[int] = []
+        """Samples in the order in which they were learnt from."""
+
     def train_micro_batch_size_per_gpu(self) -> int:
         return 1
 
@@ -83,6 +89,9 @@ class Engine:
 
     def __call__(self, tokens: Any, positions: Any, labels: Any, *rest: Any) -> Any:
         loss = tokens.double().mean()
+        self.taken.append(int(loss))
+        if int(loss) in self.sick:
+            loss = loss * math.nan
         return LossParts(total=loss, soft=loss * math.nan, hard=loss)
 
 
@@ -130,6 +139,7 @@ def loop(
     commits: Commits,
     stop_after: int = 0,
     heldout: Callable[[], float] | None = None,
+    engine: Engine | None = None,
     **training: Any,
 ) -> Loop:
     """Ten steps of one rank; `heldout` gives the perplexity whenever it is asked for."""
@@ -146,4 +156,6 @@ def loop(
         packed=pack([np.full(3, i) for i in range(6)], 3),
     )
     clock, board = Clock(stop_after), ProgressBoard()
-    return Loop(context, dataset, Engine(), NoTeacher(), commits, board, clock, None, heldout)  # type: ignore[arg-type]
+    return Loop(
+        context, dataset, engine or Engine(), NoTeacher(), commits, board, clock, None, heldout
+    )  # type: ignore[arg-type]

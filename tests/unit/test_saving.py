@@ -1,0 +1,171 @@
+"""When a run is saved, what a failed save leads to, and what is told of saves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from kubedistill_api.checkpoint import Checkpoint
+from kubedistill_trainer.checkpoint import CheckpointFailed, Fenced
+from kubedistill_trainer.checkpoint.checkpointer import CommitInfo
+from kubedistill_trainer.checkpoint.interval import (
+    FIRST_SECONDS,
+    LONGEST_SECONDS,
+    expected_mtbf,
+    save_cost,
+    save_interval,
+)
+from kubedistill_trainer.exporter import ProgressBoard
+from kubedistill_trainer.methods.saving import Saver
+from kubedistill_trainer.store import StoreUnavailable
+from loop_kit import Commits
+
+HOUR, DAY = 3600.0, 86_400.0
+
+
+@pytest.mark.parametrize(
+    ("cost", "save", "mtbf", "seconds"),
+    [
+        (2.0, 60.0, 10_000.0, 200.0),
+        (2.0, 300.0, 10_000.0, 300.0),  # never below the upload's time
+        (0.5, 0.5, 1.0, 1.0),
+        (0.001, 0.1, 1.0, 1.0),  # nor each step
+        (100.0, 100.0, 10 * DAY, LONGEST_SECONDS),
+        (100.0, 4000.0, 10 * DAY, 4000.0),
+    ],
+)
+def test_the_interval_is_youngs(cost: float, save: float, mtbf: float, seconds: float) -> None:
+    assert save_interval(cost, save, mtbf) == pytest.approx(seconds)
+
+
+def test_the_interval_is_where_a_save_costs_what_a_failure_does() -> None:
+    """Wasted time a second is cost/interval + interval/(2·MTBF): least at the interval."""
+
+    def waste(interval: float) -> float:
+        return 3.0 / interval + interval / (2 * HOUR)
+
+    best = save_interval(3.0, 10.0, HOUR)
+    assert waste(best) < min(waste(best * 0.9), waste(best * 1.1))
+
+
+def test_what_a_gang_has_to_expect_before_it_has_seen_a_failure() -> None:
+    assert expected_mtbf(None, 1) == DAY
+    assert expected_mtbf(None, 1500) == pytest.approx(DAY / 10)
+    assert expected_mtbf(120.0, 1500) == 120.0
+
+
+@pytest.mark.parametrize(
+    ("calm", "busy", "cost"),
+    [(None, None, 0.5), (1.0, None, 0.5), (1.0, 1.0, 0.5), (1.0, 2.0, 5.5), (2.0, 1.0, 0.5)],
+)
+def test_a_save_costs_its_stall_and_the_steps_that_it_slows(
+    calm: float | None, busy: float | None, cost: float
+) -> None:
+    assert save_cost(0.5, 10.5, calm, busy) == pytest.approx(cost)
+
+
+def saver(
+    commits: Commits, interval: Any = 4, grace: float = 30.0, board: ProgressBoard | None = None
+) -> Saver:
+    kept: Any = commits
+    checkpoint = Checkpoint.model_validate({"interval": interval})
+    return Saver(kept, checkpoint, board or ProgressBoard(), grace_seconds=grace)
+
+
+def start(saving: Saver, *steps: int) -> None:
+    for step in steps:
+        saving.start(None, step, {"step": step}, None)
+
+
+def down() -> StoreUnavailable:
+    return StoreUnavailable("put", "s3://b/k", "no answer")
+
+
+def test_a_number_of_steps_is_a_number_of_steps() -> None:
+    saving = saver(Commits(), 4)
+    assert [step for step in range(1, 13) if saving.due(step)] == [4, 8, 12]
+
+
+def test_auto_waits_for_the_first_save_and_then_goes_by_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    saving = saver(Commits(), "Auto")
+    assert saving.interval_seconds() == FIRST_SECONDS
+    assert not saving.due(1)
+    clock[0] += FIRST_SECONDS
+    assert saving.due(2)
+    start(saving, 2)
+    assert not saving.due(3), "one has begun just now"
+    saving._saves = [CommitInfo("", 2, "", 0, 10.0, 0.5, "")]
+    assert saving.interval_seconds() == pytest.approx(math.sqrt(2 * 0.5 * DAY))
+    saving.stepped(1.0)
+    clock[0] += 294
+    assert saving.due(4)
+
+
+def test_two_failed_saves_in_a_row_are_borne_and_told() -> None:
+    commits, board = Commits(), ProgressBoard()
+    commits.failures = [down(), CheckpointFailed("disk full")]
+    saving = saver(commits, board=board)
+    start(saving, 4, 8)
+    saving.settle()
+    assert "disk full" in board.report.save_problem
+    assert saving.committed_step == -1
+    start(saving, 12)
+    saving.settle()
+    assert saving.committed_step == 12
+    assert board.report.save_problem == ""
+    commits.failures = [down(), down()]
+    start(saving, 16, 20, 24)
+    saving.settle()
+    assert saving.committed_step == 24
+
+
+def test_the_third_in_a_row_ends_the_run() -> None:
+    commits = Commits()
+    commits.failures = [down(), down(), down()]
+    saving = saver(commits)
+    start(saving, 4, 8, 12)
+    with pytest.raises(StoreUnavailable):
+        saving.settle()
+
+
+def test_the_last_save_must_succeed_and_a_fenced_one_ends_at_once() -> None:
+    commits = Commits()
+    saving = saver(commits)
+    commits.failures = [down()]
+    with pytest.raises(StoreUnavailable):
+        saving.save(None, 4, {"step": 4}, None)
+    commits.failures = [Fenced("over")]
+    start(saving, 8)
+    assert saving.failed
+    with pytest.raises(Fenced):
+        saving.settle()
+    assert not saving.failed
+
+
+@pytest.mark.parametrize(("grace", "told"), [(100.0, False), (14.0, True)])
+def test_a_save_that_does_not_fit_the_grace_is_told(grace: float, told: bool) -> None:
+    board = ProgressBoard()
+    saving = saver(Commits(), grace=grace, board=board)
+    saving.stepped(2.0)
+    saving._committed(CommitInfo("s3://b/k", 4, "d", 10, 8.0, 0.5, "t"))
+    problem = board.report.grace_problem
+    assert bool(problem) is told
+    if told:
+        assert problem == (
+            "a pod that is asked to stop needs 15 s to finish a step and save, and has 14 s"
+        )
+    assert board.report.checkpoint is not None
+    assert (board.report.save_seconds, board.report.stall_seconds) == (8.0, 0.5)
+
+
+def test_the_spec_takes_auto_or_a_number() -> None:
+    assert Checkpoint().interval == "Auto"
+    assert Checkpoint.model_validate({"interval": 7}).interval == 7
+    for wrong in ("auto", 0, True, 1.5, "7"):
+        with pytest.raises(ValueError, match="write Auto, or a number of steps"):
+            Checkpoint.model_validate({"interval": wrong})
