@@ -40,6 +40,8 @@ class S3Proxy:
         self._counts: dict[str, int] = {}
         self._ports: dict[str, int] = {}
         self._released = asyncio.Event()
+        self.stopped = threading.Event()
+        """Set when a client was given SIGSTOP, and holds a call open."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="s3-proxy", daemon=True)
 
@@ -74,6 +76,7 @@ class S3Proxy:
     def begin(self, script: Script) -> None:
         """Numbers begin anew, the log is empty, `script` decides."""
         self.script, self.log, self._counts = script, [], {}
+        self.stopped.clear()
         self._loop.call_soon_threadsafe(self._released.clear)
 
     def release(self) -> None:
@@ -153,6 +156,7 @@ class S3Proxy:
     async def _strike(self, call: Call, fault: Fault) -> None:
         self.signaller(call.client, fault.signal)
         if fault.signal == Signals.SIGSTOP:
+            self.stopped.set()
             await self._released.wait()
 
     async def _forward(self, request: wire.Message) -> wire.Message:

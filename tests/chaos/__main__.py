@@ -1,0 +1,67 @@
+"""`python -m chaos`: all families, or one, or one case; figures on standard output and in chaos.json."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from chaos import figures
+from chaos.figures import Family, Run, run_case
+from chaos.store_bench import StoreBench
+from chaos.store_families import store_families
+
+
+@contextlib.contextmanager
+def families(chosen: str, folder: Path) -> Iterator[list[Family]]:
+    """The families whose name begins so, on what they need."""
+    with contextlib.ExitStack() as stack:
+        found: list[Family] = []
+        if not chosen or chosen.startswith("store"):
+            bench = stack.enter_context(StoreBench(folder / "store"))
+            found += store_families(bench)
+        yield [family for family in found if family.name.startswith(chosen)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="faults at every call, and what they did")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--family", default="", help="beginning of a family's name")
+    parser.add_argument("--case", type=int, default=None)
+    parser.add_argument("--sample", type=int, default=0, help="so many cases a family, spread out")
+    parser.add_argument("--out", type=Path, default=Path("chaos.json"))
+    given = parser.parse_args()
+    runs: list[Run] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="chaos-") as folder,
+        families(given.family, Path(folder)) as chosen,
+    ):
+        if not chosen:
+            raise SystemExit(f"no family begins with {given.family!r}")
+        for family in chosen:
+            runs += _run(family, given.seed, given.case, given.sample)
+    figures.write(given.out, runs)
+    print(figures.table(runs))
+    sys.exit(any(run.bad for run in runs))
+
+
+def _run(family: Family, seed: int, case: int | None, sample: int) -> list[Run]:
+    numbers = range(family.count) if case is None else [case]
+    if sample and case is None:
+        numbers = range(seed % max(1, family.count // sample), family.count, max(1, family.count // sample))
+    runs: list[Run] = []
+    started = time.monotonic()
+    for done, index in enumerate(numbers, 1):
+        runs.append(run_case(family, index, seed))
+        bad = sum(bool(run.bad) for run in runs)
+        spent = time.monotonic() - started
+        print(f"{family.name}: {done} of {len(numbers)}, {bad} bad, {spent:.0f} s", file=sys.stderr)
+    return runs
+
+
+if __name__ == "__main__":
+    main()
