@@ -52,7 +52,9 @@ def main() -> None:
 def _run(family: Family, seed: int, case: int | None, sample: int) -> list[Run]:
     numbers = range(family.count) if case is None else [case]
     if sample and case is None:
-        numbers = range(seed % max(1, family.count // sample), family.count, max(1, family.count // sample))
+        numbers = range(
+            seed % max(1, family.count // sample), family.count, max(1, family.count // sample)
+        )
     runs: list[Run] = []
     started = time.monotonic()
     for done, index in enumerate(numbers, 1):

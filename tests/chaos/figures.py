@@ -58,7 +58,17 @@ def run_case(family: Family, index: int, seed: int) -> Run:
     return found
 
 
-_COLUMNS = ("family", "runs", "lives", "faults", "commits", "lost", "wrong", "violations", "seconds")
+_COLUMNS = (
+    "family",
+    "runs",
+    "lives",
+    "faults",
+    "commits",
+    "lost",
+    "wrong",
+    "violations",
+    "seconds",
+)
 
 
 def totals(runs: Sequence[Run]) -> list[dict[str, Any]]:

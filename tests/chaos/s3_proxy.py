@@ -198,5 +198,3 @@ def _garbled(body: bytes) -> bytes:
     """With one bit in the middle turned over."""
     middle = len(body) // 2
     return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
-
-

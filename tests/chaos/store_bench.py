@@ -139,7 +139,9 @@ class StoreBench:
         if resumes_from is not None and resumed != resumes_from:
             run.wrong.append(f"resumed from step {resumed}, not {resumes_from}")
         if resumed < promised and resumes_from is None:
-            run.lost.append(f"step {promised} was committed, and the next attempt began at {resumed}")
+            run.lost.append(
+                f"step {promised} was committed, and the next attempt began at {resumed}"
+            )
         weights = self.gang.weights(name)
         if weights != self.calm(zero).weights:
             run.wrong.append(f"weights {weights or 'missing'}, calm run {self.calm(zero).weights}")
@@ -181,11 +183,8 @@ class StoreBench:
 
 def events(ended: Ended, text: str) -> list[dict[str, Any]]:
     """Lines of rank 0's log that say just this."""
-    found = []
-    for line in ended.logs[0].splitlines():
-        if f'"event": "{text}"' in line:
-            found.append(json.loads(line))
-    return found
+    wanted = f'"event": "{text}"'
+    return [json.loads(line) for line in ended.logs[0].splitlines() if wanted in line]
 
 
 def promised_step(ended: Ended) -> int:
@@ -196,5 +195,3 @@ def promised_step(ended: Ended) -> int:
 def resumed_step(ended: Ended) -> int:
     """The step that an attempt began with; 0 for the beginning."""
     return max((int(event["step"]) for event in events(ended, "resumed")), default=0)
-
-

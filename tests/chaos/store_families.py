@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from signal import Signals
@@ -50,9 +50,7 @@ def store_families(bench: StoreBench) -> list[Family]:
 
 def _targets(bench: StoreBench, zero: int) -> list[tuple[int, int]]:
     """(rank, number) of every call of the calm run."""
-    return [
-        (rank, call.number) for rank in range(RANKS) for call in bench.calm(zero).of(rank)
-    ]
+    return [(rank, call.number) for rank in range(RANKS) for call in bench.calm(zero).of(rank)]
 
 
 def _name(run: Run) -> str:
@@ -144,7 +142,9 @@ def _zombie(bench: StoreBench, run: Run, draw: random.Random) -> None:
     if after != before:
         changed = sorted(key for key in after if after[key] != before.get(key))
         run.violations.append(f"the woken attempt wrote {changed}")
-    expected = {int(ExitCode.FENCED)} if _logs_again(bench, number, kind) else {0, int(ExitCode.FENCED)}
+    expected = (
+        {int(ExitCode.FENCED)} if _logs_again(bench, number, kind) else {0, int(ExitCode.FENCED)}
+    )
     if not set(first.codes) <= expected:
         run.violations.append(
             f"the woken attempt ended with {first.codes}, expected {sorted(expected)} "
@@ -195,7 +195,7 @@ def _disturbed(
     return ended
 
 
-def _declared(run: Run, ended: Ended, killed: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+def _declared(run: Run, ended: Ended, killed: Collection[int] = ()) -> None:
     """Who was not killed has ended with a code that says why."""
     for rank, code in enumerate(ended.codes):
         if rank not in killed and code not in DECLARED:
@@ -276,9 +276,7 @@ class _From:
 class _Both:
     """A signal to every rank at one call, and again some calls later."""
 
-    def __init__(
-        self, bench: StoreBench, rank: int, number: int, fault: Fault, later: int
-    ) -> None:
+    def __init__(self, bench: StoreBench, rank: int, number: int, fault: Fault, later: int) -> None:
         self._bench = bench
         self._client = rank_name(rank)
         self._numbers = (number, number + later)
@@ -293,5 +291,3 @@ class _Both:
                 self._bench.proxy.signaller(rank_name(rank), self._fault.signal)
         self.told.append(f"{self._fault} {call.method} {call.path}")
         return self._fault
-
-

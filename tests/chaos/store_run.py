@@ -45,9 +45,7 @@ def spec_of(s3: S3Access, **parts: Any) -> DistillationJobSpec:
         "evaluation": {"examples": 0},
         "checkpoint": {"keepLast": 2},
     }  # fmt: skip
-    return DistillationJobSpec.model_validate(
-        merge_patch(merge_patch(small_spec(s3), own), parts)
-    )
+    return DistillationJobSpec.model_validate(merge_patch(merge_patch(small_spec(s3), own), parts))
 
 
 @dataclass(frozen=True)

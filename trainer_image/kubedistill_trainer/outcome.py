@@ -26,6 +26,8 @@ from kubedistill_trainer.teacher.errors import (
     StreamStalled,
 )
 
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""How gloo says in a RuntimeError that a peer has gone, by what its socket met first."""
 _REFUSALS = (AccessDenied, CredentialsMissing, InvalidStoreUri, NoSuchBucket, UnsupportedStore)
 
 
@@ -57,7 +59,7 @@ def _code_of(error: BaseException) -> ExitCode:
     name = type(error).__name__
     if isinstance(error, MemoryError) or name == "OutOfMemoryError":
         return ExitCode.OUT_OF_MEMORY
-    if name.startswith("Dist") or "Connection closed by peer" in str(error):
+    if name.startswith("Dist") or any(words in str(error) for words in _LOST_PEER):
         return ExitCode.PEER_LOST
     return ExitCode.UNKNOWN
 
