@@ -1,200 +1,32 @@
-"""A proxy before the S3 server: every request has a number, and a script decides what becomes of it.
-
-The Host header goes on as the client sent it: the server works the signature out from it.
-"""
+"""The proxy before the S3 server."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
-from collections.abc import Callable
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
-from signal import Signals
-from types import TracebackType
 from urllib.parse import urlsplit
 
 from chaos import wire
-from chaos.faults import Call, Entry, Fault, Kind, Script, calm
+from chaos.faults import Call, Fault
+from chaos.proxy import Connection, Proxy
 
 _ERROR = (
     '<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>a fault of the test'
     "</Message><RequestId>0</RequestId></Error>"
 )
-Signaller = Callable[[str, Signals], None]
-"""Sends a client, by its name, a signal."""
 
 
-class S3Proxy:
-    """Serves in a thread of its own, one port a client. Use it as a context manager."""
+class S3Proxy(Proxy):
+    """Use it as a context manager."""
 
-    def __init__(self, upstream: str, signaller: Signaller = lambda client, number: None) -> None:
+    def __init__(self, upstream: str) -> None:
         """`upstream` is the server's URL."""
+        super().__init__()
         parts = urlsplit(upstream)
         self._upstream = (parts.hostname or "127.0.0.1", parts.port or 80)
-        self.signaller = signaller
-        self.script: Script = calm
-        self.log: list[Entry] = []
-        self._counts: dict[str, int] = {}
-        self._ports: dict[str, int] = {}
-        self._released = asyncio.Event()
-        self.stopped = threading.Event()
-        """Set when a client was given SIGSTOP, and holds a call open."""
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="s3-proxy", daemon=True)
 
-    def __enter__(self) -> S3Proxy:
-        self._thread.start()
-        return self
+    async def _connect(self) -> Connection:
+        return await asyncio.open_connection(*self._upstream, limit=wire.HEAD_LIMIT)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        async def end() -> None:
-            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        asyncio.run_coroutine_threadsafe(end(), self._loop).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
-
-    def endpoint(self, client: str) -> str:
-        """The URL by which a client is known; made when it is first asked for."""
-        if client not in self._ports:
-            made = asyncio.run_coroutine_threadsafe(self._listen(client), self._loop)
-            self._ports[client] = made.result(10)
-        return f"http://127.0.0.1:{self._ports[client]}"
-
-    def begin(self, script: Script) -> None:
-        """Numbers begin anew, the log is empty, `script` decides."""
-        self.script, self.log, self._counts = script, [], {}
-        self.stopped.clear()
-        self._loop.call_soon_threadsafe(self._released.clear)
-
-    def release(self) -> None:
-        """What a stopped client had asked goes on, as it does when the client wakes."""
-        self._loop.call_soon_threadsafe(self._released.set)
-
-    def count(self, client: str) -> int:
-        """Calls of a client so far."""
-        return self._counts.get(client, 0)
-
-    async def _listen(self, client: str) -> int:
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(wire.Closed, ConnectionError, asyncio.CancelledError):
-                while await self._one(client, reader, writer):
-                    pass
-            writer.close()
-
-        server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=wire.HEAD_LIMIT)
-        port: int = server.sockets[0].getsockname()[1]
-        return port
-
-    async def _one(
-        self, client: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> bool:
-        """One request and its answer; whether the connection can take another."""
-        request = await wire.read_request(reader, writer)
-        number = self._counts.get(client, 0)
-        self._counts[client] = number + 1
-        call = Call(number, client, request.method, request.target)
-        fault = self.script(call)
-        index = len(self.log)
-        self.log.append(Entry(call, fault))
-        reply = await self._meet(call, fault, request, writer)
-        if reply is None:
-            wire.reset(writer)
-            return False
-        self.log[index] = Entry(call, fault, reply.status)
-        goes_on = await _send(reply, fault, writer)
-        return goes_on and reply.header("Connection").lower() != "close"
-
-    async def _meet(
-        self, call: Call, fault: Fault, request: wire.Message, writer: asyncio.StreamWriter
-    ) -> wire.Message | None:
-        """The answer, whole; None where the client gets none."""
-        if fault.kind == Kind.ANSWER:
-            body = _ERROR.format(code=fault.code).encode()
-            return wire.answer(
-                fault.status, b"" if call.method == "HEAD" else body, "application/xml"
-            )
-        if fault.kind == Kind.RESET_BEFORE:
-            return None
-        if fault.kind == Kind.DELAY:
-            await asyncio.sleep(fault.seconds)
-        if fault.kind == Kind.SIGNAL_BEFORE:
-            await self._strike(call, fault)
-            if fault.signal == Signals.SIGKILL:
-                return None
-        if fault.kind == Kind.TRUNCATE_REQUEST and request.body:
-            await self._send_half(request)
-            return None
-        if fault.kind == Kind.GARBLE_REQUEST and request.body:
-            request = replace(request, body=_garbled(request.body))
-        reply = await self._forward(request)
-        if fault.kind == Kind.SIGNAL_AFTER:
-            await self._strike(call, fault)
-            if fault.signal == Signals.SIGKILL:
-                return None
-        if fault.kind == Kind.RESET_AFTER:
-            return None
-        if fault.kind == Kind.GARBLE and reply.body:
-            return replace(reply, body=_garbled(reply.body))
-        if fault.kind == Kind.SKEW:
-            moved = datetime.now(UTC) + timedelta(seconds=fault.seconds)
-            return reply.with_header("Date", format_datetime(moved, usegmt=True))
-        return reply
-
-    async def _strike(self, call: Call, fault: Fault) -> None:
-        self.signaller(call.client, fault.signal)
-        if fault.signal == Signals.SIGSTOP:
-            self.stopped.set()
-            await self._released.wait()
-
-    async def _forward(self, request: wire.Message) -> wire.Message:
-        reader, writer = await asyncio.open_connection(*self._upstream, limit=wire.HEAD_LIMIT)
-        try:
-            writer.write(request.raw)
-            await writer.drain()
-            return await wire.read_answer(reader, request.method)
-        finally:
-            writer.close()
-
-    async def _send_half(self, request: wire.Message) -> None:
-        _, writer = await asyncio.open_connection(*self._upstream, limit=wire.HEAD_LIMIT)
-        writer.write(request.head + request.body[: len(request.body) // 2])
-        await writer.drain()
-        writer.close()
-        await writer.wait_closed()
-
-
-async def _send(reply: wire.Message, fault: Fault, writer: asyncio.StreamWriter) -> bool:
-    """Send an answer, or what the fault leaves of it; whether the connection is still whole."""
-    half = len(reply.body) // 2
-    if fault.kind == Kind.TRUNCATE and reply.body:
-        writer.write(reply.head + reply.body[:half])
-        await writer.drain()
-        return False
-    if fault.kind == Kind.STALL:
-        writer.write(reply.head + reply.body[:half] if reply.body else b"")
-        await writer.drain()
-        await asyncio.sleep(fault.seconds)
-        writer.write(reply.body[half:] if reply.body else reply.head)
-    else:
-        writer.write(reply.raw)
-    await writer.drain()
-    return True
-
-
-def _garbled(body: bytes) -> bytes:
-    """With one bit in the middle turned over."""
-    middle = len(body) // 2
-    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+    def _error(self, call: Call, fault: Fault) -> wire.Message:
+        body = b"" if call.method == "HEAD" else _ERROR.format(code=fault.code).encode()
+        return wire.answer(fault.status, body, "application/xml")

@@ -98,7 +98,7 @@ class Zygote:
         with other, self._log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "chaos.zygote", self._kind],
-                stdin=other,
+                stdin=other.fileno(),
                 stdout=output,
                 stderr=output,
                 env=os.environ | _QUIET | {"PYTHONPATH": tests},
