@@ -12,6 +12,8 @@ from pathlib import Path
 
 from chaos import figures
 from chaos.figures import Family, Run, run_case
+from chaos.operator_bench import OperatorBench
+from chaos.operator_families import operator_families
 from chaos.store_bench import StoreBench
 from chaos.store_families import store_families
 
@@ -24,6 +26,8 @@ def families(chosen: str, folder: Path) -> Iterator[list[Family]]:
         if not chosen or chosen.startswith("store"):
             bench = stack.enter_context(StoreBench(folder / "store"))
             found += store_families(bench)
+        if not chosen or chosen.startswith("operator"):
+            found += operator_families(stack.enter_context(OperatorBench(folder / "operator")))
         yield [family for family in found if family.name.startswith(chosen)]
 
 

@@ -73,6 +73,10 @@ class Proxy(ABC):
     def begin(self, script: Script) -> None:
         """Numbers begin anew, the log is empty, `script` decides."""
         self.script, self.log, self._counts = script, [], {}
+        self.rearm()
+
+    def rearm(self) -> None:
+        """From now on a stopped client is held again."""
         self.stopped.clear()
         self._loop.call_soon_threadsafe(self._released.clear)
 

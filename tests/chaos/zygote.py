@@ -37,7 +37,10 @@ _PRELOADED = {
     ),
     "operator": ("kubedistill_operator.main", "aiohttp", "kopf", "kubernetes.aio"),
 }
+KUBECONFIG = "kubeconfig"
+"""The client library asks for its path when it is imported: here one in each fork's own folder."""
 _QUIET = {
+    "KUBECONFIG": KUBECONFIG,
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -125,15 +128,21 @@ class Zygote:
         *argv: str,
         env: Mapping[str, str],
         log: Path,
+        folder: Path = Path("/"),
         limits: Mapping[str, int] | None = None,
         groups: Sequence[str] = (),
     ) -> Forked:
         """Run `argv[0]`, a module with a `main`, in a new process with exactly this environment.
 
-        `limits` are of setrlimit, by names such as AS; `groups` are files of cgroups to join.
+        It works in `folder`. `limits` are of setrlimit, by names such as AS; `groups` are files of cgroups to join.
         """
         answer = self.ask(
-            argv=argv, env=dict(env), log=str(log), limits=dict(limits or {}), groups=list(groups)
+            argv=argv,
+            env=dict(env),
+            log=str(log),
+            folder=str(folder),
+            limits=dict(limits or {}),
+            groups=list(groups),
         )
         return Forked(self, int(answer["pid"]))
 
@@ -210,6 +219,7 @@ def _run(asked: dict[str, Any]) -> None:
             Path(group).write_text(str(os.getpid()))
         for name, value in asked["limits"].items():
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+        os.chdir(asked["folder"])
         os.environ.clear()
         os.environ.update(asked["env"])
         sys.argv = list(asked["argv"])
