@@ -1,4 +1,4 @@
-"""A control plane, a proxy before it, and operators forked from a zygote: how a scenario is run and judged."""
+"""A control plane, a proxy before it, operators forked from a zygote: a scenario is run and judged."""
 
 from __future__ import annotations
 
@@ -144,14 +144,14 @@ class World:
             plural = f"{one['kind'].lower()}s"
             api.post(f"{_GROUP}/namespaces/{self.namespace}/{plural}", one)
 
-    def list(self, plural: str) -> list[dict[str, Any]]:
+    def found(self, plural: str) -> list[dict[str, Any]]:
         prefix = _PARTS.get(plural, _GROUP)
         found = self.bench.handle.api.get(f"{prefix}/namespaces/{self.namespace}/{plural}")
         return list(found["items"])
 
     def objects(self) -> list[dict[str, Any]]:
         """All of ours."""
-        return self.list("distillationjobs") + self.list("distillationchains")
+        return self.found("distillationjobs") + self.found("distillationchains")
 
     def done(self) -> bool:
         """Whether the scenario's objects have succeeded, the chain's jobs and reports included."""
@@ -185,7 +185,7 @@ class World:
         return [
             f"{plural}/{one['metadata']['name']}"
             for plural in _PARTS
-            for one in self.list(plural)
+            for one in self.found(plural)
             if one["metadata"]["name"] not in _OWN
         ]
 
@@ -196,15 +196,15 @@ class World:
             found[f"{one['kind']}/{one['metadata']['name']}"] = {
                 "spec": one["spec"], "status": _clean(one.get("status") or {}),
             }  # fmt: skip
-        for one in self.list("jobs"):
+        for one in self.found("jobs"):
             status = one.get("status") or {}
             ends = [c["type"] for c in status.get("conditions") or [] if c["status"] == "True"]
             found[f"Job/{one['metadata']['name']}"] = sorted(set(ends))
         for plural in ("services", "configmaps"):
-            kept = {one["metadata"]["name"] for one in self.list(plural)} - _OWN
+            kept = {one["metadata"]["name"] for one in self.found(plural)} - _OWN
             found[plural] = sorted(kept)
         pods: Counter[str] = Counter()
-        for one in self.list("pods"):
+        for one in self.found("pods"):
             owner = one["metadata"]["ownerReferences"][0]["name"]
             pods[f"{owner} {one['status']['phase']}"] += 1
         found["pods"] = dict(pods)

@@ -134,7 +134,8 @@ class Zygote:
     ) -> Forked:
         """Run `argv[0]`, a module with a `main`, in a new process with exactly this environment.
 
-        It works in `folder`. `limits` are of setrlimit, by names such as AS; `groups` are files of cgroups to join.
+        It works in `folder`. `limits` are of setrlimit, by names such as AS; `groups` are files of
+        cgroups to join.
         """
         answer = self.ask(
             argv=argv,
