@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +12,8 @@ from typing import Any
 
 import pytest
 from kubedistill_trainer.checkpoint import CommitLog, Fenced
-from kubedistill_trainer.checkpoint.log import slot_key
+from kubedistill_trainer.checkpoint.errors import CheckpointCorrupt, ForeignLog, LogTooNew
+from kubedistill_trainer.checkpoint.log import Entry, slot_key
 from kubedistill_trainer.checkpoint.records import (
     Commit,
     Fence,
@@ -86,7 +89,8 @@ def test_of_many_writers_of_one_slot_one_wins(s3: S3Server, store: Store) -> Non
     logs[0].take_over()
     for log in logs[1:]:
         log.read()
-        log._fence_sequence = 0  # what a zombie believes
+        log._fence_sequence = 0  # twins: each takes the FENCE for its own
+        log._tried |= logs[0]._tried
     start = Barrier(racers)
 
     def race(log: CommitLog) -> bool:
@@ -173,6 +177,63 @@ def test_a_commit_under_a_fence_that_is_over_is_not_used(store: Store) -> None:
     assert steps(reader) == [10]
 
 
+def test_a_zombie_that_reads_writes_nothing_behind_the_winner(store: Store) -> None:
+    """What it read tells it that it was overtaken: to append there would fence out the winner."""
+    zombie = opened(store, 1)
+    zombie.append(Commit, **commit_fields(10))
+    winner = opened(store, 2)
+    zombie.read()
+    for make, fields in (
+        (Reject, {"sequence": 1, "reason": "x"}),
+        (Retire, {"sequences": [1], "data": ["data/e1/s10/u"]}),
+        (Commit, commit_fields(20)),
+    ):
+        with pytest.raises(Fenced, match="fence 2, attempt 'attempt-2'"):
+            zombie.append(make, **fields)
+    winner.append(Commit, **commit_fields(30))
+    assert kinds(store) == ["FENCE", "COMMIT", "FENCE", "COMMIT"]
+
+
+def test_who_was_fenced_takes_nothing_over_again(store: Store) -> None:
+    zombie = opened(store, 1)
+    opened(store, 2)
+    with pytest.raises(Fenced):
+        zombie.append(Commit, **commit_fields(10))
+    with pytest.raises(Fenced):
+        zombie.take_over()
+    assert kinds(store) == ["FENCE", "FENCE"]
+
+
+def test_a_fence_of_unknown_fate_that_was_overtaken_is_over(store: Store) -> None:
+    log = CommitLog(store, fence=1, attempt="a")
+    Faults(store).lose_answers("PUT", store.limits.attempts)
+    with pytest.raises(StoreUnavailable):
+        log.take_over()
+    opened(store, 2)
+    with pytest.raises(Fenced):
+        log.take_over()
+    assert kinds(store) == ["FENCE", "FENCE"]
+
+
+@pytest.mark.parametrize("kind", ["COMMIT", "REJECT", "RETIRE"])
+def test_records_of_a_fence_that_is_over_count_for_nothing(store: Store, kind: str) -> None:
+    """Whoever wrote them: readers pass over them, and the attempt in force goes on behind them."""
+    opened(store, 1).append(Commit, **commit_fields(10))
+    winner = opened(store, 2)
+    common = {"nonce": "1" * 32, "fence": 1, "attempt": "attempt-1", "trainer_version": ""}
+    stale = {
+        "COMMIT": lambda: Commit(**common, time="", **commit_fields(20)),
+        "REJECT": lambda: Reject(**common, time="", sequence=1, reason="x"),
+        "RETIRE": lambda: Retire(**common, time="", sequences=[1], data=["data/e1/s10/u"]),
+    }[kind]()
+    store.put(slot_key(3), encode(stale), only_if_absent=True)
+    winner.append(Commit, **commit_fields(30))
+    reader = CommitLog(store)
+    reader.read()
+    assert steps(reader) == steps(winner) == [10, 30]
+    assert kinds(store) == ["FENCE", "COMMIT", "FENCE", kind, "COMMIT"]
+
+
 def test_a_lost_answer_is_no_fence(store: Store) -> None:
     """boto repeats the PUT, meets a 412, and finds its own nonce."""
     faults = Faults(store)
@@ -239,6 +300,96 @@ def test_other_keys_are_no_slots(store: Store) -> None:
         store.put(key, b"x")
     opened(store, 1)
     assert isinstance(CommitLog(store).read()[0].record, Fence)
+
+
+def newer(version: int = 3, trainer_version: str = "9.1") -> bytes:
+    """A whole record as a later program might write it."""
+    fields = {"version": version, "trainer_version": trainer_version, "kind": "SNAPSHOT", "x": [1]}
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return json.dumps(fields | {"sha256": hashlib.sha256(text.encode()).hexdigest()}).encode()
+
+
+def test_a_log_of_a_newer_program_is_left_alone(store: Store) -> None:
+    opened(store, 1).append(Commit, **commit_fields(10))
+    store.put(slot_key(2), newer())
+    before = [(info.key, info.etag) for info in store.list()]
+    log = CommitLog(store, fence=2, attempt="a")
+    with pytest.raises(LogTooNew, match=r"0002\.json.*version 3.*kubedistill 9\.1.*image"):
+        log.take_over()
+    assert log.unreadable() == [], "nothing that anybody would reject"
+    with pytest.raises(Fenced):
+        log.append(Reject, sequence=2, reason="x")
+    assert [(info.key, info.etag) for info in store.list()] == before
+
+
+def test_a_newer_program_that_takes_over_fences_out(store: Store) -> None:
+    log = opened(store, 1)
+    store.put(slot_key(1), newer())
+    with pytest.raises(Fenced, match="written by kubedistill 9"):
+        log.append(Commit, **commit_fields(10))
+    reading = opened_behind(store, 0)
+    with pytest.raises(Fenced):
+        reading.append(Commit, **commit_fields(10))
+
+
+def opened_behind(store: Store, fence_sequence: int) -> CommitLog:
+    """A log that took over, and has since read what others wrote."""
+    log = CommitLog(store, fence=1, attempt="attempt-1")
+    log.read()
+    log._fence_sequence = fence_sequence
+    log._tried |= {e.record.nonce for e in log.entries if e.record is not None}
+    return log
+
+
+def test_the_log_of_another_run_is_refused(store: Store) -> None:
+    CommitLog(store, fence=1, attempt="a", run="team/one/1").take_over()
+    other = CommitLog(store, fence=2, attempt="a", run="team/two/2")
+    with pytest.raises(ForeignLog, match=r"run team/one/1, and this is run team/two/2"):
+        other.take_over()
+    assert kinds(store) == ["FENCE"]
+
+
+def test_a_foreign_fence_at_the_same_moment_is_refused(store: Store) -> None:
+    mine = CommitLog(store, fence=1, attempt="a", run="team/one/1")
+    read = mine.read
+
+    def read_and_lose() -> list[Entry]:
+        found = read()
+        CommitLog(store, fence=2, attempt="a", run="team/two/2").take_over()
+        return found
+
+    mine.read = read_and_lose  # type: ignore[method-assign]  # a race, made certain
+    with pytest.raises(ForeignLog, match="team/two/2"):
+        mine.take_over()
+    assert kinds(store) == ["FENCE"]
+
+
+def test_a_log_from_before_runs_had_names_is_taken_over(store: Store) -> None:
+    opened(store, 1).append(Commit, **commit_fields(10))
+    log = CommitLog(store, fence=2, attempt="a", run="team/one/1")
+    log.take_over()
+    log.append(Commit, **commit_fields(20))
+    assert steps(log) == [10, 20]
+
+
+def test_a_slot_far_beyond_the_others_is_no_log(store: Store) -> None:
+    opened(store, 1)
+    store.put(slot_key(10**19), b"{}")
+    with pytest.raises(CheckpointCorrupt, match=r"10000000000000000000\.json.*move it away"):
+        CommitLog(store, fence=2, attempt="a").take_over()
+
+
+def test_the_end_is_found_where_the_list_is_stale(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = opened(store, 1)
+    for step in (10, 20):
+        log.append(Commit, **commit_fields(step))
+    monkeypatch.setattr(Store, "list", lambda *_arguments: iter(()))
+    reader = CommitLog(store)
+    assert reader.read() == []
+    assert len(reader.read_to_end()) == 3
+    assert steps(reader) == [10, 20]
 
 
 def test_the_log_needs_no_torch() -> None:

@@ -13,6 +13,7 @@ from kubedistill_trainer.checkpoint.records import (
     Commit,
     Fence,
     Record,
+    RecordTooNew,
     RecordUnreadable,
     Reject,
     Retire,
@@ -37,6 +38,7 @@ common: dict[str, Any] = {
     "attempt": texts,
     "trainer_version": texts,
     "time": texts,
+    "run": texts,
 }
 shards = st.builds(
     ShardRecord,
@@ -56,6 +58,7 @@ commits = st.builds(
     shards=st.lists(shards, min_size=1, max_size=3),
     cursor=st.dictionaries(texts, json_values, max_size=3),
     config_digest=texts,
+    config=st.dictionaries(texts, json_values, max_size=3),
 )
 records = st.one_of(
     st.builds(Fence, **common),
@@ -111,7 +114,9 @@ def test_the_helper_signs_as_the_code_does() -> None:
     [
         signed(kind="LATEST"),
         signed(kind=...),
-        signed(version=2),
+        signed(version=0),
+        signed(version="3"),
+        signed(version=3)[:-3] + b'0"}',
         signed(fence=-1),
         signed(fence="1"),
         signed(fence=1.5),
@@ -139,3 +144,23 @@ def test_a_commit_without_shards_cannot_be_made() -> None:
             **FENCE.model_dump(exclude={"kind"}),
             step=1, world_size=1, data="d", shards=[], cursor={}, config_digest="",
         )  # fmt: skip
+
+
+def test_a_whole_record_of_a_later_version_is_not_taken_for_damage() -> None:
+    with pytest.raises(RecordTooNew, match=r"version 3, written by kubedistill 9\.1") as caught:
+        decode(signed(version=3, trainer_version="9.1", kind="LATEST", extra=[1]))
+    assert (caught.value.version, caught.value.trainer_version) == (3, "9.1")
+
+
+def test_a_record_of_version_1_is_read_and_keeps_its_hash() -> None:
+    data = signed(version=1, run=...)
+    record = decode(data)
+    assert (record.version, record.run) == (1, "")
+    assert digest(record) == json.loads(data)["sha256"]
+
+
+def test_empty_fields_of_version_2_are_left_out() -> None:
+    assert "run" not in json.loads(encode(FENCE))
+    named = FENCE.model_copy(update={"run": "team/job/uid"})
+    assert json.loads(encode(named))["run"] == "team/job/uid"
+    assert decode(encode(named)) == named

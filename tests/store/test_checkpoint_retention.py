@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kubedistill_trainer.checkpoint import CommitLog, Fenced
 from kubedistill_trainer.checkpoint.log import CommitEntry
-from kubedistill_trainer.checkpoint.records import Commit, ShardRecord
+from kubedistill_trainer.checkpoint.records import Commit, Retire, ShardRecord
 from kubedistill_trainer.checkpoint.retention import collect, data_prefix, retire, to_retire
 from kubedistill_trainer.store import Store
 from s3_fixture import Faults, S3Server, s3  # noqa: F401  (s3 is a fixture)
@@ -161,3 +161,25 @@ def test_without_a_fence_nothing_is_collected(store: Store) -> None:
     log.read()
     assert collect(store, log, 9) == []
     assert data_of(store) == {"data/e0/s1"}
+
+
+def test_data_of_a_live_commit_never_goes_whatever_a_retire_names(store: Store) -> None:
+    log = opened(store, 1)
+    commit(store, log, 1, 10)
+    log.append(Retire, sequences=[7], data=["data/e1/s10/unique"])
+    assert collect(store, opened(store, 2), 2) == []
+    assert data_of(store) == {"data/e1/s10"}
+
+
+def test_uploads_of_ones_own_fence_are_not_stale(store: Store) -> None:
+    client = store._connection.client
+    for fence in (1, 2):
+        key = f"{store.prefix}/data/e{fence}/s10/u/a"
+        client.create_multipart_upload(Bucket=store.bucket, Key=key)
+    time.sleep(1.1)  # the server's clock counts seconds
+    collect(store, opened(store, 2), 2)
+    (left,) = store.uploads("data/")
+    assert left.key == "data/e2/s10/u/a"
+    store.abort_upload(left)
+    store.abort_upload(left)  # over already
+    assert store.uploads() == ()

@@ -25,3 +25,15 @@ class WorldSizeChanged(CheckpointError):
 
 class ConfigChanged(CheckpointError):
     """The checkpoint was written under another configuration than the run has now."""
+
+
+class LogTooNew(CheckpointError):
+    """A later version of this program wrote to the log: only that one may read and go on with it."""
+
+
+class ForeignLog(CheckpointError):
+    """The log is another job's: two jobs would share one prefix."""
+
+
+class NotPinnable(CheckpointError):
+    """There is no usable commit to pin, or it was retired in the same moment."""

@@ -8,13 +8,32 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
+VERSION = 2
+"""Of the records that are written. Raised whenever a reader of the former one could not read them."""
 _HASH_FIELD = "sha256"
+# Fields of version 2. Left out where they say nothing, so that a record of version 1 keeps its hash.
+_ABSENT_IF_EMPTY = ("run", "config")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 
 
 class RecordUnreadable(ValueError):
     """Bytes in a slot that are no record: torn, altered, or of an unknown kind."""
+
+
+class RecordTooNew(RecordUnreadable):
+    """A whole record, of a version that this program does not know.
+
+    `version` is the record's and `trainer_version` the program's that wrote it, as far as it says.
+    """
+
+    def __init__(self, version: int, trainer_version: str) -> None:
+        super().__init__(
+            f"record of version {version}, written by kubedistill {trainer_version}; this program "
+            f"reads versions up to {VERSION}"
+        )
+        self.version = version
+        self.trainer_version = trainer_version
 
 
 class _Strict(BaseModel):
@@ -37,7 +56,7 @@ class ShardRecord(_Strict):
 
 
 class _Record(_Strict):
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     nonce: str = Field(min_length=16)
     """Made anew for each record: it tells one's own write from another's."""
     fence: Count
@@ -45,6 +64,8 @@ class _Record(_Strict):
     trainer_version: str
     time: str
     """ISO 8601, UTC, for people. Clocks differ, so nothing is decided by it."""
+    run: str = ""
+    """The job that the log is of, as `<namespace>/<name>/<uid>`; empty where nobody said."""
 
 
 class Fence(_Record):
@@ -65,6 +86,8 @@ class Commit(_Record):
     cursor: dict[str, JsonValue]
     """Positions in the data and in the teacher stream."""
     config_digest: str
+    config: dict[str, JsonValue] = {}
+    """What the digest is of, by name (`training.learningRate`), so that a change can be named."""
 
     @property
     def size_bytes(self) -> int:
@@ -96,18 +119,19 @@ _ANY: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="k
 
 def encode(record: Record) -> bytes:
     """Canonical JSON with the SHA-256 of everything else as field `sha256`."""
-    fields = record.model_dump(mode="json")
+    fields = _fields(record)
     return _canonical(fields | {_HASH_FIELD: _digest(fields)})
 
 
 def digest(record: Record) -> str:
     """The record's own hash, in hexadecimal."""
-    return _digest(record.model_dump(mode="json"))
+    return _digest(_fields(record))
 
 
 def decode(data: bytes) -> Record:
     """The record in `data`. Raises RecordUnreadable unless its hash is right and its kind known.
 
+    A record whose hash is right and whose version is higher raises RecordTooNew: it is whole.
     JSON is all it takes: nothing in a log is ever unpickled or run.
     """
     try:
@@ -119,6 +143,8 @@ def decode(data: bytes) -> Record:
     stated = fields.pop(_HASH_FIELD, None)
     if stated != _digest(fields):
         raise RecordUnreadable("its own hash does not fit its content")
+    if isinstance(written := fields.get("version"), int) and written > VERSION:
+        raise RecordTooNew(written, str(fields.get("trainer_version", "of unknown version")))
     try:
         # By way of JSON, where strictness allows what JSON cannot tell apart (a list, a tuple).
         return _ANY.validate_json(_canonical(fields))
@@ -126,6 +152,14 @@ def decode(data: bytes) -> Record:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "record"
         raise RecordUnreadable(f"{where}: {first['msg']}") from error
+
+
+def _fields(record: Record) -> dict[str, Any]:
+    fields = record.model_dump(mode="json")
+    for name in _ABSENT_IF_EMPTY:
+        if not fields.get(name):
+            fields.pop(name, None)
+    return fields
 
 
 def _canonical(fields: dict[str, Any]) -> bytes:

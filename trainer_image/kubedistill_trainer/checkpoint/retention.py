@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from datetime import datetime
 
-from kubedistill_trainer.checkpoint.log import CommitEntry, CommitLog, slot_key
+from kubedistill_trainer.checkpoint import pins
+from kubedistill_trainer.checkpoint.history import CommitEntry, Slot, State, slot_key
+from kubedistill_trainer.checkpoint.log import CommitLog
 from kubedistill_trainer.checkpoint.records import Commit, Retire
 from kubedistill_trainer.store import Store
 
@@ -38,49 +41,64 @@ def to_retire(
 def retire(store: Store, log: CommitLog, commits: Sequence[CommitEntry]) -> None:
     """Append RETIRE for `commits`, then delete their shards. Raises Fenced before any deletion.
 
-    Killed in between, it leaves shards that no COMMIT stands for: `collect` finishes the work.
+    Pinned commits are left alone; of one that is pinned at the same moment the shards stay. Killed
+    in between, it leaves shards that no COMMIT stands for: `collect` finishes the work.
     """
-    if not commits:
+    free = [commit for commit in commits if not pins.is_pinned(store, commit.sequence)]
+    if not free:
         return
-    data = [commit.record.data for commit in commits]
-    log.append(Retire, sequences=[commit.sequence for commit in commits], data=data)
-    for prefix in data:
-        _delete_below(store, prefix)
+    data = [commit.record.data for commit in free]
+    log.append(Retire, sequences=[commit.sequence for commit in free], data=data)
+    for commit in free:
+        # Again: who pinned before RETIRE was there has been told that the shards stay.
+        if not pins.is_pinned(store, commit.sequence):
+            _delete_below(store, commit.record.data)
 
 
 def collect(store: Store, log: CommitLog, fence: int) -> list[str]:
-    """Delete what earlier attempts left behind; the prefixes that were deleted.
+    """Orphan collection: delete what earlier attempts left behind; the prefixes that went.
 
-    That is the data of retired commits, and data that no COMMIT names, of a lower fence and older
-    than this attempt's FENCE by the store's own clock. `log.take_over` must have succeeded: from
-    then on no commit of a lower fence can appear. Rejected data stays until its commit is retired.
+    That is the data of retired commits, unless they are pinned, and data that no COMMIT names, of a
+    lower fence and older than this attempt's FENCE by the store's own clock. `log.take_over` must
+    have succeeded: from then on no commit of a lower fence can appear. Rejected data stays until
+    its commit is retired. Stale multipart uploads are aborted by the same rule.
     """
     own = store.head(slot_key(log.fence_sequence)) if log.fence_sequence is not None else None
     if own is None:
         return []
-    entries = [entry.record for entry in log.entries]
-    retired = {prefix for r in entries if isinstance(r, Retire) for prefix in r.data}
-    if any(record is None for record in entries):
-        # An unreadable slot may be a COMMIT whose data somebody still wants to look at.
-        committed = None
-    else:
-        committed = {r.data for r in entries if isinstance(r, Commit)}
+    history = log.history()
+    kept, retired = named_data(history)
+    # An unreadable slot may be a COMMIT whose data somebody still wants to look at.
+    all_known = all(slot.entry.record is not None for slot in history)
     doomed = [
         prefix
         for prefix, newest in _newest_by_prefix(store).items()
-        if prefix in retired
-        or (
-            committed is not None
-            and prefix not in committed
-            and _fence_of(prefix) < fence
-            and newest < own.last_modified
+        if prefix not in kept
+        and (
+            not pins.is_pinned(store, retired[prefix])
+            if prefix in retired
+            else all_known and _fence_of(prefix) < fence and newest < own.last_modified
         )
     ]
     for prefix in doomed:
         _delete_below(store, prefix)
-    for lower in range(fence):
-        store.abort_uploads(f"data/e{lower}/", own.last_modified)
+    for upload in store.uploads("data/"):
+        if _fence_of(upload.key) < fence and upload.initiated < own.last_modified:
+            store.abort_upload(upload)
     return doomed
+
+
+def named_data(history: Sequence[Slot]) -> tuple[set[str], dict[str, int]]:
+    """Data prefixes that a live or rejected COMMIT needs; retired ones → the slot of the commit."""
+    kept, retired = set[str](), dict[str, int]()
+    for slot in history:
+        record = slot.entry.record
+        if isinstance(record, Commit) and slot.state in (State.LIVE, State.REJECTED):
+            kept.add(record.data)
+        elif isinstance(record, Retire) and slot.state is State.APPLIED:
+            # By the RETIRE: the COMMIT itself may have become unreadable.
+            retired.update(zip(record.data, record.sequences, strict=False))
+    return kept, retired
 
 
 def data_prefix(fence: int, step: int, unique: str) -> str:
@@ -98,10 +116,10 @@ def _newest_by_prefix(store: Store) -> dict[str, datetime]:
     return found
 
 
-def _fence_of(prefix: str) -> int:
-    match = _DATA_PREFIX.match(prefix)
-    assert match is not None
-    return int(match.group(1))
+def _fence_of(key: str) -> int:
+    """The fence of a key or prefix below data/; one that never is lower for what is none of ours."""
+    match = _DATA_PREFIX.match(key)
+    return int(match.group(1)) if match else sys.maxsize
 
 
 def _delete_below(store: Store, prefix: str) -> None:

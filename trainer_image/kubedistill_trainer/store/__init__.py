@@ -1,6 +1,6 @@
 """S3 as the trainer sees it: one bucket and prefix, typed errors, bounded waiting."""
 
-from kubedistill_trainer.store.client import Limits, ObjectInfo, Store
+from kubedistill_trainer.store.client import Limits, ObjectInfo, Store, Upload
 from kubedistill_trainer.store.errors import (
     AccessDenied,
     CredentialsMissing,
@@ -29,5 +29,6 @@ __all__ = [
     "StoreError",
     "StoreUnavailable",
     "UnsupportedStore",
+    "Upload",
     "preflight",
 ]

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -24,7 +25,7 @@ from kubedistill_trainer.store.uri import S3Uri, check_endpoint, check_key
 if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
 
-__all__ = ["Limits", "ObjectInfo", "Store"]
+__all__ = ["Limits", "ObjectInfo", "Store", "Upload"]
 
 _PART_BYTES = 16 * MIB
 _DOWNLOADS = 8  # parts of a file at once
@@ -39,6 +40,16 @@ class ObjectInfo:
     size_bytes: int
     etag: str
     last_modified: datetime
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A multipart upload that nobody has ended; `key` is relative to the Store that was asked."""
+
+    key: str
+    id: str
+    initiated: datetime
+    """By the store's clock."""
 
 
 class Store:
@@ -172,25 +183,35 @@ class Store:
                     "check that the keys in storage.secretRef may delete here",
                 )
 
+    def uploads(self, prefix: str = "") -> tuple[Upload, ...]:
+        """Unfinished multipart uploads of keys that start with `prefix`; their parts cost money."""
+        whole = f"{self.prefix}/" if self.prefix else ""
+        with translated("list uploads", self.uri_of(prefix), self.endpoint):
+            pages = self._connection.client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self.bucket, Prefix=whole + prefix
+            )
+            return tuple(
+                Upload(found["Key"].removeprefix(whole), found["UploadId"], found["Initiated"])
+                for page in pages
+                for found in page.get("Uploads", [])
+            )
+
+    def abort_upload(self, upload: Upload) -> None:
+        """End a multipart upload and free its parts; one that is over already is no error."""
+        with suppress(NotFound), translated("abort", self.uri_of(upload.key), self.endpoint):
+            self._connection.client.abort_multipart_upload(
+                Bucket=self.bucket, Key=self._full(upload.key), UploadId=upload.id
+            )
+
     def abort_uploads(self, prefix: str, started_before: datetime) -> int:
         """Abort multipart uploads under `prefix` that began before a time of the *store's* clock.
 
-        Returns their number. Parts of an upload that nobody ends cost money and are not listed.
+        Returns their number.
         """
-        whole = f"{self.prefix}/" if self.prefix else ""
-        client, aborted = self._connection.client, 0
-        with translated("abort", self.uri_of(prefix), self.endpoint):
-            pages = client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self.bucket, Prefix=whole + prefix
-            )
-            for page in pages:
-                for upload in page.get("Uploads", []):
-                    if upload["Initiated"] < started_before:
-                        client.abort_multipart_upload(
-                            Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-                        )
-                        aborted += 1
-        return aborted
+        stale = [found for found in self.uploads(prefix) if found.initiated < started_before]
+        for upload in stale:
+            self.abort_upload(upload)
+        return len(stale)
 
     def upload_file(self, key: str, path: Path) -> None:
         """Write a file, in parts when it is big. Raises OSError when the file cannot be read."""

@@ -124,7 +124,7 @@ def _of_answer(error: ClientError, operation: str, uri: str, endpoint: str) -> e
         )
     if status == 412 or code in ("PreconditionFailed", "412"):
         return errors.PreconditionFailed(operation, uri, "the key is taken already")
-    if code in ("NoSuchKey", "404") or status == 404:
+    if code in ("NoSuchKey", "NoSuchUpload", "404") or status == 404:
         return errors.NotFound(operation, uri, f"no such object at {endpoint}")
     if code in _DENIED or status in (401, 403):
         return errors.AccessDenied(
