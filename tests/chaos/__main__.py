@@ -16,6 +16,7 @@ from chaos.operator_bench import OperatorBench
 from chaos.operator_families import operator_families
 from chaos.store_bench import StoreBench
 from chaos.store_families import store_families
+from chaos.store_harm import harm_families
 
 
 @contextlib.contextmanager
@@ -25,7 +26,7 @@ def families(chosen: str, folder: Path) -> Iterator[list[Family]]:
         found: list[Family] = []
         if not chosen or chosen.startswith("store"):
             bench = stack.enter_context(StoreBench(folder / "store"))
-            found += store_families(bench)
+            found += store_families(bench) + harm_families(bench)
         if not chosen or chosen.startswith("operator"):
             found += operator_families(stack.enter_context(OperatorBench(folder / "operator")))
         yield [family for family in found if family.name.startswith(chosen)]

@@ -47,6 +47,8 @@ class Fault:
     code: str = ""
     seconds: float = 0.0
     signal: Signals = Signals.SIGKILL
+    only_success: bool = False
+    """Of SIGNAL_AFTER: only where the server did what it was asked."""
 
     def __str__(self) -> str:
         told = {

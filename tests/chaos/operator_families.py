@@ -144,11 +144,21 @@ def _kill(judge: Judge, run: Run, draw: random.Random) -> None:
     seeded one of the first four, before or after.
     """
     script = _Killer(run.index, draw)
-    judge.judge(run, script)
+
+    def each(world: World) -> None:
+        # The next life begins when the one before has ended, and not in between.
+        if not world.lives[-1].process.running:
+            script.struck()
+
+    judge.judge(run, script, each=each)
 
 
 class _Killer:
-    """A kill in each life. A life ends with the connection of whoever was killed."""
+    """A kill in each life.
+
+    A write that says "already there" (409) changed nothing, and the next life makes it again: so
+    "after" is after one that did change something.
+    """
 
     def __init__(self, case: int, draw: random.Random) -> None:
         self._case = case
@@ -159,27 +169,28 @@ class _Killer:
         self._next()
 
     def _next(self) -> None:
-        after, before = Fault(Kind.SIGNAL_AFTER), Fault(Kind.SIGNAL_BEFORE)
+        after = Fault(Kind.SIGNAL_AFTER, only_success=True)
+        before = Fault(Kind.SIGNAL_BEFORE)
         if self._case == 0:
             self._left, self._fault = 1, after
         elif self._case == 1:
             self._left, self._fault = 1, before if self._lives % 2 == 0 else after
         else:
             self._left = self._draw.randint(1, 4)
-            # Never twice at the first write before it is applied: nothing would be gained.
-            choices = (after,) if self._left == 1 else (before, after)
-            self._fault = self._draw.choice(choices)
+            self._fault = after if self._left == 1 else self._draw.choice((before, after))
         self._lives += 1
 
     def __call__(self, call: Call) -> Fault:
         if not is_write(call):
             return PASS
-        self._left -= 1
-        if self._left > 0:
+        if self._left > 1:
+            self._left -= 1
             return PASS
-        fault = self._fault
+        return self._fault
+
+    def struck(self) -> None:
+        """The operator was killed: the next life has a fault of its own."""
         self._next()
-        return fault
 
 
 def _http(judge: Judge, run: Run, draw: random.Random) -> None:

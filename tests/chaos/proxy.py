@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from chaos import wire
-from chaos.faults import Call, Entry, Fault, Kind, Script, calm
+from chaos.faults import PASS, Call, Entry, Fault, Kind, Script, calm
 
 Signaller = Callable[[str, Signals], None]
 """Sends a client, by its name, a signal."""
@@ -129,6 +129,8 @@ class Proxy(ABC):
         if reply is None:
             wire.reset(writer)
             return False
+        if fault.only_success and reply.status >= 400:
+            fault = PASS
         self.log[index] = Entry(call, fault, reply.status)
         goes_on = await _send(reply, fault, writer)
         return goes_on and reply.header("Connection").lower() != "close"
@@ -151,7 +153,7 @@ class Proxy(ABC):
         if fault.kind == Kind.GARBLE_REQUEST and request.body:
             request = replace(request, body=_garbled(request.body))
         reply = await self._forward(request)
-        if fault.kind == Kind.SIGNAL_AFTER:
+        if fault.kind == Kind.SIGNAL_AFTER and not (fault.only_success and reply.status >= 400):
             await self._strike(call, fault)
             if fault.signal == Signals.SIGKILL:
                 return None

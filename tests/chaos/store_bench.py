@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,6 +66,11 @@ class StoreBench:
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
+
+    def zygote_bytes(self) -> int:
+        """The address space that a fork begins with."""
+        pages = int(Path(f"/proc/{self.zygote.pid}/statm").read_text().split()[0])
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     def spec(self, zero: int = 1) -> DistillationJobSpec:
         return spec_of(self.s3, training={"deepSpeed": {"zeroStage": zero}})

@@ -123,6 +123,10 @@ class Zygote:
         self._file.close()
         self._socket.close()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def fork(
         self,
         *argv: str,
