@@ -36,7 +36,7 @@ _OWN = {"kube-root-ca.crt"}
 _CHANGING = {
     "time", "startTime", "endTime", "lastTransitionTime", "lastStepTime", "tokensPerSecond",
     "estimatedRemaining", "estimatedRemainingSeconds", "observedGeneration", "estimatedCompletion",
-    "completionTime", "gpuHours", "updatedTime",
+    "lastUpdatedTime",
 }  # fmt: skip
 _SECONDS = 240.0
 

@@ -19,6 +19,8 @@ from chaos.store_bench import StoreBench, promised_step, resumed_step
 from chaos.store_run import RANKS, rank_name
 
 _MIB = 1 << 20
+_HANG_SECONDS = 30.0
+"""A whole run takes one or two."""
 
 
 def harm_families(bench: StoreBench) -> list[Family]:
@@ -86,9 +88,11 @@ def _disk(bench: StoreBench, run: Run, draw: random.Random) -> None:
         _small_disk(bench.folder / f"{name}-disk", size) as disk,
         bench.attempt(name, 1, 1, calm, scratch={rank: disk}) as attempt,
     ):
-        ended = attempt.wait()
+        ended = attempt.wait(_HANG_SECONDS)
     run.lives += 1
     run.told["codes"] = [ended.codes]
+    if ended.left_alone:
+        run.violations.append(f"ranks {ended.left_alone} hang: {ended.tail}")
     run.faults.append(f"rank {rank} has {size} bytes of disk")
     told = "".join(ended.logs)
     if ended.codes == [0] * RANKS:
@@ -104,7 +108,7 @@ def _memory(bench: StoreBench, run: Run, draw: random.Random) -> None:
     name = f"{run.family}-{run.index}"
     limit = bench.zygote_bytes() + draw.randint(50, 900) * _MIB
     with bench.attempt(name, 1, 1, calm, limits={"AS": limit}) as attempt:
-        ended = attempt.wait()
+        ended = attempt.wait(_HANG_SECONDS)
     run.lives += 1
     run.told["codes"] = [ended.codes]
     run.faults.append(f"address space of {limit // _MIB} MiB")

@@ -68,9 +68,13 @@ class Ended:
 class Attempt:
     """The ranks of one attempt."""
 
-    def __init__(self, ranks: Sequence[Forked], folders: Sequence[Path]) -> None:
+    def __init__(
+        self, ranks: Sequence[Forked], folders: Sequence[Path], disks: Sequence[Path]
+    ) -> None:
+        """`folders` have the ranks' logs, `disks` are their scratch."""
         self.ranks = list(ranks)
         self._folders = list(folders)
+        self._disks = list(disks)
         self._started = time.monotonic()
 
     def signal(self, client: str, number: Signals) -> None:
@@ -97,7 +101,7 @@ class Attempt:
         codes = [rank.wait(10) for rank in self.ranks]
         return Ended(
             codes,
-            [_outcome(folder) for folder in self._folders],
+            [_outcome(disk) for disk in self._disks],
             [(folder / "log").read_text(errors="replace") for folder in self._folders],
             time.monotonic() - self._started,
             left_alone,
@@ -141,7 +145,7 @@ class Gang:
         rendezvous = Rendezvous(host="127.0.0.1", port=free_port(), nodes=RANKS)
         # Where the store is reached changes nothing in what is learnt.
         digest = hashlib.sha256(spec.model_dump_json(exclude={"storage"}).encode()).hexdigest()
-        ranks, folders = [], []
+        ranks, folders, disks = [], [], []
         for rank in range(RANKS):
             folder = self._folder / f"{name}-{attempt}-{rank}"
             folder.mkdir(parents=True)
@@ -160,10 +164,9 @@ class Gang:
             ranks.append(
                 self._zygote.fork("kubedistill_trainer.rank", "0", env=env, log=log, limits=limits)
             )
-            folders.append(disk if (scratch or {}).get(rank) else folder)
-        attempt_ = Attempt(ranks, folders)
-        attempt_._folders = folders
-        return attempt_
+            folders.append(folder)
+            disks.append(disk)
+        return Attempt(ranks, folders, disks)
 
     def _environment(self, folder: Path, disk: Path, rank: int) -> dict[str, str]:
         return {
