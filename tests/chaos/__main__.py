@@ -48,26 +48,26 @@ def main() -> None:
         if not chosen:
             raise SystemExit(f"no family begins with {given.family!r}")
         for family in chosen:
-            runs += _run(family, given.seed, given.case, given.sample)
-    figures.write(given.out, runs)
+            _run(family, given, runs)
     print(figures.table(runs))
     sys.exit(any(run.bad for run in runs))
 
 
-def _run(family: Family, seed: int, case: int | None, sample: int) -> list[Run]:
-    numbers = range(family.count) if case is None else [case]
-    if sample and case is None:
-        numbers = range(
-            seed % max(1, family.count // sample), family.count, max(1, family.count // sample)
-        )
-    runs: list[Run] = []
-    started = time.monotonic()
+def _run(family: Family, given: argparse.Namespace, runs: list[Run]) -> None:
+    """Add a family's runs; what is known is on disk after each of them."""
+    numbers = list(range(family.count)) if given.case is None else [given.case]
+    if given.sample and given.case is None:
+        stride = max(1, family.count // given.sample)
+        numbers = numbers[given.seed % stride :: stride]
+    started, bad = time.monotonic(), 0
     for done, index in enumerate(numbers, 1):
-        runs.append(run_case(family, index, seed))
-        bad = sum(bool(run.bad) for run in runs)
+        runs.append(run_case(family, index, given.seed))
+        figures.write(given.out, runs)
+        if runs[-1].bad:
+            bad += 1
+            print(figures.story(runs[-1]), file=sys.stderr)
         spent = time.monotonic() - started
         print(f"{family.name}: {done} of {len(numbers)}, {bad} bad, {spent:.0f} s", file=sys.stderr)
-    return runs
 
 
 if __name__ == "__main__":

@@ -96,12 +96,15 @@ def table(runs: Sequence[Run]) -> str:
                   for i, cell in enumerate(row))
         for row in map(list, rows)
     ]  # fmt: skip
-    for run in runs:
-        if run.bad:
-            seed = run.seed.partition("/")[0]
-            again = f"make chaos SEED={seed} FAMILY={run.family} CASE={run.index}"
-            lines += [f"{again}  ({'; '.join(run.faults)})", *(f"    {text}" for text in run.bad)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(story(run) for run in runs if run.bad)])
+
+
+def story(run: Run) -> str:
+    """What a bad run found, with the words that repeat it."""
+    seed = run.seed.partition("/")[0]
+    again = f"make chaos SEED={seed} FAMILY={run.family} CASE={run.index}"
+    faults = "; ".join(run.faults[:8]) + ("; …" if len(run.faults) > 8 else "")
+    return "\n".join([f"{again}  ({faults})", *(f"    {text}" for text in run.bad)])
 
 
 def write(path: Path, runs: Sequence[Run]) -> None:

@@ -34,11 +34,9 @@ _PARTS = {
 _OWN = {"kube-root-ca.crt"}
 """What Kubernetes itself puts into a namespace."""
 _CHANGING = {
-    "time", "startTime", "endTime", "lastTransitionTime", "lastStepTime", "tokensPerSecond",
-    "estimatedRemaining", "estimatedRemainingSeconds", "observedGeneration", "estimatedCompletion",
-    "lastUpdatedTime",
+    "time", "startTime", "endTime", "completionTime", "lastTransitionTime", "lastStepTime",
+    "lastUpdatedTime", "tokensPerSecond", "estimatedRemainingSeconds", "observedGeneration",
 }  # fmt: skip
-_SECONDS = 240.0
 
 
 def scenario(book: Path) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ class Proxy(ABC):
         self.log: list[Entry] = []
         self._counts: dict[str, int] = {}
         self._ports: dict[str, int] = {}
+        self._serving: set[asyncio.Task[None]] = set()
         self._released = asyncio.Event()
         self.stopped = threading.Event()
         """Set when a client was given SIGSTOP, and holds a call open."""
@@ -90,6 +91,11 @@ class Proxy(ABC):
 
     async def _listen(self, client: str) -> int:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            # The loop itself keeps no task alive.
+            self._serving.add(task)
+            task.add_done_callback(self._serving.discard)
             with contextlib.suppress(wire.Closed, ConnectionError, asyncio.CancelledError):
                 while await self._one(client, reader, writer):
                     pass
