@@ -12,11 +12,15 @@ from pathlib import Path
 
 from chaos import figures
 from chaos.figures import Family, Run, run_case
+from chaos.fuzz import fuzz_family
 from chaos.operator_bench import OperatorBench
 from chaos.operator_families import operator_families
 from chaos.store_bench import StoreBench
 from chaos.store_families import store_families
 from chaos.store_harm import harm_families
+
+FUZZED = 1000
+"""Objects of the fuzzer."""
 
 
 @contextlib.contextmanager
@@ -28,7 +32,8 @@ def families(chosen: str, folder: Path) -> Iterator[list[Family]]:
             bench = stack.enter_context(StoreBench(folder / "store"))
             found += store_families(bench) + harm_families(bench)
         if not chosen or chosen.startswith("operator"):
-            found += operator_families(stack.enter_context(OperatorBench(folder / "operator")))
+            operators = stack.enter_context(OperatorBench(folder / "operator"))
+            found += [*operator_families(operators), fuzz_family(operators, FUZZED)]
         yield [family for family in found if family.name.startswith(chosen)]
 
 

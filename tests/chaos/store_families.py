@@ -110,22 +110,26 @@ def _outage(bench: StoreBench, run: Run, draw: random.Random) -> None:
 
 
 def _zombie(bench: StoreBench, run: Run, draw: random.Random) -> None:
-    """Attempt 1 is stopped at a call, attempt 2 runs to its end, attempt 1 wakes."""
-    targets = [(rank, number) for rank, number in _targets(bench, 1) if rank == 0]
-    rank, number = draw.choice(targets)
-    kind = draw.choice((Kind.SIGNAL_BEFORE, Kind.SIGNAL_AFTER))
-    script = At(rank_name(rank), number, Fault(kind, signal=Signals.SIGSTOP))
+    """Attempt 1 is stopped at a call of rank 0, attempt 2 runs to its end, attempt 1 wakes."""
+    number = draw.choice(bench.calm(1).of(0)).number
+    wake_late(bench, run, number, draw.choice((Kind.SIGNAL_BEFORE, Kind.SIGNAL_AFTER)))
+
+
+def wake_late(bench: StoreBench, run: Run, number: int, kind: Kind) -> None:
+    """The zombie that was stopped at call `number` of rank 0 changes nothing, and ends as fenced."""
+    script = At(rank_name(0), number, Fault(kind, signal=Signals.SIGSTOP))
     name = _name(run)
     with bench.attempt(name, 1, 1, script) as zombie:
         stopped = bench.proxy.stopped.wait(60)
         if not stopped:
-            run.violations.append(f"{rank_name(rank)} made no call {number}")
+            run.violations.append(f"rank 0 made no call {number}")
             return
         for other in zombie.ranks:
             other.signal(Signals.SIGSTOP)
         assert script.met is not None
         run.faults.append(f"SIGSTOP at {script.met.method} {script.met.path} ({kind})")
         calls = bench.proxy.log
+        bench.pass_a_second(name)
         with bench.second(name, 2) as newer:
             second = newer.wait()
         before = bench.log_of(name)
