@@ -155,7 +155,9 @@ def loop(
         order=Order([Part(np.arange(6))], 1, seed=0),
         packed=pack([np.full(3, i) for i in range(6)], 3),
     )
-    clock, board = Clock(stop_after), ProgressBoard()
-    return Loop(
-        context, dataset, engine or Engine(), NoTeacher(), commits, board, clock, None, heldout
-    )  # type: ignore[arg-type]
+    # Namespaces stand for what the loop takes of a run.
+    parts: list[Any] = [
+        context, dataset, engine or Engine(), NoTeacher(), commits, ProgressBoard(),
+        Clock(stop_after), None, heldout,
+    ]  # fmt: skip
+    return Loop(*parts)

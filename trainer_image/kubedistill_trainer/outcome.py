@@ -27,6 +27,8 @@ from kubedistill_trainer.teacher.errors import (
     StreamStalled,
 )
 
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""How gloo says in a RuntimeError that a peer has gone, by what its socket met first."""
 _REFUSALS = (
     AccessDenied,
     CredentialsMissing,
@@ -39,10 +41,19 @@ _REFUSALS = (
 """What another attempt would meet again until a person has changed something."""
 
 
-def of_exception(error: BaseException) -> tuple[ExitCode, Outcome]:
-    """What to report for an exception that ended a run."""
+_MAY_COME_BACK = (AccessDenied, CredentialsMissing, NoSuchBucket)
+
+
+def of_exception(error: BaseException, *, accepted: bool = False) -> tuple[ExitCode, Outcome]:
+    """What to report for an exception that ended a run.
+
+    `accepted`: a preflight has found the store to work. Keys and buckets that are refused since then
+    may come back, and the run with them.
+    """
     if isinstance(error, RunFailure):
         code, message, problems = error.code, error.message, error.problems
+    elif accepted and isinstance(error, _MAY_COME_BACK):
+        code, message, problems = ExitCode.STORAGE_UNAVAILABLE, str(error), []
     else:
         code, message, problems = _code_of(error), f"{type(error).__name__}: {error}", []
         if isinstance(error, StoreError):
@@ -67,7 +78,7 @@ def _code_of(error: BaseException) -> ExitCode:
     name = type(error).__name__
     if isinstance(error, MemoryError) or name == "OutOfMemoryError":
         return ExitCode.OUT_OF_MEMORY
-    if name.startswith("Dist") or "Connection closed by peer" in str(error):
+    if name.startswith("Dist") or any(words in str(error) for words in _LOST_PEER):
         return ExitCode.PEER_LOST
     return ExitCode.UNKNOWN
 

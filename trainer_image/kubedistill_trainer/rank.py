@@ -85,7 +85,7 @@ def leave(
     try:
         code, result = work()
     except BaseException as error:
-        code, result = outcome.of_exception(error)
+        code, result = outcome.of_exception(error, accepted=True)
         if board is not None:
             report = board.report.model_copy(update={"teacher_stream": None})
             result = result.model_copy(update={"progress": report})

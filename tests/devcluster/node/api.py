@@ -48,6 +48,9 @@ class Api:
     def post(self, path: str, body: Object) -> Object:
         return self._call("POST", path, body)
 
+    def put(self, path: str, body: Object) -> Object:
+        return self._call("PUT", path, body)
+
     def patch(self, path: str, body: Object) -> Object:
         """Strategic merge: of a list of conditions, the named ones change and others stay."""
         return self._call("PATCH", path, body, _MERGE)

@@ -270,7 +270,8 @@ class Checkpointer:
         when the store cannot be read (which rejects nothing), Fenced when the run is taken over.
         """
         assert self._flight is None, "finish the save before it"
-        self._gang.from_first(self._log.read)
+        # A newer attempt's commits are not ours to go on from.
+        self._gang.from_first(self._log.refuse_if_overtaken)
         rejected = self._gang.from_first(self._reject_unreadable)
         while True:
             entry = self._gang.from_first(lambda: self._newest(step))
@@ -289,7 +290,12 @@ class Checkpointer:
         self, step: int, cursor: dict[str, JsonValue], data: str, receipts: list[ShardRecord]
     ) -> CommitEntry:
         """Step 3, on rank 0: HEAD every shard, then one COMMIT at the expected slot."""
-        shards.check_by_head(self._store.child(data), receipts)
+        try:
+            shards.check_by_head(self._store.child(data), receipts)
+        except CheckpointCorrupt:
+            # A newer attempt collects what an older one uploads: then that is why it is missing.
+            self._log.refuse_if_overtaken()
+            raise
         entry = self._log.append(
             Commit,
             step=step,

@@ -123,6 +123,15 @@ class CommitLog:
                 return sequence
             self._entries.append(self._put(len(self._entries), record))
 
+    def refuse_if_overtaken(self) -> None:
+        """`read`; raises Fenced when another attempt has taken over since `take_over`.
+
+        A stale list may hide that: the next `append` finds out.
+        """
+        self.read()
+        if self._over or self._fence_sequence is not None:
+            self._refuse_if_over(self._entries[self._fence_sequence :])
+
     def append(self, make: Callable[..., Record], **fields: Any) -> Entry:
         """Step 3: write one record at the slot that is expected to be next.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import threading
 from collections.abc import Iterator
@@ -67,6 +69,8 @@ class Connection:
         # First, because botocore's own handler answers "no" to what it does not know.
         events.register_first("needs-retry.s3", partial(retry_more, limit=limits.attempts))
         events.register("response-received.s3", count_failures)
+        for write in ("PutObject", "UploadPart"):
+            events.register(f"before-call.s3.{write}", _add_md5)
         self.transfers: Any = create_transfer_manager(self.client, _transfer_config(limits))
 
     @contextmanager
@@ -128,11 +132,27 @@ def _config(endpoint: str, limits: Limits) -> Config:
         max_pool_connections=32,
         s3={"addressing_style": "path" if endpoint else "auto"},
         # Compatible stores often reject the trailing checksums that boto adds by default. Without
-        # them it signs the SHA-256 of every body, so the store still refuses a garbled one, and
-        # what is read back is checked against hashes of our own.
+        # them every body has its Content-MD5, and what is read back is checked against hashes of
+        # our own.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
+
+
+def _add_md5(*, params: dict[str, Any], **_event: Any) -> None:
+    """A `before-call` hook: the MD5 of the body, so that the store refuses one that was garbled.
+
+    boto signs a SHA-256 of it as well, but SeaweedFS does not compare that with what arrives.
+    """
+    body, whole = params["body"], hashlib.md5(usedforsecurity=False)
+    if isinstance(body, bytes | bytearray):
+        whole.update(body)
+    else:
+        start = body.tell()
+        while piece := body.read(MIB):
+            whole.update(piece)
+        body.seek(start)
+    params["headers"]["Content-MD5"] = base64.b64encode(whole.digest()).decode()
 
 
 def _transfer_config(limits: Limits) -> TransferConfig:

@@ -1,0 +1,113 @@
+"""What one run of a family found, and the table of all of them."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Run:
+    """One case: what was done to the product, and what was found afterwards."""
+
+    family: str
+    index: int
+    seed: str
+    faults: list[str] = field(default_factory=list)
+    lives: int = 0
+    """Processes of the product that were started: attempts of a gang, lives of an operator."""
+    commits: int = 0
+    lost: list[str] = field(default_factory=list)
+    """What was said to be committed, and is not."""
+    wrong: list[str] = field(default_factory=list)
+    """Results other than the calm run's."""
+    violations: list[str] = field(default_factory=list)
+    """Rules that were broken."""
+    seconds: float = 0.0
+    told: dict[str, Any] = field(default_factory=dict)
+    """Figures for people: exit codes and the like."""
+
+    @property
+    def bad(self) -> list[str]:
+        return [*self.lost, *self.wrong, *self.violations]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Cases of one kind. `run` gets an empty Run and the case's own generator, and fills it in."""
+
+    name: str
+    count: int
+    run: Callable[[Run, random.Random], None]
+
+
+def run_case(family: Family, index: int, seed: int) -> Run:
+    """Run one case; what it raises is a violation too."""
+    found = Run(family.name, index, f"{seed}/{family.name}/{index}")
+    started = time.monotonic()
+    try:
+        family.run(found, random.Random(found.seed))
+    except Exception as error:  # one broken case must not hide the others' figures
+        found.violations.append(f"{type(error).__name__}: {error}"[:2000])
+    found.seconds = round(time.monotonic() - started, 2)
+    return found
+
+
+_COLUMNS = (
+    "family",
+    "runs",
+    "lives",
+    "faults",
+    "commits",
+    "lost",
+    "wrong",
+    "violations",
+    "seconds",
+)
+
+
+def totals(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row for each family, in the order in which they came."""
+    rows: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        row = rows.setdefault(run.family, dict.fromkeys(_COLUMNS, 0) | {"family": run.family})
+        row["runs"] += 1
+        row["lives"] += run.lives
+        row["faults"] += len(run.faults)
+        row["commits"] += run.commits
+        row["lost"] += len(run.lost)
+        row["wrong"] += len(run.wrong)
+        row["violations"] += len(run.violations)
+        row["seconds"] = round(row["seconds"] + run.seconds, 1)
+    return list(rows.values())
+
+
+def table(runs: Sequence[Run]) -> str:
+    """The families' rows, and what each bad run found with the words that repeat it."""
+    rows: list[Iterable[Any]] = [_COLUMNS, *(row.values() for row in totals(runs))]
+    width = [max(len(str(row[i])) for row in map(list, rows)) for i in range(len(_COLUMNS))]
+    lines = [
+        "  ".join(str(cell).rjust(width[i]) if i else str(cell).ljust(width[i])
+                  for i, cell in enumerate(row))
+        for row in map(list, rows)
+    ]  # fmt: skip
+    return "\n".join([*lines, *(story(run) for run in runs if run.bad)])
+
+
+def story(run: Run) -> str:
+    """What a bad run found, with the words that repeat it."""
+    seed = run.seed.partition("/")[0]
+    again = f"make chaos SEED={seed} FAMILY={run.family} CASE={run.index}"
+    faults = "; ".join(run.faults[:8]) + ("; …" if len(run.faults) > 8 else "")
+    return "\n".join([f"{again}  ({faults})", *(f"    {text}" for text in run.bad)])
+
+
+def write(path: Path, runs: Sequence[Run]) -> None:
+    """All of it as JSON."""
+    content = {"families": totals(runs), "runs": [asdict(run) for run in runs]}
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,323 @@
+"""A control plane, a proxy before it, operators forked from a zygote: a scenario is run and judged."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from signal import Signals
+from types import TracebackType
+from typing import Any
+
+from devcluster.cluster import DevCluster
+from devcluster.fixtures import temporary_namespace
+from devcluster.handle import Handle
+from kubedistill_api import names
+from operator_kit import install_role, job, template
+
+from chaos.api_proxy import ApiProxy, WatchScript
+from chaos.faults import Script, calm
+from chaos.zygote import KUBECONFIG, Forked, Zygote
+
+_GROUP = "/apis/kubedistill.dev/v1alpha1"
+_PARTS = {
+    "jobs": "/apis/batch/v1",
+    "pods": "/api/v1",
+    "services": "/api/v1",
+    "configmaps": "/api/v1",
+}
+_OWN = {"kube-root-ca.crt"}
+"""What Kubernetes itself puts into a namespace."""
+_CHANGING = {
+    "time", "startTime", "endTime", "completionTime", "lastTransitionTime", "lastStepTime",
+    "lastUpdatedTime", "tokensPerSecond", "estimatedRemainingSeconds", "observedGeneration",
+}  # fmt: skip
+
+
+def scenario(book: Path) -> list[dict[str, Any]]:
+    """A job with a teacher and a gang of two, and a chain of two stages."""
+    pods = template(book, STEPS="10", STEP_SECONDS="0.1")
+    workers = {"nodes": 2, "gpusPerNode": 0, "template": pods}
+    shared = job("x", pods, checkpoint={"interval": 5})["spec"]
+    shared["teacher"] = {"delivery": "Online"}
+    chain = {
+        "apiVersion": "kubedistill.dev/v1alpha1",
+        "kind": "DistillationChain",
+        "metadata": {"name": "two"},
+        "spec": {
+            "initialTeacher": {"model": {"uri": "s3://models/big"}},
+            "template": shared,
+            "stages": [{"name": "m"}, {"name": "s"}],
+        },
+    }
+    return [job("one", pods, workers=workers, checkpoint={"interval": 5}), chain]
+
+
+class Watched:
+    """Watches a namespace's Jobs: no attempt may have two of them, no two gangs may run at once."""
+
+    def __init__(self, handle: Handle, namespace: str) -> None:
+        self._stop = threading.Event()
+        self._uids: dict[str, set[str]] = defaultdict(set)
+        self._live: dict[str, dict[str, str]] = defaultdict(dict)
+        self.broken: list[str] = []
+        path = f"/apis/batch/v1/namespaces/{namespace}/jobs"
+        self._thread = threading.Thread(
+            target=handle.api.watch, args=(path, self._on_change, self._stop), daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Not awaited: the thread sees it with the next event."""
+        self._stop.set()
+
+    def _on_change(self, kind: str, item: dict[str, Any]) -> None:
+        if kind == "SYNC":
+            for one in item["items"]:
+                self._on_change("ADDED", one)
+            return
+        meta = item["metadata"]
+        name, labels = meta["name"], meta.get("labels") or {}
+        if name not in self._uids or meta["uid"] not in self._uids[name]:
+            self._uids[name].add(meta["uid"])
+            if len(self._uids[name]) > 1:
+                self.broken.append(f"Job {name} was made {len(self._uids[name])} times")
+        if labels.get(names.LABEL_ROLE) != names.ROLE_STUDENT:
+            return
+        live = self._live[labels[names.LABEL_JOB]]
+        ended = {c["type"] for c in (item.get("status") or {}).get("conditions") or []}
+        if kind == "DELETED" or meta.get("deletionTimestamp") or ended & {"Complete", "Failed"}:
+            live.pop(name, None)
+        elif name not in live:
+            live[name] = meta["uid"]
+            if len(live) > 1:
+                self.broken.append(f"gangs live at once: {sorted(live)}")
+
+
+@dataclass
+class Life:
+    """One operator process."""
+
+    process: Forked
+    log: Path
+
+
+@dataclass
+class World:
+    """A namespace with the scenario in it, and the operators that look after it, one after another."""
+
+    bench: OperatorBench
+    namespace: str
+    book: Path
+    watched: Watched
+    lives: list[Life] = field(default_factory=list)
+
+    def start(self, client: str = "", **settings: str) -> Life:
+        """An operator of this namespace alone; `client` is its name at the proxy."""
+        client = client or self.namespace
+        log = self.bench.folder / f"{self.namespace}-{len(self.lives)}.log"
+        env = self.bench.environment(client, self.namespace) | {
+            f"KUBEDISTILL_{name.upper()}": value for name, value in settings.items()
+        }
+        process = self.bench.zygote.fork(
+            "kubedistill_operator.main", env=env, log=log, folder=Path(env["HOME"])
+        )
+        life = Life(process, log)
+        self.lives.append(life)
+        return life
+
+    def strike(self, number: Signals) -> None:
+        """The newest operator gets a signal."""
+        if self.lives:
+            self.lives[-1].process.signal(number)
+
+    def apply(self, *objects: dict[str, Any]) -> None:
+        api = self.bench.handle.api
+        for one in objects:
+            plural = f"{one['kind'].lower()}s"
+            api.post(f"{_GROUP}/namespaces/{self.namespace}/{plural}", one)
+
+    def found(self, plural: str) -> list[dict[str, Any]]:
+        prefix = _PARTS.get(plural, _GROUP)
+        found = self.bench.handle.api.get(f"{prefix}/namespaces/{self.namespace}/{plural}")
+        return list(found["items"])
+
+    def objects(self) -> list[dict[str, Any]]:
+        """All of ours."""
+        return self.found("distillationjobs") + self.found("distillationchains")
+
+    def done(self) -> bool:
+        """Whether the scenario's objects have succeeded, the chain's jobs and reports included."""
+        found = self.objects()
+        reported = all(
+            stage.get("report") in (None, "", "Written")
+            for one in found
+            for stage in (one.get("status") or {}).get("stages") or []
+        )
+        return len(found) == 4 and reported and all(_reason(one) == "Completed" for one in found)
+
+    def story(self) -> str:
+        """Why it is not done."""
+        states = {one["metadata"]["name"]: _reason(one) for one in self.objects()}
+        tail = self.lives[-1].log.read_text(errors="replace")[-1500:] if self.lives else ""
+        return f"{states}\n{tail}"
+
+    def delete(self) -> list[str]:
+        """Delete our objects; what is left of their parts once the collector has had its time."""
+        api = self.bench.handle.api
+        for plural in ("distillationchains", "distillationjobs"):
+            api.delete(f"{_GROUP}/namespaces/{self.namespace}/{plural}", {})
+        deadline = time.monotonic() + 60
+        while left := self._left():
+            if time.monotonic() > deadline:
+                return left
+            time.sleep(0.2)
+        return []
+
+    def _left(self) -> list[str]:
+        return [
+            f"{plural}/{one['metadata']['name']}"
+            for plural in _PARTS
+            for one in self.found(plural)
+            if one["metadata"]["name"] not in _OWN
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """What there is in the end, without what differs between two calm runs."""
+        found: dict[str, Any] = {}
+        for one in self.objects():
+            found[f"{one['kind']}/{one['metadata']['name']}"] = {
+                "spec": one["spec"], "status": _clean(one.get("status") or {}),
+            }  # fmt: skip
+        for one in self.found("jobs"):
+            status = one.get("status") or {}
+            ends = [c["type"] for c in status.get("conditions") or [] if c["status"] == "True"]
+            found[f"Job/{one['metadata']['name']}"] = sorted(set(ends))
+        for plural in ("services", "configmaps"):
+            kept = {one["metadata"]["name"] for one in self.found(plural)} - _OWN
+            found[plural] = sorted(kept)
+        pods: Counter[str] = Counter()
+        for one in self.found("pods"):
+            owner = one["metadata"]["ownerReferences"][0]["name"]
+            pods[f"{owner} {one['status']['phase']}"] += 1
+        found["pods"] = dict(pods)
+        return found
+
+    def tracebacks(self) -> list[str]:
+        """Last lines of the errors in the operators' logs."""
+        found = []
+        for life in self.lives:
+            for line in life.log.read_text(errors="replace").splitlines():
+                if line.startswith("{") and '"error": "' in line and "Traceback" in line:
+                    with contextlib.suppress(ValueError):
+                        found.append(json.loads(line)["error"].strip().splitlines()[-1])
+                elif line.startswith("Traceback"):
+                    found.append(f"{life.log.name}: a traceback outside of the log")
+        return found
+
+
+def _reason(one: dict[str, Any]) -> str:
+    for condition in (one.get("status") or {}).get("conditions") or []:
+        if condition["type"] == "Succeeded":
+            return str(condition["reason"])
+    return ""
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _clean(part) for key, part in value.items() if key not in _CHANGING}
+    if isinstance(value, list):
+        return [_clean(part) for part in value]
+    return value
+
+
+class OperatorBench:
+    """Use it as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> OperatorBench:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for parent in (self.folder, self.folder.parent):
+            parent.chmod(0o755)
+        self.book = self.folder / "book"
+        self.book.mkdir(exist_ok=True)
+        self.book.chmod(0o777)
+        self.cluster = DevCluster(self.folder / "cluster")
+        self.handle = self._stack.enter_context(self.cluster)
+        account = install_role(self.handle, self.folder)
+        authority = self.cluster.control_plane.authority.path
+        self.proxy = self._stack.enter_context(
+            ApiProxy(self.cluster.control_plane.server, authority)
+        )
+        self.zygote = self._stack.enter_context(Zygote("operator", self.folder / "zygote.log"))
+        self._account = json.dumps(_read_yaml(account))
+        self._worlds: dict[str, World] = {}
+        self.proxy.signaller = lambda client, number: self._worlds[client].strike(number)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    @contextlib.contextmanager
+    def world(
+        self, prefix: str, script: Script = calm, watch: WatchScript | None = None
+    ) -> Iterator[World]:
+        """A namespace with nothing in it yet; no operator of it is left afterwards."""
+        with temporary_namespace(self.handle, prefix) as namespace:
+            # One for all, for its path is in the digests of specs; a job's file bears its uid.
+            world = World(self, namespace, self.book, Watched(self.handle, namespace))
+            self._worlds[namespace] = world
+            self.proxy.scripts[namespace] = script
+            if watch is not None:
+                self.proxy.watches[namespace] = watch
+            try:
+                yield world
+            finally:
+                for life in world.lives:
+                    life.process.end()
+                world.watched.stop()
+
+    def environment(self, client: str, namespace: str) -> dict[str, str]:
+        """Of an operator that looks after one namespace, by way of the proxy."""
+        config = json.loads(self._account)
+        config["clusters"] = [
+            {"name": c["name"], "cluster": {"server": self.proxy.endpoint(client)}}
+            for c in config["clusters"]
+        ]
+        home = self.folder / "homes" / client
+        home.mkdir(parents=True, exist_ok=True)
+        path = home / KUBECONFIG
+        path.write_text(json.dumps(config))
+        own = {
+            "BIND_ADDRESS": "127.0.0.1", "HEALTH_PORT": "0", "NAMESPACE": "kubedistill-system",
+            "WATCH_NAMESPACES": namespace, "LEASE_NAME": namespace,
+            # As in a pod whose container starts again: its Lease is its own still.
+            "IDENTITY": client,
+            "LEASE_SECONDS": "6", "LEASE_RENEW_SECONDS": "4", "LEASE_RETRY_SECONDS": "1",
+            "PROGRESS_POLL_SECONDS": "0.5", "BACKOFF_BASE_SECONDS": "0.5", "RESYNC_SECONDS": "15",
+            "TERMINATION_GRACE_SECONDS": "5", "TERMINATION_MARGIN_SECONDS": "10",
+            "API_TIMEOUT_SECONDS": "10", "WATCH_INACTIVITY_SECONDS": "20",
+        }  # fmt: skip
+        return {
+            "PATH": "/usr/bin:/bin", "HOME": str(home), "KUBECONFIG": str(path),
+            **{f"KUBEDISTILL_{name}": value for name, value in own.items()},
+        }  # fmt: skip
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+
+    return yaml.safe_load(path.read_text())

@@ -1,0 +1,290 @@
+"""Families of faults between the operator and the API server."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from signal import Signals
+from typing import Any
+
+from chaos.api_proxy import Event, Seen, is_write
+from chaos.faults import PASS, Call, Fault, Kind, Script, calm
+from chaos.figures import Family, Run
+from chaos.operator_bench import OperatorBench, World, scenario
+
+_ERRORS = (
+    Fault(Kind.ANSWER, 409),
+    Fault(Kind.ANSWER, 410),
+    Fault(Kind.ANSWER, 429),
+    Fault(Kind.ANSWER, 500),
+    Fault(Kind.ANSWER, 503),
+    Fault(Kind.ANSWER, 504),
+    Fault(Kind.RESET_BEFORE),
+    Fault(Kind.RESET_AFTER),
+    Fault(Kind.DELAY, seconds=1),
+)
+_EVENTS = (Event.DROP, Event.DOUBLE, Event.LATE, Event.SWAP, Event.CUT, Event.GONE)
+_DECLARED = re.compile(
+    r"^(kubedistill_operator\.cluster\.\w+|aiohttp\.[\w.]+|kopf[\w.]*\.\w+|TimeoutError|"
+    r"asyncio\.[\w.]*TimeoutError|Connection\w*Error|OSError)\b"
+)
+"""Last line of a traceback that tells of the API server."""
+_CASE_SECONDS = 150.0
+
+
+def operator_families(bench: OperatorBench) -> list[Family]:
+    """All of them."""
+    judge = Judge(bench)
+    return [
+        Family("operator-kill", 15, partial(_kill, judge)),
+        Family("operator-http", 24, partial(_http, judge)),
+        Family("operator-watch", 18, partial(_watch, judge)),
+        Family("operator-api-restart", 4, partial(_restart, judge)),
+        Family("operator-pause", 6, partial(_pause, judge)),
+        Family("operator-two", 4, partial(_two, judge)),
+    ]
+
+
+class Judge:
+    """Runs the scenario in a new namespace, and compares its end with the calm one."""
+
+    def __init__(self, bench: OperatorBench) -> None:
+        self.bench = bench
+
+    @functools.cached_property
+    def calm(self) -> dict[str, Any]:
+        """The end of a run without faults."""
+        run = Run("operator-calm", 0, "")
+        with self.bench.world("calm") as world:
+            world.start()
+            world.apply(*scenario(world.book))
+            self._until_done(run, world, lambda: None)
+            state = world.state()
+        if run.violations:
+            raise RuntimeError(f"the calm run: {run.violations}")
+        return state
+
+    def judge(
+        self,
+        run: Run,
+        script: Script,
+        *,
+        watch: Callable[[Seen], Event] | None = None,
+        each: Callable[[World], None] | None = None,
+        errors: bool = False,
+    ) -> None:
+        """The scenario under a script. `each` is called again and again while it runs.
+
+        With `errors` the log may hold tracebacks that tell of the API server.
+        """
+        expected = self.calm
+        with self.bench.world(run.family, script, watch) as world:
+            begun = len(self.bench.proxy.events)
+            world.start()
+            world.apply(*scenario(world.book))
+            self._until_done(run, world, partial(each, world) if each else lambda: None)
+            self.bench.proxy.scripts[world.namespace] = calm
+            self.bench.proxy.watches.pop(world.namespace, None)
+            if not run.violations:
+                self._settled(run, world, expected)
+                run.violations += [f"left behind: {name}" for name in world.delete()]
+            run.violations += world.watched.broken
+            for last in world.tracebacks():
+                if not errors or not _DECLARED.match(last):
+                    run.violations.append(f"in the log: {last}"[:300])
+            run.lives += len(world.lives)
+            mine = (e for e in self.bench.proxy.log if e.call.client == world.namespace)
+            run.faults += [
+                f"{e.fault} {e.call.method} {e.call.path}" for e in mine if e.fault != PASS
+            ]
+            told = self.bench.proxy.events[begun:]
+            run.faults += [f"{fate} {seen.kind} {seen.path}" for seen, fate in told
+                           if seen.client == world.namespace]  # fmt: skip
+
+    def _until_done(self, run: Run, world: World, each: Callable[[], None]) -> None:
+        deadline = time.monotonic() + _CASE_SECONDS
+        while not world.done():
+            if time.monotonic() > deadline:
+                run.violations.append(f"stuck after {_CASE_SECONDS:.0f} s: {world.story()}")
+                return
+            each()
+            if not world.lives[-1].process.running:
+                world.start()
+            time.sleep(0.05)
+
+    def _settled(self, run: Run, world: World, expected: dict[str, Any]) -> None:
+        """The last words may come after the success: the end state is waited for, not taken."""
+        if not world.lives[-1].process.running:
+            world.start()
+        deadline = time.monotonic() + 30
+        while (state := world.state()) != expected:
+            if time.monotonic() > deadline:
+                run.wrong += list(_differences(expected, state))
+                return
+            time.sleep(0.2)
+
+
+def _differences(expected: Any, found: Any, path: str = "") -> Iterator[str]:
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in sorted({*expected, *found}):
+            yield from _differences(expected.get(key), found.get(key), f"{path}.{key}")
+    elif expected != found:
+        yield f"{path}: {json.dumps(found)[:300]}, calm run {json.dumps(expected)[:300]}"
+
+
+def _kill(judge: Judge, run: Run, draw: random.Random) -> None:
+    """Every operator dies at a write of its own: so that each write is met, before or after it.
+
+    Case 0: after the first one, always. Case 1: before it, and the next one after it. Others: at a
+    seeded one of the first four, before or after.
+    """
+    script = _Killer(run.index, draw)
+
+    def each(world: World) -> None:
+        # The next life begins when the one before has ended, and not in between.
+        if not world.lives[-1].process.running:
+            script.struck()
+
+    judge.judge(run, script, each=each)
+
+
+class _Killer:
+    """A kill in each life.
+
+    A write that says "already there" (409) changed nothing, and the next life makes it again: so
+    "after" is after one that did change something.
+    """
+
+    def __init__(self, case: int, draw: random.Random) -> None:
+        self._case = case
+        self._draw = draw
+        self._lives = 0
+        self._left = 0
+        self._fault = PASS
+        self._next()
+
+    def _next(self) -> None:
+        after = Fault(Kind.SIGNAL_AFTER, only_success=True)
+        before = Fault(Kind.SIGNAL_BEFORE)
+        if self._case == 0:
+            self._left, self._fault = 1, after
+        elif self._case == 1:
+            self._left, self._fault = 1, before if self._lives % 2 == 0 else after
+        else:
+            self._left = self._draw.randint(1, 4)
+            self._fault = after if self._left == 1 else self._draw.choice((before, after))
+        self._lives += 1
+
+    def __call__(self, call: Call) -> Fault:
+        if not is_write(call):
+            return PASS
+        if self._left > 1:
+            self._left -= 1
+            return PASS
+        return self._fault
+
+    def struck(self) -> None:
+        """The operator was killed: the next life has a fault of its own."""
+        self._next()
+
+
+def _http(judge: Judge, run: Run, draw: random.Random) -> None:
+    """Calls meet errors with a probability of 1 in 6; the Lease's are left alone."""
+
+    def script(call: Call) -> Fault:
+        own = random.Random(f"{run.seed}/{call.number}")
+        if "/leases" in call.path or own.random() > 1 / 6:
+            return PASS
+        fault = own.choice(_ERRORS)
+        if fault.kind == Kind.ANSWER and fault.status in (409, 410) and not is_write(call):
+            return Fault(Kind.ANSWER, 503)
+        return fault
+
+    judge.judge(run, script, errors=True)
+
+
+def _watch(judge: Judge, run: Run, draw: random.Random) -> None:
+    """Events of watches are dropped, doubled, late, reordered, cut or answered with 410."""
+    kinds = _EVENTS if run.index % 3 == 0 else (draw.choice(_EVENTS),)
+    share = draw.choice((0.2, 0.5))
+
+    def watch(seen: Seen) -> Event:
+        own = random.Random(f"{run.seed}/{seen.number}")
+        return own.choice(kinds) if own.random() < share else Event.PASS
+
+    judge.judge(run, calm, watch=watch, errors=True)
+
+
+def _restart(judge: Judge, run: Run, draw: random.Random) -> None:
+    """The API server, or etcd below it, is killed and comes back."""
+    part = ("kube-apiserver", "etcd")[run.index % 2]
+    at = time.monotonic() + draw.uniform(1.0, 5.0)
+
+    def each(world: World) -> None:
+        if not run.faults and time.monotonic() > at:
+            run.faults.append(f"{part} restarted")
+            world.bench.cluster.control_plane.restart(part)
+
+    judge.judge(run, calm, each=each, errors=True)
+
+
+def _pause(judge: Judge, run: Run, draw: random.Random) -> None:
+    """The leader is stopped at a write, another takes over, the first one wakes and must not write."""
+    script = _StopOnce(draw.randint(1, 30))
+    woken: list[float] = []
+
+    def each(world: World) -> None:
+        if not script.stopped:
+            return
+        if len(world.lives) == 1:
+            world.start(identity="second")
+        elif not woken and '"leading"' in world.lives[1].log.read_text():
+            world.lives[0].process.signal(Signals.SIGCONT)
+            world.bench.proxy.release()
+            woken.append(time.monotonic())
+            code = world.lives[0].process.wait(60)
+            if code != 1:
+                run.violations.append(f"the woken leader ended with {code}, expected 1")
+
+    judge.bench.proxy.rearm()
+    judge.judge(run, script, each=each, errors=True)
+    if not woken:
+        run.told["not met"] = "the scenario ended before the write, or before the other one led"
+
+
+class _StopOnce:
+    """SIGSTOP before the n-th write; it is held until the leader wakes."""
+
+    def __init__(self, number: int) -> None:
+        self._left = number
+        self.stopped = False
+
+    def __call__(self, call: Call) -> Fault:
+        if not is_write(call) or self.stopped:
+            return PASS
+        self._left -= 1
+        self.stopped = self._left == 0
+        return Fault(Kind.SIGNAL_BEFORE, signal=Signals.SIGSTOP) if self.stopped else PASS
+
+
+def _two(judge: Judge, run: Run, draw: random.Random) -> None:
+    """Two operators from the beginning; the leader is killed now and then, the other takes over."""
+    at = [time.monotonic() + draw.uniform(1, 4), 0.0]
+
+    def each(world: World) -> None:
+        while len([life for life in world.lives if life.process.running]) < 2:
+            world.start(identity=f"one-of-two-{len(world.lives)}")
+        if len(run.faults) < 2 and time.monotonic() > at[0]:
+            at[0] = time.monotonic() + draw.uniform(8, 12)
+            for life in world.lives:
+                if life.process.running and '"leading"' in life.log.read_text():
+                    life.process.end()
+                    run.faults.append("SIGKILL of the leader")
+                    break
+
+    judge.judge(run, calm, each=each)

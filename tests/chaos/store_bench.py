@@ -1,0 +1,218 @@
+"""A store, a proxy before it and a zygote beside it: what the store families run on, and how they judge."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
+from types import TracebackType
+from typing import Any
+
+from devcluster.s3 import S3Server
+from e2e.gang import put_inputs
+from kubedistill_api.exit_codes import ExitCode
+from kubedistill_api.job import DistillationJobSpec
+
+from chaos import reader
+from chaos.faults import Call, Script, calm
+from chaos.figures import Run
+from chaos.s3_proxy import S3Proxy
+from chaos.store_run import RANKS, Attempt, Ended, Gang, rank_name, spec_of
+from chaos.zygote import Zygote
+
+DECLARED = {int(code) for code in ExitCode} - {int(ExitCode.UNKNOWN)}
+"""Exit codes that say why."""
+
+
+@dataclass(frozen=True)
+class Calm:
+    """A run without any fault."""
+
+    weights: str
+    calls: list[Call]
+
+    def of(self, rank: int) -> list[Call]:
+        return [call for call in self.calls if call.client == rank_name(rank)]
+
+
+class StoreBench:
+    """Use it as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> StoreBench:
+        server = S3Server(self.folder / "s3")
+        self._stack.callback(server.stop)
+        server.start()
+        self.s3 = server.access
+        put_inputs(self.s3)
+        self.zygote = self._stack.enter_context(Zygote("trainer", self.folder / "zygote.log"))
+        self.proxy = self._stack.enter_context(S3Proxy(self.s3.endpoint))
+        self.gang = Gang(self.zygote, self.proxy, self.s3, self.folder)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def zygote_bytes(self) -> int:
+        """The address space that a fork begins with."""
+        pages = int(Path(f"/proc/{self.zygote.pid}/statm").read_text().split()[0])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def spec(self, zero: int = 1) -> DistillationJobSpec:
+        return spec_of(self.s3, training={"deepSpeed": {"zeroStage": zero}})
+
+    @functools.cached_property
+    def _calm(self) -> dict[int, Calm]:
+        return {}
+
+    def calm(self, zero: int = 1) -> Calm:
+        """The undisturbed run under a ZeRO stage; done once."""
+        if zero not in self._calm:
+            name = f"calm-z{zero}"
+            with self.attempt(name, 1, zero, calm) as attempt:
+                ended = attempt.wait()
+            if ended.codes != [0] * RANKS:
+                raise RuntimeError(f"the calm run ended with {ended.codes}:\n{ended.tail}")
+            calls = [entry.call for entry in self.proxy.log]
+            self._calm[zero] = Calm(self.gang.weights(name), calls)
+        return self._calm[zero]
+
+    @contextlib.contextmanager
+    def attempt(
+        self, name: str, number: int, zero: int, script: Script, **options: Any
+    ) -> Iterator[Attempt]:
+        """An attempt whose calls the script decides about; no rank of it is left afterwards."""
+        self.proxy.begin(script)
+        started: list[Attempt] = []
+        early: list[tuple[str, Signals]] = []
+
+        def strike(client: str, sent: Signals) -> None:
+            if started:
+                started[0].signal(client, sent)
+            else:
+                early.append((client, sent))
+
+        self.proxy.signaller = strike
+        attempt = self.gang.start(name, number, self.spec(zero), **options)
+        started.append(attempt)
+        for client, sent in early:
+            attempt.signal(client, sent)
+        try:
+            yield attempt
+        finally:
+            self.proxy.release()
+            attempt.end()
+
+    @contextlib.contextmanager
+    def second(self, name: str, number: int) -> Iterator[Attempt]:
+        """An attempt beside one that runs: its calls come by ports that no script knows."""
+        attempt = self.gang.start(name, number, self.spec(), via="second")
+        try:
+            yield attempt
+        finally:
+            attempt.end()
+
+    def conclude(
+        self,
+        run: Run,
+        name: str,
+        number: int,
+        zero: int,
+        promised: int,
+        resumes_from: int | None = None,
+    ) -> Ended:
+        """Run an attempt without faults to the end, and compare everything with the calm run.
+
+        `promised` is the newest step that was reported as committed: it must not be lost. Where
+        commits were damaged, `resumes_from` is the one that is to be found instead.
+        """
+        ended = self._whole(run, name, number, zero)
+        resumed = resumed_step(ended)
+        if resumes_from is not None and resumed != resumes_from:
+            run.wrong.append(f"resumed from step {resumed}, not {resumes_from}")
+        if resumed < promised and resumes_from is None:
+            run.lost.append(
+                f"step {promised} was committed, and the next attempt began at {resumed}"
+            )
+        weights = self.gang.weights(name)
+        if weights != self.calm(zero).weights:
+            run.wrong.append(f"weights {weights or 'missing'}, calm run {self.calm(zero).weights}")
+        if self.check(name, collected=True):
+            # What was written in the very second of a FENCE is younger than it to the store's clock.
+            self._whole(run, name, number + 1, zero)
+            run.violations += self.check(name, collected=True)
+        run.commits += self.commits(name)
+        return ended
+
+    def pass_a_second(self, name: str) -> None:
+        """Until the store's clock is past the second of a run's newest shard.
+
+        A clean-up compares times of the store, which are whole seconds.
+        """
+        client, bucket = self.s3.client(), self.s3.bucket
+        listed = client.list_objects_v2(Bucket=bucket, Prefix=f"{self.gang.prefix(name)}/data/")
+        newest = max((item["LastModified"] for item in listed.get("Contents", [])), default=None)
+        while newest is not None:
+            client.put_object(Bucket=bucket, Key="clock", Body=b"")
+            if client.head_object(Bucket=bucket, Key="clock")["LastModified"] > newest:
+                return
+            time.sleep(0.05)
+
+    def check(self, name: str, *, collected: bool = False) -> list[str]:
+        """What the independent reader finds wrong."""
+        found = reader.check(
+            self.s3.client(), self.s3.bucket, self.gang.prefix(name), collected=collected
+        )
+        return list(found.violations)
+
+    def log_of(self, name: str) -> dict[str, bytes]:
+        """The commit log as it is, by key."""
+        return dict(self.gang.objects(f"{self.gang.prefix(name)}/log/"))
+
+    def commits(self, name: str) -> int:
+        """Commits that were ever made."""
+        kinds: Counter[str] = Counter()
+        for body in self.log_of(name).values():
+            with contextlib.suppress(ValueError):
+                kinds[json.loads(body).get("kind", "")] += 1
+        return kinds["COMMIT"]
+
+    def _whole(self, run: Run, name: str, number: int, zero: int) -> Ended:
+        with self.attempt(name, number, zero, calm) as attempt:
+            ended = attempt.wait()
+        run.lives += 1
+        run.told.setdefault("codes", []).append(ended.codes)
+        if ended.codes != [0] * RANKS:
+            run.violations.append(f"attempt {number} ended with {ended.codes}: {ended.tail}")
+        return ended
+
+
+def events(ended: Ended, text: str) -> list[dict[str, Any]]:
+    """Lines of rank 0's log that say just this."""
+    wanted = f'"event": "{text}"'
+    return [json.loads(line) for line in ended.logs[0].splitlines() if wanted in line]
+
+
+def promised_step(ended: Ended) -> int:
+    """The newest step that was reported as committed; 0 for none."""
+    return max((int(event["step"]) for event in events(ended, "committed")), default=0)
+
+
+def resumed_step(ended: Ended) -> int:
+    """The step that an attempt began with; 0 for the beginning."""
+    return max((int(event["step"]) for event in events(ended, "resumed")), default=0)

@@ -1,0 +1,203 @@
+"""One attempt of a real gang whose S3 calls go through the proxy, and what it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+from devcluster.process import free_port
+from devcluster.s3 import S3Access
+from e2e.gang import llama, small_spec
+from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.runspec import Outcome, Rendezvous, RunSpec
+from kubedistill_operator.plan.compose import merge_patch
+
+from chaos.s3_proxy import S3Proxy
+from chaos.zygote import Forked, Zygote
+
+RANKS = 2
+STEPS = 8
+_PEER_SECONDS = 4.0
+"""A rank whose peer is gone gets this long; then its pod goes, as the Job controller sees to it."""
+_RUN_SECONDS = 180.0
+_NAMESPACE = "chaos"
+
+
+def rank_name(rank: int) -> str:
+    """The client's name at the proxy."""
+    return f"rank-{rank}"
+
+
+def spec_of(s3: S3Access, **parts: Any) -> DistillationJobSpec:
+    """A short job with nothing in it that is not about checkpoints; `parts` are merged over it."""
+    own = {
+        "fineTune": {},
+        "student": {"config": llama(16, 1)},
+        "training": {
+            "maxSteps": STEPS, "microBatchSize": 4, "deepSpeed": {"zeroStage": 1},
+        },
+        "evaluation": {"examples": 0},
+        "checkpoint": {"keepLast": 2},
+    }  # fmt: skip
+    return DistillationJobSpec.model_validate(merge_patch(merge_patch(small_spec(s3), own), parts))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an attempt ended."""
+
+    codes: list[int]
+    outcomes: list[Outcome | None]
+    """None of a rank that left none: it was killed."""
+    logs: list[str]
+    seconds: float
+    left_alone: list[int] = field(default_factory=list)
+    """Ranks that had to be ended, for they did not notice that their peer was gone."""
+
+    @property
+    def tail(self) -> str:
+        return "\n".join(log[-1500:] for log in self.logs)
+
+
+class Attempt:
+    """The ranks of one attempt."""
+
+    def __init__(
+        self, ranks: Sequence[Forked], folders: Sequence[Path], disks: Sequence[Path]
+    ) -> None:
+        """`folders` have the ranks' logs, `disks` are their scratch."""
+        self.ranks = list(ranks)
+        self._folders = list(folders)
+        self._disks = list(disks)
+        self._started = time.monotonic()
+
+    def signal(self, client: str, number: Signals) -> None:
+        """The proxy's way to strike the rank that it knows as `client`."""
+        self.ranks[int(client.rsplit("-", 1)[1])].signal(number)
+
+    def wait(self, timeout_seconds: float = _RUN_SECONDS) -> Ended:
+        """Until all ranks have ended. Ranks that outlive the first failure too long are ended."""
+        deadline = self._started + timeout_seconds
+        left_alone: list[int] = []
+        failed = False
+        while running := [rank for rank in self.ranks if rank.running]:
+            ended = [rank for rank in self.ranks if not rank.running]
+            if not failed and any(rank.wait(5) != 0 for rank in ended):
+                failed, deadline = True, min(deadline, time.monotonic() + _PEER_SECONDS)
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                left_alone = [i for i, rank in enumerate(self.ranks) if rank.running]
+                for rank in running:
+                    rank.end()
+                break
+            with contextlib.suppress(TimeoutError):
+                running[0].wait(min(remaining, 0.2))
+        codes = [rank.wait(10) for rank in self.ranks]
+        return Ended(
+            codes,
+            [_outcome(disk) for disk in self._disks],
+            [(folder / "log").read_text(errors="replace") for folder in self._folders],
+            time.monotonic() - self._started,
+            left_alone,
+        )
+
+    def end(self) -> None:
+        """No rank is left."""
+        for rank in self.ranks:
+            rank.end()
+
+
+def _outcome(folder: Path) -> Outcome | None:
+    path = folder / "outcome-0.json"
+    return Outcome.model_validate_json(path.read_text()) if path.exists() else None
+
+
+class Gang:
+    """Starts attempts of jobs below one folder."""
+
+    def __init__(self, zygote: Zygote, proxy: S3Proxy, s3: S3Access, folder: Path) -> None:
+        self._zygote = zygote
+        self._proxy = proxy
+        self._s3 = s3
+        self._folder = folder
+
+    def start(
+        self,
+        name: str,
+        attempt: int,
+        spec: DistillationJobSpec,
+        *,
+        via: str = "rank",
+        grace_seconds: int = 30,
+        scratch: Mapping[int, Path] | None = None,
+        limits: Mapping[str, int] | None = None,
+    ) -> Attempt:
+        """All ranks of an attempt. `via` other than rank: clients that no script knows.
+
+        `scratch` gives a rank another disk, `limits` all of them those of setrlimit.
+        """
+        rendezvous = Rendezvous(host="127.0.0.1", port=free_port(), nodes=RANKS)
+        # Where the store is reached changes nothing in what is learnt.
+        digest = hashlib.sha256(spec.model_dump_json(exclude={"storage"}).encode()).hexdigest()
+        ranks, folders, disks = [], [], []
+        for rank in range(RANKS):
+            folder = self._folder / f"{name}-{attempt}-{rank}"
+            folder.mkdir(parents=True)
+            client = f"{via}-{rank}"
+            storage = spec.storage.model_copy(update={"endpoint": self._proxy.endpoint(client)})
+            run = RunSpec(
+                namespace=_NAMESPACE, name=name, uid=f"uid-{name}", role="student",
+                attempt=attempt, fence=attempt, inputs_digest=digest,
+                spec=spec.model_copy(update={"storage": storage}), rendezvous=rendezvous,
+                termination_grace_seconds=grace_seconds,
+            )  # fmt: skip
+            (folder / "run.json").write_text(run.model_dump_json(by_alias=True))
+            disk = (scratch or {}).get(rank, folder)
+            env = self._environment(folder, disk, rank)
+            log = folder / "log"
+            ranks.append(
+                self._zygote.fork("kubedistill_trainer.rank", "0", env=env, log=log, limits=limits)
+            )
+            folders.append(folder)
+            disks.append(disk)
+        return Attempt(ranks, folders, disks)
+
+    def _environment(self, folder: Path, disk: Path, rank: int) -> dict[str, str]:
+        return {
+            "PATH": "/usr/bin:/bin", "HOME": str(folder), "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1", "JOB_COMPLETION_INDEX": str(rank),
+            "KUBEDISTILL_RUN_SPEC": str(folder / "run.json"), "KUBEDISTILL_SCRATCH": str(disk),
+            "KUBEDISTILL_EXPORTER_PORT": str(free_port()), "POD_IP": "127.0.0.1",
+            "AWS_ACCESS_KEY_ID": self._s3.access_key, "AWS_SECRET_ACCESS_KEY": self._s3.secret_key,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }  # fmt: skip
+
+    def prefix(self, name: str) -> str:
+        """Key prefix of a job's run: shards and log."""
+        return f"runs/{_NAMESPACE}/{name}-uid-{name}"
+
+    def weights(self, name: str) -> str:
+        """SHA-256 of the weights that a job exported; empty where there are none, or several."""
+        found = {
+            hashlib.sha256(body).hexdigest()
+            for key, body in self.objects(f"runs/{_NAMESPACE}/{name}/model/")
+            if key.endswith("model.safetensors")
+        }
+        return found.pop() if len(found) == 1 else ""
+
+    def objects(self, prefix: str) -> Iterator[tuple[str, bytes]]:
+        """Keys and bodies below a prefix, asked of the server itself."""
+        client = self._s3.client()
+        pages = client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._s3.bucket, Prefix=prefix
+        )
+        for page in pages:
+            for item in page.get("Contents", []):
+                answer = client.get_object(Bucket=self._s3.bucket, Key=item["Key"])
+                yield item["Key"], answer["Body"].read()

@@ -1,0 +1,79 @@
+"""A small part of the store families, with seeds of its own; all of them run in `make chaos`."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from e2e.gang import Trainer, model_of
+
+from chaos.faults import Kind
+from chaos.figures import Run, run_case
+from chaos.store_bench import StoreBench
+from chaos.store_families import store_families, wake_late
+from chaos.store_harm import harm_families
+
+pytestmark = pytest.mark.e2e
+SEED = 11
+
+
+def cases(bench: StoreBench, name: str, *indices: int) -> list[str]:
+    """What some cases of a family find wrong."""
+    families = {family.name: family for family in store_families(bench) + harm_families(bench)}
+    runs = [run_case(families[name], index, SEED) for index in indices]
+    assert any(run.faults for run in runs), "no fault was met"
+    return [text for run in runs for text in run.bad]
+
+
+def test_a_forked_run_is_an_ordinary_run(store_bench: StoreBench) -> None:
+    """Bit for bit: so that what is found about forks is found about containers."""
+    assert store_bench.zygote.ready["threads"] == 1
+    trainer = Trainer(store_bench.folder / "ordinary", store_bench.s3)
+    result = trainer.run("student", store_bench.spec(), name="ordinary")
+    assert result.codes == [0, 0], result.log
+    prefix = model_of(result, "ordinary").uri.removeprefix(f"s3://{store_bench.s3.bucket}/")
+    found = dict(store_bench.gang.objects(f"{prefix}/model.safetensors"))
+    [weights] = [hashlib.sha256(body).hexdigest() for body in found.values()]
+    assert weights == store_bench.calm(1).weights
+
+
+def test_killed_at_any_call_the_next_attempt_goes_on(store_bench: StoreBench) -> None:
+    # The record of a commit, a clean-up, an upload; before and after.
+    assert cases(store_bench, "store-kill", 25, 41, 78, 131) == []
+
+
+def test_single_faults_are_absorbed_or_told(store_bench: StoreBench) -> None:
+    assert cases(store_bench, "store-fault", *range(3, 200, 60)) == []
+
+
+@pytest.mark.parametrize("name", ["store-weather", "store-outage", "store-term", "store-zombie"])
+def test_seeded_trouble_changes_nothing(store_bench: StoreBench, name: str) -> None:
+    assert cases(store_bench, name, 1, 2) == []
+
+
+def test_harmed_bytes_are_seen_and_an_older_commit_is_used(store_bench: StoreBench) -> None:
+    assert cases(store_bench, "store-damage", 0, 2, 4) == []
+
+
+def test_little_memory_harms_no_commit(store_bench: StoreBench) -> None:
+    assert cases(store_bench, "store-memory", 0) == []
+
+
+def test_a_zombie_whose_uploads_were_collected_is_fenced(store_bench: StoreBench) -> None:
+    """It found its shards missing, and ended as an unknown error."""
+    heads = [
+        call.number
+        for call in store_bench.calm(1).of(0)
+        if call.method == "HEAD" and "/data/e1/" in call.path
+    ]
+    run = Run("zombie-collected", 0, "0")
+    wake_late(store_bench, run, heads[0], Kind.SIGNAL_BEFORE)
+    assert run.bad == []
+
+
+def test_a_zombie_does_not_go_on_from_a_newer_attempts_commit(store_bench: StoreBench) -> None:
+    """It read the log, took the newer attempt's last commit, exported it and ended with success."""
+    uploads = [call.number for call in store_bench.calm(1).of(0) if "uploads" in call.target]
+    run = Run("zombie-resumes", 0, "0")
+    wake_late(store_bench, run, uploads[-1], Kind.SIGNAL_AFTER)
+    assert run.bad == []

@@ -1,0 +1,246 @@
+"""A process that has imported the product once, and forks a fresh process for every run of it.
+
+The fork is a process like any other: it runs the product's own `main`, has a number, and can be killed.
+`python -m chaos.zygote trainer|operator` is the far side; it talks over the socket that is its standard
+input, and has one thread only, since of a process with several a fork keeps just one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from devcluster.process import die_with_parent
+
+_PRELOADED = {
+    "trainer": (
+        "deepspeed",
+        "kubedistill_trainer.rank",
+        "kubedistill_trainer.run",
+        "transformers.models.llama.modeling_llama",
+    ),
+    "operator": ("kubedistill_operator.main", "aiohttp", "kopf", "kubernetes.aio"),
+}
+KUBECONFIG = "kubeconfig"
+"""The client library asks for its path when it is imported: here one in each fork's own folder."""
+_QUIET = {
+    "KUBECONFIG": KUBECONFIG,
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # pyarrow, which transformers imports, would start a thread of its allocator.
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
+
+
+class Forked:
+    """A run of the product: a real process, a child of the zygote's."""
+
+    def __init__(self, zygote: Zygote, pid: int) -> None:
+        self._zygote = zygote
+        self.pid = pid
+        # Kept until the end is read, so that no other process can take the number.
+        self._handle = os.pidfd_open(pid)
+        self._code: int | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._code is None and not select.select([self._handle], [], [], 0)[0]
+
+    def signal(self, number: signal.Signals) -> None:
+        """Harmless when it has ended."""
+        with contextlib.suppress(ProcessLookupError, OSError):
+            signal.pidfd_send_signal(self._handle, number)
+
+    def wait(self, timeout_seconds: float) -> int:
+        """Its exit code, negative for a signal. TimeoutError when it goes on."""
+        if self._code is None:
+            if not select.select([self._handle], [], [], timeout_seconds)[0]:
+                raise TimeoutError(f"process {self.pid} has not ended in {timeout_seconds:.0f} s")
+            self._code = int(self._zygote.ask(reap=self.pid)["code"])
+            os.close(self._handle)
+        return self._code
+
+    def end(self) -> int:
+        """SIGKILL where it still runs; its exit code."""
+        if self._code is None:
+            self.signal(signal.SIGKILL)
+        return self.wait(30)
+
+
+class Zygote:
+    """The near side. Thread-safe; use it as a context manager."""
+
+    def __init__(self, kind: str, log: Path) -> None:
+        """`kind` is trainer or operator."""
+        self._kind = kind
+        self._log = log
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Zygote:
+        mine, other = socket.socketpair()
+        tests = str(Path(__file__).parents[1])
+        with other, self._log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "chaos.zygote", self._kind],
+                stdin=other.fileno(),
+                stdout=output,
+                stderr=output,
+                env=os.environ | _QUIET | {"PYTHONPATH": tests},
+                # One call of libc: safe also beside threads.
+                preexec_fn=die_with_parent,  # noqa: PLW1509
+            )
+        self._socket, self._file = mine, mine.makefile("rw")
+        self.ready = self._read()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._file.close()
+        self._socket.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def fork(
+        self,
+        *argv: str,
+        env: Mapping[str, str],
+        log: Path,
+        folder: Path = Path("/"),
+        limits: Mapping[str, int] | None = None,
+        groups: Sequence[str] = (),
+    ) -> Forked:
+        """Run `argv[0]`, a module with a `main`, in a new process with exactly this environment.
+
+        It works in `folder`. `limits` are of setrlimit, by names such as AS; `groups` are files of
+        cgroups to join.
+        """
+        answer = self.ask(
+            argv=argv,
+            env=dict(env),
+            log=str(log),
+            folder=str(folder),
+            limits=dict(limits or {}),
+            groups=list(groups),
+        )
+        return Forked(self, int(answer["pid"]))
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """One request, one answer."""
+        with self._lock:
+            self._file.write(json.dumps(request) + "\n")
+            self._file.flush()
+            return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        line = self._file.readline()
+        if not line:
+            raise RuntimeError(f"the zygote ended:\n{self._log.read_text()[-3000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def main() -> None:
+    """The far side: import, then fork on request until the other side has gone."""
+    started = time.monotonic()
+    for name in _PRELOADED[sys.argv[1]]:
+        importlib.import_module(name)
+    if sys.argv[1] == "trainer":
+        _warm_store()
+    threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
+    if threads != 1:
+        raise SystemExit(f"{threads} threads after the imports: a fork would lose all but one")
+    gc.collect()
+    gc.freeze()
+    line = socket.socket(fileno=os.dup(0)).makefile("rw")
+    _say(line, {"threads": threads, "seconds": round(time.monotonic() - started, 1)})
+    while request := line.readline():
+        asked = json.loads(request)
+        if "reap" in asked:
+            _, status = os.waitpid(int(asked["reap"]), 0)
+            _say(line, {"code": os.waitstatus_to_exitcode(status)})
+            continue
+        child = os.fork()
+        if child == 0:
+            line.detach()
+            _run(asked)
+        _say(line, {"pid": child})
+
+
+def _say(line: Any, answer: dict[str, Any]) -> None:
+    line.write(json.dumps(answer) + "\n")
+    line.flush()
+
+
+def _warm_store() -> None:
+    """botocore's description of S3 is parsed once here; nothing is sent."""
+    from kubedistill_trainer.store import Store
+
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    os.environ.update(keys)
+    Store("s3://warm/up", endpoint="http://127.0.0.1:1")
+    for key in keys:
+        del os.environ[key]
+
+
+def _run(asked: dict[str, Any]) -> None:
+    """In the child; never returns."""
+    code = 1
+    try:
+        os.setsid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        null = os.open(os.devnull, os.O_RDONLY)
+        log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for source, target in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(source, target)
+        os.closerange(3, 64)
+        for group in asked["groups"]:
+            Path(group).write_text(str(os.getpid()))
+        for name, value in asked["limits"].items():
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+        os.chdir(asked["folder"])
+        os.environ.clear()
+        os.environ.update(asked["env"])
+        sys.argv = list(asked["argv"])
+        importlib.import_module(sys.argv[0]).main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:  # what a fresh interpreter would print before it ends
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
