@@ -10,7 +10,8 @@ from kubedistill_api import reasons
 from kubedistill_api.exit_codes import ExitCode, policy
 from kubedistill_api.runspec import Outcome
 
-from kubedistill_operator.plan.views import PodView
+from kubedistill_operator.plan.draft import Draft
+from kubedistill_operator.plan.views import BatchJobView, PodView
 
 _SIGKILL, _SIGTERM = 137, 143
 _CONSEQUENCES = frozenset(
@@ -110,6 +111,24 @@ def pod_trouble(pods: Sequence[PodView]) -> tuple[str, str] | None:
     return None
 
 
+def no_pods(
+    draft: Draft, batch_job: BatchJobView, pods: Sequence[PodView]
+) -> tuple[str, str] | None:
+    """(reason, message) of a Job that makes no pods: only its events say why, which we do not read."""
+    if pods or batch_job.created_at is None:
+        return None
+    waited = (draft.now - batch_job.created_at).total_seconds()
+    if waited < _NO_PODS_SECONDS:
+        draft.look_again(_NO_PODS_SECONDS - waited)
+        return None
+    text = (
+        f"Job {batch_job.name} has made no pods for {_NO_PODS_SECONDS:.0f} s: `kubectl describe job "
+        f"{batch_job.name}` says why (a quota, an admission webhook, Pod Security)"
+    )
+    return reasons.POD_NOT_STARTING, text
+
+
+_NO_PODS_SECONDS = 30.0
 _NOT_STARTING = frozenset(
     {
         "ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull",

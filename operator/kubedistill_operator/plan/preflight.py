@@ -10,9 +10,16 @@ from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.names import API_KEY, ROLE_PREFLIGHT, SECRET_KEYS, preflight_name
 from kubedistill_api.runspec import Outcome
 
+from kubedistill_operator.plan import hands
 from kubedistill_operator.plan.actions import CreatePreflight, DeleteBatchJob, Inputs
 from kubedistill_operator.plan.draft import Pass
-from kubedistill_operator.plan.exits import judge, outcome_text, pod_trouble, secret_missing
+from kubedistill_operator.plan.exits import (
+    judge,
+    no_pods,
+    outcome_text,
+    pod_trouble,
+    secret_missing,
+)
 from kubedistill_operator.plan.restart import backoff_seconds
 from kubedistill_operator.plan.times import format_time
 from kubedistill_operator.plan.views import BatchJobView, PodView
@@ -43,7 +50,9 @@ def check(step: Pass, inputs: Inputs) -> bool:
     if batch_job.failed or any(p.failed for p in pods):
         _refused(step, batch_job, pods)
         return False
-    _waiting(step, pods)
+    hands.mend_job(draft, batch_job, suspend=False)
+    hands.restore_inputs(draft, ROLE_PREFLIGHT, pods, inputs=inputs)
+    _waiting(step, batch_job, pods)
     return False
 
 
@@ -63,7 +72,13 @@ def _accepted(step: Pass, inputs: Inputs, batch_job: BatchJobView, pods: list[Po
             draft.look_again(2.0)
         return False
     draft.update(
-        resolved=outcome.resolved.model_copy(update={"inputs_digest": inputs.digest}),
+        resolved=outcome.resolved.model_copy(
+            update={
+                "inputs_digest": inputs.digest,
+                "teacher_model": inputs.teacher,
+                "student_model": inputs.student,
+            }
+        ),
         start_time=format_time(draft.now),
         failures=0,
     )
@@ -126,7 +141,7 @@ def _missing_secret(spec: DistillationJobSpec, told: str) -> tuple[str, str, str
     return next(iter(by_key or named), None)
 
 
-def _waiting(step: Pass, pods: list[PodView]) -> None:
+def _waiting(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> None:
     wanted = _missing_secret(step.spec, secret_missing(pods))
     if wanted is not None:
         name, keys, field = wanted
@@ -138,7 +153,7 @@ def _waiting(step: Pass, pods: list[PodView]) -> None:
             step.draft.tell(reasons.SECRET_NOT_FOUND, message, warning=True)
         step.draft.summary(reasons.SECRET_NOT_FOUND, message)
         return
-    trouble = pod_trouble(pods)
+    trouble = pod_trouble(pods) or no_pods(step.draft, batch_job, pods)
     if trouble:
         step.draft.set(reasons.VALIDATED, "Unknown", *trouble)
         step.draft.summary(*trouble)
