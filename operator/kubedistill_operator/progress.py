@@ -14,8 +14,20 @@ from pydantic import ValidationError
 from kubedistill_operator.plan.draft import Contact
 
 _MAX_BYTES = 1_000_000
+
 Target = tuple[str, str, str]
 """Namespace and name of the job, and the role that is asked."""
+
+
+def _contact(report: ProgressReport, last: Contact | None, now: datetime) -> Contact:
+    """An answer that came now, after another one of the same pod."""
+    if last is None or _step(last.report) != _step(report):
+        return Contact(report, now, now)
+    return Contact(report, now, last.stepped_at)
+
+
+def _step(report: ProgressReport) -> tuple[int, int, float | None]:
+    return report.attempt, report.step, report.last_step_time
 
 
 @dataclass
@@ -44,7 +56,7 @@ class Poller:
             known.asked_at = time.monotonic()
             report = await self._fetch(address)
             if report is not None:
-                known.contact = Contact(report, datetime.now(UTC))
+                known.contact = _contact(report, known.contact, datetime.now(UTC))
         return known.contact
 
     def last(self, target: Target) -> Contact | None:

@@ -49,10 +49,14 @@ class OtherJob:
 
 @dataclass(frozen=True)
 class Contact:
-    """What a pod answered when it was last asked, and when that was."""
+    """What a pod answered when it was last asked, and when that was by our own clock.
+
+    `stepped_at`: when an answer first told of its latest step.
+    """
 
     report: ProgressReport
     reached_at: datetime
+    stepped_at: datetime | None = None
 
 
 @dataclass(frozen=True)

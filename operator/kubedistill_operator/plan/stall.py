@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kubedistill_api.status import Attempt
 
-from kubedistill_operator.plan.draft import Pass
+from kubedistill_operator.plan.draft import Contact, Pass
 from kubedistill_operator.plan.times import parse_time
 
 PHASES_AFTER_TRAINING = ("Evaluating", "Exporting", "Done")
@@ -22,9 +22,24 @@ def stall(step: Pass, attempt: Attempt) -> str | None:
     report = contact.report
     if report.last_step_time is None or report.phase in PHASES_AFTER_TRAINING:
         return None
-    if draft.now.timestamp() - report.last_step_time > limit:
+    if draft.now.timestamp() - _stepped_at(step, attempt, contact, report.last_step_time) > limit:
         return f"no step for {limit} s; the last one was {report.step:,}"
     return None
+
+
+def _stepped_at(step: Pass, attempt: Attempt, contact: Contact, reported: float) -> float:
+    """When the latest step was, by our own clock: clocks of nodes may be an hour apart.
+
+    After a restart of the operator the status knows since when nothing changed.
+    """
+    if contact.stepped_at is None:
+        return reported
+    seen, progress = contact.stepped_at, step.draft.status.progress
+    unchanged = parse_time(progress.last_updated_time) if progress else None
+    started = parse_time(attempt.start_time)
+    if unchanged and started and started <= unchanged < seen:
+        return unchanged.timestamp()
+    return seen.timestamp()
 
 
 def _silent(step: Pass, attempt: Attempt) -> str | None:
