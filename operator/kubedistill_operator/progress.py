@@ -19,7 +19,7 @@ Target = tuple[str, str, str]
 """Namespace and name of the job, and the role that is asked."""
 
 
-def _contact(report: ProgressReport, last: Contact | None, now: datetime) -> Contact:
+def contact_of(report: ProgressReport, last: Contact | None, now: datetime) -> Contact:
     """An answer that came now, after another one of the same pod."""
     if last is None or _step(last.report) != _step(report):
         return Contact(report, now, now)
@@ -56,7 +56,7 @@ class Poller:
             known.asked_at = time.monotonic()
             report = await self._fetch(address)
             if report is not None:
-                known.contact = _contact(report, known.contact, datetime.now(UTC))
+                known.contact = contact_of(report, known.contact, datetime.now(UTC))
         return known.contact
 
     def last(self, target: Target) -> Contact | None:
