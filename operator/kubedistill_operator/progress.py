@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,9 +10,9 @@ from datetime import UTC, datetime
 import aiohttp
 from kubedistill_api.names import EXPORTER_PORT
 from kubedistill_api.runspec import ProgressReport
-from pydantic import ValidationError
 
 from kubedistill_operator.plan.draft import Contact
+from kubedistill_operator.plan.finite import finite
 
 _MAX_BYTES = 1_000_000
 
@@ -76,8 +77,9 @@ class Poller:
             async with self._session.get(f"http://{host}:{EXPORTER_PORT}/progress") as response:
                 if response.status != 200:
                     return None
-                return ProgressReport.model_validate_json(await response.content.read(_MAX_BYTES))
-        except (aiohttp.ClientError, TimeoutError, OSError, ValidationError):
+                document = json.loads(await response.content.read(_MAX_BYTES))
+                return ProgressReport.model_validate(finite(document))
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
             return None
 
     async def close(self) -> None:

@@ -10,10 +10,11 @@ from kubedistill_api import reasons
 from kubedistill_api.runspec import ProgressReport
 from kubedistill_api.status import CheckpointStatus
 from kubedistill_operator.plan.actions import Plan
+from kubedistill_operator.plan.finite import finite
 from kubedistill_operator.plan.job import plan_job
 from kubedistill_operator.plan.reporting import checkpoint_standing
 from test_plan_gang import report
-from test_plan_kit import TIMING, after, message, running, settled, started, state
+from test_plan_kit import TIMING, after, ended, message, running, settled, started, state
 
 COMMIT = CheckpointStatus(uri="s3://c", step=30)
 CURRENT = reasons.CHECKPOINT_CURRENT
@@ -95,6 +96,27 @@ def test_stragglers_and_skipped_steps_are_told_when_they_come_and_change() -> No
         "left out, because the loss was no number: step 12"
     ]
     assert "Straggler" not in told(more)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", float("nan"), float("-inf")])
+def test_a_number_that_is_none_does_not_stop_the_status(number: Any) -> None:
+    """The API server refuses a status that holds one, and with it the attempt's end."""
+    document = {
+        "loss": number,
+        "step": 3,
+        "metrics": [{"name": "ece", "value": number}, {"name": "perplexity", "value": 2.5}],
+        "skipped": [1, 2],
+    }
+    assert finite(document) == {
+        "step": 3,
+        "metrics": [{"name": "perplexity", "value": 2.5}],
+        "skipped": [1, 2],
+    }
+    outcome = {"progress": {"attempt": 1, "totalSteps": 9, "loss": number}, "metrics": []}
+    told = ended("p", 0, outcome=outcome).outcome()
+    assert told is not None
+    assert told.progress is not None
+    assert told.progress.loss is None
 
 
 def test_long_lists_and_texts_fit_the_schema() -> None:

@@ -14,6 +14,7 @@ from kubedistill_operator.plan import hands
 from kubedistill_operator.plan.actions import CreatePreflight, DeleteBatchJob, Inputs
 from kubedistill_operator.plan.draft import Pass
 from kubedistill_operator.plan.exits import (
+    Verdict,
     judge,
     no_pods,
     outcome_text,
@@ -68,8 +69,11 @@ def _accepted(step: Pass, inputs: Inputs, batch_job: BatchJobView, pods: list[Po
         if not pods or all(p.gone for p in pods):
             # Its pod was removed before its words were read: ask again.
             draft.act(DeleteBatchJob(batch_job.name))
+        elif any(p.exit_code is None and not p.gone for p in pods):
+            draft.look_again(2.0)  # its end is on its way to us
         else:
-            draft.look_again(2.0)
+            text = "its pod ended without saying what it found: is workers.template's image ours?"
+            _try_again(step, batch_job, Verdict(reasons.ERROR, text, retry=True, charged=True))
         return False
     draft.update(
         resolved=outcome.resolved.model_copy(
@@ -105,7 +109,12 @@ def _refused(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> None:
         return
     if not batch_job.failed:
         return
-    verdict = judge(pods, batch_job.failure_message)
+    _try_again(step, batch_job, judge(pods, batch_job.failure_message))
+
+
+def _try_again(step: Pass, batch_job: BatchJobView, verdict: Verdict) -> None:
+    """After a while another preflight, as long as there are tries left."""
+    draft = step.draft
     tries, limit = batch_job.tries, step.spec.backoff_limit
     draft.update(failures=tries)
     if tries > limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -9,8 +10,8 @@ from typing import Any
 
 from kubedistill_api.names import CONTAINER, LABEL_ATTEMPT, LABEL_ROLE
 from kubedistill_api.runspec import Outcome
-from pydantic import ValidationError
 
+from kubedistill_operator.plan.finite import finite
 from kubedistill_operator.plan.times import parse_time
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
@@ -59,8 +60,8 @@ class PodView:
     def outcome(self) -> Outcome | None:
         """The trainer's last word, if it left one."""
         try:
-            return Outcome.model_validate_json(self.end_message)
-        except ValidationError:
+            return Outcome.model_validate(finite(json.loads(self.end_message)))
+        except ValueError:  # no JSON, or not of this shape
             return None
 
 
