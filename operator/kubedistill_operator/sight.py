@@ -14,7 +14,7 @@ from kubedistill_api import names
 
 from kubedistill_operator.cache import Cache, Kind, Raw, name_of
 from kubedistill_operator.cluster import BATCH_JOBS, PODS, Cluster, NotFound, Resource
-from kubedistill_operator.observe import job_status, owner_of
+from kubedistill_operator.observe import owner_of
 
 _log = logging.getLogger(__name__)
 _AGAIN_SECONDS = 10.0
@@ -37,9 +37,9 @@ class Sight:
         """Bring back what of a DistillationJob's children is there and out of sight."""
         for resource, kind in ((BATCH_JOBS, self._cache.batch_jobs), (PODS, self._cache.pods)):
             await self._vanished(raw, resource, kind)
-        attempts = job_status(raw).attempts
-        if attempts and not attempts[-1].end_time:
-            await self._gang(raw, attempts[-1].number)
+        attempts = (raw.get("status") or {}).get("attempts") or []
+        if attempts and not attempts[-1].get("endTime"):
+            await self._gang(raw, attempts[-1]["number"])
 
     async def _vanished(self, raw: Raw, resource: Resource, kind: Kind) -> None:
         """What went without having been asked to go may only have lost a label."""
@@ -123,8 +123,6 @@ def _has(raw: Raw, labels: dict[str, str]) -> bool:
 
 def _own_labels(labels: dict[str, str]) -> dict[str, str]:
     """Those that we gave it, of all that it had."""
-    return {
-        k: v
-        for k, v in labels.items()
-        if k.startswith("kubedistill.dev/") or (k == names.LABEL_MANAGED_BY)
-    }
+    ours = (names.LABEL_MANAGED_BY, names.LABEL_JOB, names.LABEL_JOB_UID, names.LABEL_ROLE,
+            names.LABEL_ATTEMPT, names.LABEL_CHAIN, names.LABEL_STAGE)  # fmt: skip
+    return {key: labels[key] for key in ours if key in labels}

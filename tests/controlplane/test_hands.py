@@ -17,6 +17,7 @@ from operator_kit import ONLINE, Bench, Operator, distilling, template, wait_for
 pytestmark = [pytest.mark.controlplane, pytest.mark.timeout(600)]
 
 STUDENT = ("-l", "kubedistill.dev/role=student")
+PRESENT = ("Pending", "Running")
 TEACHER = ("-l", "kubedistill.dev/role=teacher")
 
 
@@ -43,10 +44,12 @@ def calm(bench: Bench, name: str) -> dict[str, Any]:
         return [m["name"] for m in found if not m.get("ownerReferences")]
 
     wait_for(lambda: not orphans(), "an orphan is left")
-    active = [
-        p for p in bench.get("pods")["items"] if p["status"]["phase"] in ("Running", "Pending")
-    ]
-    assert active == []
+
+    def active() -> list[str]:
+        pods = bench.get("pods")["items"]
+        return [p["metadata"]["name"] for p in pods if p["status"]["phase"] in PRESENT]
+
+    wait_for(lambda: not active(), "a pod is left")
     ends = [(a["startTime"], a["endTime"]) for a in status["attempts"]]
     for (_, end), (start, _) in itertools.pairwise(ends):
         assert end <= start, "two attempts at a time"
@@ -162,7 +165,7 @@ def test_a_deleted_pod_ends_its_attempt(
 def test_a_deleted_teacher_is_made_again(
     bench: Bench, operator: Operator, book: Path, cascade: str
 ) -> None:
-    bench.apply(distilling("school", template(book, TEACHER_SECONDS="6")))
+    bench.apply(distilling("school", template(book, STEPS="110", TEACHER_SECONDS="6")))
     wait_for(
         lambda: any(
             p["status"]["phase"] == "Running" for p in bench.get("pods", *TEACHER)["items"]
@@ -195,7 +198,7 @@ def test_an_edited_gang_does_not_idle(
 def test_an_edited_teacher_goes_on(
     bench: Bench, operator: Operator, book: Path, edit: dict[str, Any]
 ) -> None:
-    bench.apply(distilling("class", template(book, TEACHER_SECONDS="6")))
+    bench.apply(distilling("class", template(book, STEPS="110", TEACHER_SECONDS="6")))
     wait_for(lambda: bench.get("pods", *TEACHER)["items"], "no teacher")
     patch(bench, "job", "class-teacher", {"spec": edit})
     calm(bench, "class")

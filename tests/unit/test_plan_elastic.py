@@ -84,6 +84,14 @@ def test_the_next_attempt_has_as_many_as_found_a_place(placed: int, nodes: int, 
     assert (plan.status.failures, plan.status.gpus) == (0, gpus)
 
 
+def test_the_micro_batch_divides_the_larger_share() -> None:
+    """40 sequences over 2 pods of 2 ranks are 10 a rank: 4 at once do not divide it, 2 do."""
+    late = at(short(2, batch=40), WAIT)
+    gone = after(late, batch_jobs={}, pods=(), deleted_batch_jobs=frozenset({"small-a1"}))
+    second = settled(gone).status.attempts[-1]
+    assert (second.nodes, second.micro_batch_size) == (2, 2)
+
+
 def test_a_place_found_meanwhile_starts_the_wait_anew() -> None:
     seen = short(2)
     pods = (*seen.pods[:2], pod(2, True, seconds=100), seen.pods[3])
