@@ -62,10 +62,13 @@ def judge_stopped(pods: Sequence[PodView], reason: str, message: str, *, charged
     return Verdict(reason, message, retry=True, charged=charged)
 
 
-def _rank(pod: PodView) -> tuple[bool, datetime, int]:
-    killed = pod.exit_code in (_SIGKILL, _SIGTERM) and pod.end_reason != "OOMKilled"
+def _rank(pod: PodView) -> tuple[bool, datetime, bool, int]:
+    memory = pod.end_reason == "OOMKilled"
+    killed = pod.exit_code in (_SIGKILL, _SIGTERM) and not memory
     consequence = killed or pod.exit_code in _CONSEQUENCES
-    return consequence, pod.finished_at or _LATEST, pod.index
+    # Times are in whole seconds: of two in one second the one that has a cause explains the other.
+    vague = not memory and policy(pod.exit_code).reason == reasons.ERROR
+    return consequence, pod.finished_at or _LATEST, vague, pod.index
 
 
 def _of_pod(pod: PodView) -> Verdict:

@@ -43,9 +43,8 @@ def check(step: Pass, inputs: Inputs) -> bool:
         return False
     if batch_job.deleting_since:
         return False
-    pods = [
-        p for p in seen.pods_of(ROLE_PREFLIGHT, batch_job.tries) if p.name.startswith(f"{name}-")
-    ]
+    found = seen.pods_of(ROLE_PREFLIGHT, batch_job.tries)
+    pods = [p for p in found if p.name.startswith(f"{name}-") and batch_job.owns(p)]
     if batch_job.complete:
         return _accepted(step, inputs, batch_job, pods)
     if batch_job.failed or any(p.failed for p in pods):
@@ -116,8 +115,9 @@ def _try_again(step: Pass, batch_job: BatchJobView, verdict: Verdict) -> None:
     """After a while another preflight, as long as there are tries left."""
     draft = step.draft
     tries, limit = batch_job.tries, step.spec.backoff_limit
-    draft.update(failures=tries)
-    if tries > limit:
+    # An eviction is free: the next one has the same number.
+    draft.update(failures=tries if verdict.charged else tries - 1)
+    if verdict.charged and tries > limit:
         message = f"the preflight failed {tries} times; the last time: {verdict.message}"
         draft.set(reasons.VALIDATED, "False", verdict.reason, message)
         draft.fail(reasons.BACKOFF_LIMIT_EXCEEDED, message)

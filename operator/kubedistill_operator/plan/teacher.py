@@ -50,7 +50,7 @@ def run_teacher(step: Pass) -> bool:
             draft.act(DeleteBatchJob(name))
         _generating(step, f"attempt {damaged} found the stream damaged: the teacher runs again")
         return False
-    pods = seen.pods_of(ROLE_TEACHER)
+    pods = [p for p in seen.pods_of(ROLE_TEACHER) if batch_job.owns(p)]
     if batch_job.complete:
         _take_outcomes(step, pods)
         return True

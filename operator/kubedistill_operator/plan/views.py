@@ -45,6 +45,7 @@ class PodView:
     grace_seconds: int = 0
     owned: bool = True
     """Whether it has an owner that takes it along: an orphan is left to us."""
+    owner_uid: str = ""
     uid: str = ""
     gone: bool = False
 
@@ -86,6 +87,11 @@ class BatchJobView:
     completions: int | None = None
     active: int = 0
     """Pods that it says it has; more than we see means that some are out of sight."""
+    uid: str = ""
+
+    def owns(self, pod: PodView) -> bool:
+        """Whether a pod is of this Job, and not of one before it that had the same name."""
+        return not (self.uid and pod.owner_uid) or self.uid == pod.owner_uid
 
     @property
     def finished(self) -> bool:
@@ -138,6 +144,7 @@ def pod_view(raw: Mapping[str, Any], *, gone: bool = False) -> PodView:
         deleting_since=_asked_to_go(metadata),
         grace_seconds=int(raw.get("spec", {}).get("terminationGracePeriodSeconds") or 0),
         owned=bool(metadata.get("ownerReferences")),
+        owner_uid=next((o.get("uid", "") for o in metadata.get("ownerReferences") or []), ""),
         uid=metadata.get("uid", ""),
         gone=gone,
     )
@@ -174,4 +181,5 @@ def batch_job_view(raw: Mapping[str, Any]) -> BatchJobView:
         parallelism=spec.get("parallelism"),
         completions=spec.get("completions"),
         active=raw.get("status", {}).get("active") or 0,
+        uid=metadata.get("uid", ""),
     )
