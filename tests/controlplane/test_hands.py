@@ -264,6 +264,6 @@ def test_pods_that_a_quota_forbids_are_told(bench: Bench, operator: Operator, bo
     wait_for(lambda: bench.get("quota", "none")["status"].get("used"), "no quota")
     bench.apply(gang("alone", book, STEPS="20"))
     bench.wait_state("alone", "PodNotStarting")
-    assert "has made no pods for 30 s: `kubectl describe job" in bench.condition("alone")["message"]
+    assert "none of 1 pods for 30 s: `kubectl describe job" in bench.condition("alone")["message"]
     bench.kubectl("delete", "quota", "none")
     calm(bench, "alone")

@@ -84,6 +84,17 @@ def test_the_next_attempt_has_as_many_as_found_a_place(placed: int, nodes: int, 
     assert (plan.status.failures, plan.status.gpus) == (0, gpus)
 
 
+def test_pods_that_a_quota_forbids_have_no_place_either() -> None:
+    seen = short(3, batch_jobs=gang_job(created_at=NOW, active=3))
+    seen = replace(seen, pods=seen.pods[:3])
+    plan = settled(at(seen, 60))
+    assert state(plan) == ("Unknown", reasons.POD_NOT_STARTING)
+    assert "has made 3 of 4 pods" in message(plan)
+    plan = settled(at(seen, WAIT))
+    assert plan.actions == (DeleteBatchJob("small-a1"),)
+    assert plan.status.attempts[0].placed_nodes == 3
+
+
 def test_the_micro_batch_divides_the_larger_share() -> None:
     """40 sequences over 2 pods of 2 ranks are 10 a rank: 4 at once do not divide it, 2 do."""
     late = at(short(2, batch=40), WAIT)

@@ -135,7 +135,9 @@ def test_a_job_that_makes_no_pods_is_told() -> None:
     assert settled(replace(seen, now=NOW + timedelta(seconds=10))).requeue_after == 20
     plan = settled(replace(seen, now=NOW + timedelta(seconds=30)))
     assert state(plan) == ("Unknown", reasons.POD_NOT_STARTING)
-    assert "kubectl describe job small-a1" in message(plan)
+    assert "none of 1 pods for 30 s: `kubectl describe job small-a1`" in message(plan)
+    hidden = started(batch_jobs=gang_job(created_at=NOW, active=1))
+    assert state(settled(replace(hidden, now=NOW + timedelta(seconds=60))))[1] == reasons.STARTING
 
 
 def test_a_refusal_is_told_once_and_clears() -> None:

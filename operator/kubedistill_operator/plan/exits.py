@@ -115,18 +115,23 @@ def pod_trouble(pods: Sequence[PodView]) -> tuple[str, str] | None:
 
 
 def no_pods(
-    draft: Draft, batch_job: BatchJobView, pods: Sequence[PodView]
+    draft: Draft, batch_job: BatchJobView, pods: Sequence[PodView], wanted: int = 1
 ) -> tuple[str, str] | None:
-    """(reason, message) of a Job that makes no pods: only its events say why, which we do not read."""
-    if pods or batch_job.created_at is None:
+    """(reason, message) of a Job that makes fewer pods than wanted: only its events say why.
+
+    They are not read by us. What of its pods we do not see, it says itself that it has.
+    """
+    made = max(batch_job.active, sum(not p.gone for p in pods))
+    if made >= wanted or batch_job.created_at is None:
         return None
     waited = (draft.now - batch_job.created_at).total_seconds()
     if waited < _NO_PODS_SECONDS:
         draft.look_again(_NO_PODS_SECONDS - waited)
         return None
     text = (
-        f"Job {batch_job.name} has made no pods for {_NO_PODS_SECONDS:.0f} s: `kubectl describe job "
-        f"{batch_job.name}` says why (a quota, an admission webhook, Pod Security)"
+        f"Job {batch_job.name} has made {made or 'none'} of {wanted} pods for "
+        f"{_NO_PODS_SECONDS:.0f} s: `kubectl describe job {batch_job.name}` says why (a quota, an "
+        "admission webhook, Pod Security)"
     )
     return reasons.POD_NOT_STARTING, text
 

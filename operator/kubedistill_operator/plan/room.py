@@ -12,18 +12,20 @@ from kubedistill_operator.plan.times import duration_text, parse_time
 from kubedistill_operator.plan.views import PodView
 
 
-def shortage(step: Pass, attempt: Attempt, pods: list[PodView]) -> Verdict | str:
-    """Why the attempt is to end for lack of room, or what to add to the scheduler's message.
+def shortage(
+    step: Pass, attempt: Attempt, pods: list[PodView], trouble: tuple[str, str]
+) -> Verdict | str:
+    """Why the attempt is to end for lack of room, or what to add to the message of its trouble.
 
-    The wait counts from when a pod last found a place, or found none: as long as nodes are added
-    one by one, it goes on.
+    A pod that a quota forbids has no place either. The wait counts from when a pod last found a
+    place, or found none: as long as nodes are added one by one, it goes on.
     """
     draft, spec = step.draft, step.spec
     active = [p for p in pods if p.active]
-    waiting = [p for p in active if p.unschedulable]
-    if spec.workers.min_nodes is None or not waiting:
-        return ""
     nodes, placed = shape.nodes_of(spec, attempt), sum(p.placed for p in active)
+    short = any(p.unschedulable for p in active) or len(pods) < nodes
+    if spec.workers.min_nodes is None or not short:
+        return ""
     fewer = shape.fewer_nodes(spec, nodes, placed)
     if fewer is None:
         return f"; it waits: {shape.why_not_fewer(spec, nodes, placed)}"
@@ -37,7 +39,6 @@ def shortage(step: Pass, attempt: Attempt, pods: list[PodView]) -> Verdict | str
     draft.change_attempt(placed_nodes=placed)
     text = (
         f"{placed} of {nodes} pods found a place within {duration_text(wait)}: the next attempt has "
-        f"{fewer} (workers.minNodes {spec.workers.min_nodes}); pod {waiting[0].name}: "
-        f"{waiting[0].unschedulable}"
+        f"{fewer} (workers.minNodes {spec.workers.min_nodes}); {trouble[1]}"
     )
     return Verdict(reasons.UNSCHEDULABLE, text[:1000], retry=True, charged=False)
