@@ -92,6 +92,17 @@ def test_an_attempt_without_its_job_waits_for_its_pods() -> None:
     assert lost.status.attempts[0].end_time
 
 
+def test_a_job_that_outlives_its_attempt_is_ended() -> None:
+    pods = (ended("p0", 1), running("p1", index=1))
+    seen = started(batch_jobs=gang_job(), pods=pods)
+    late = after(seen, seconds=TIMING.grace + TIMING.margin + 5)
+    assert late.status.attempts[0].reason == ""
+    closed = after(late, seconds=60)
+    plan = plan_job(closed, TIMING)
+    assert [a.number for a in plan.status.attempts] == [1, 2]
+    assert DeleteBatchJob("small-a1") in plan.actions
+
+
 def test_pods_get_as_long_as_their_own_grace() -> None:
     """A save that takes five minutes must not be fenced off after one."""
     pods = (ended("p0", 1), running("p1", index=1, deleting=True, grace_seconds=600))

@@ -190,12 +190,17 @@ def _wind_down_all(draft: Draft) -> None:
 
 
 def _clean_up(draft: Draft) -> None:
-    """Keep the last two attempts' Jobs: the running one, and the last ended one for its logs."""
+    """Keep the last two attempts' Jobs: the running one, and the last ended one for its logs.
+
+    One that did not end with its attempt (its controller was down, say) would go on beside the next.
+    """
     hands.delete_orphans(draft)
     if draft.attempt is None:
         return
     for batch_job in draft.seen.batch_jobs.values():
-        old = batch_job.role == ROLE_STUDENT and batch_job.attempt < draft.attempt.number - 1
+        newest = draft.attempt.number
+        kept = newest - 1 if batch_job.finished else newest + bool(draft.attempt.end_time)
+        old = batch_job.role == ROLE_STUDENT and batch_job.attempt < kept
         if old and not batch_job.deleting_since:
             draft.act(DeleteBatchJob(batch_job.name))
     if draft.conditions[reasons.SUCCEEDED].status != "Unknown":
