@@ -84,6 +84,21 @@ def test_the_next_attempt_has_as_many_as_found_a_place(placed: int, nodes: int, 
     assert (plan.status.failures, plan.status.gpus) == (0, gpus)
 
 
+@pytest.mark.parametrize(("least", "nodes"), [(None, 0), (2, 3)])
+def test_pods_that_waited_in_vain_for_others_are_no_failure(least: int | None, nodes: int) -> None:
+    """Their launchers give up after a while: a job that only waits for room must not run out."""
+    seen = short(3, least=least)
+    gave_up = tuple(
+        ended(f"p{index}", 17, index=index, placed=True, placed_at=NOW) for index in range(3)
+    )
+    gone = replace(pod(3, False), gone=True)
+    plan = settled(replace(seen, batch_jobs=gang_job(**FAILED), pods=(*gave_up, gone)))
+    first, second = plan.status.attempts
+    assert (first.reason, first.charged, first.placed_nodes) == ("Unschedulable", False, 3)
+    assert "pod p3 found no place while the others waited: 0/3 nodes" in first.message
+    assert (plan.status.failures, second.nodes) == (0, nodes)
+
+
 def test_pods_that_a_quota_forbids_have_no_place_either() -> None:
     seen = short(3, batch_jobs=gang_job(created_at=NOW, active=3))
     seen = replace(seen, pods=seen.pods[:3])

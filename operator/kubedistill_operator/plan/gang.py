@@ -25,7 +25,7 @@ from kubedistill_operator.plan.ending import (
 )
 from kubedistill_operator.plan.exits import Verdict, judge, no_pods, pod_trouble
 from kubedistill_operator.plan.reporting import apply_report
-from kubedistill_operator.plan.room import shortage
+from kubedistill_operator.plan.room import in_vain, shortage
 from kubedistill_operator.plan.stall import PHASES_AFTER_TRAINING, stall
 from kubedistill_operator.plan.times import format_time, seconds_since
 from kubedistill_operator.plan.views import BatchJobView, PodView
@@ -148,8 +148,9 @@ def _finish(step: Pass, verdict: Verdict) -> None:
     draft, attempt = step.draft, step.draft.attempt
     if attempt is None:
         return
-    take_last_report(draft, attempt, observed(draft, attempt)[1])
-    verdict = shrunk(step, attempt, verdict)
+    pods = observed(draft, attempt)[1]
+    take_last_report(draft, attempt, pods)
+    verdict = in_vain(step, pods, shrunk(step, attempt, verdict))
     draft.change_attempt(
         end_time=format_time(draft.now),
         reason=verdict.reason,

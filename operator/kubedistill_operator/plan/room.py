@@ -11,6 +11,19 @@ from kubedistill_operator.plan.exits import Verdict
 from kubedistill_operator.plan.times import duration_text, parse_time
 from kubedistill_operator.plan.views import PodView
 
+_OF_WAITING = frozenset({reasons.PEER_LOST, reasons.STALLED, reasons.ERROR})
+"""Ends of a pod that waited in vain for those that have no place."""
+
+
+def in_vain(step: Pass, pods: list[PodView], verdict: Verdict) -> Verdict:
+    """Of pods that gave up waiting for others that found no place: nobody failed."""
+    unplaced = [p for p in pods if p.unschedulable and not p.placed]
+    if not unplaced or verdict.reason not in _OF_WAITING:
+        return verdict
+    step.draft.change_attempt(placed_nodes=sum(p.placed for p in pods))
+    text = f"pod {unplaced[0].name} found no place while the others waited: {unplaced[0].unschedulable}"
+    return Verdict(reasons.UNSCHEDULABLE, text[:1000], retry=True, charged=False)
+
 
 def shortage(
     step: Pass, attempt: Attempt, pods: list[PodView], trouble: tuple[str, str]
