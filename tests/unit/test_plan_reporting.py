@@ -84,6 +84,10 @@ def test_stragglers_and_skipped_steps_are_told_when_they_come_and_change() -> No
     assert plan.status.progress is not None
     assert plan.status.progress.straggler == "rank 3: 1.4 times the median"
     assert "Straggler" in told(plan)
+    same = settled(after(seen, rank0=report(straggler="rank 3: 1.6 times the median")))
+    assert "Straggler" not in told(same)
+    other = settled(after(seen, rank0=report(straggler="rank 1: 1.6 times the median")))
+    assert "Straggler" in told(other)
     gone = after(seen, rank0=report(skipped_steps=[7, 9]))
     plan = settled(gone)
     assert plan.status.progress is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from kubedistill_api import reasons
 from kubedistill_api.runspec import ProgressReport
 from kubedistill_api.status import Attempt, CheckpointStatus, Progress, TeacherStreamStatus
@@ -108,9 +110,15 @@ def _take_save_time(draft: Draft, seconds: float | None) -> None:
         draft.update(save_seconds=longest)
 
 
+def _who(straggler: str) -> str:
+    """The rank that a sentence names: by how much it is behind changes with every step."""
+    named = re.search(r"\brank \d+", straggler)
+    return named.group() if named else straggler
+
+
 def _tell_of_ranks(draft: Draft, old: Progress, fresh: Progress) -> None:
-    """Events of what people should look at, when it comes and when it changes."""
-    if fresh.straggler and fresh.straggler != old.straggler:
+    """Events of what people should look at, when it comes and when it is another one."""
+    if fresh.straggler and _who(fresh.straggler) != _who(old.straggler):
         draft.tell("Straggler", fresh.straggler, warning=True)
     added = [str(step) for step in fresh.skipped_steps if step not in old.skipped_steps]
     if added:
