@@ -54,6 +54,7 @@ def test_an_edited_gang_is_made_anew_for_free(edit: dict[str, Any], words: str) 
     plan = settled(seen)
     assert plan.actions == (DeleteBatchJob("small-a1"),)
     assert words in plan.status.attempts[0].message
+    assert state(plan, reasons.RUNNING) == ("False", reasons.INTERRUPTED)
     gone = after(seen, batch_jobs={}, pods=(), deleted_batch_jobs=frozenset({"small-a1"}))
     plan = settled(gone)
     assert plan.actions == (CreateGang(2, 2),)

@@ -75,7 +75,8 @@ def wind_down(draft: Draft) -> None:
     if batch_job is not None and not batch_job.deleting_since and not batch_job.finished:
         draft.act(DeleteBatchJob(batch_job.name))
         if attempt.reason in (reasons.INTERRUPTED, reasons.GRACEFUL_CHECKPOINT):
-            draft.set(reasons.RUNNING, "False", reasons.IS_SUSPENDED, "the pods commit and end")
+            why = reasons.IS_SUSPENDED if draft.seen.spec.get("suspend") else attempt.reason
+            draft.set(reasons.RUNNING, "False", why, "the pods commit and end")
         else:
             draft.set(reasons.RUNNING, "False", attempt.reason, "the pods end")
         return
