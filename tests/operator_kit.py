@@ -50,8 +50,11 @@ if role == "teacher":
         end(13, reason="UnreadableInput", message="the teacher has no config.json")
     stream = {"uri": "s3://runs/streams/1", "payload": "Hidden", "tokens": 10, "bytes": 100}
     report.update(phase="Generating", teacherStream=stream)
-    time.sleep(1.5)
+    time.sleep(float(os.environ.get("TEACHER_SECONDS", "1.5")))
     end(0, progress={"teacherStream": dict(stream, tokens=50, complete=True)})
+micro = run.get("microBatchSize") or run["spec"]["training"]["microBatchSize"]
+if behaviour == "big-batch" and micro > int(os.environ["FITS"]):
+    end(14, reason="OutOfMemory", message=f"CUDA out of memory with {micro} sequences")
 stopping = threading.Event()
 signal.signal(signal.SIGTERM, lambda *a: stopping.set())
 state = {"step": 0}
@@ -73,6 +76,11 @@ for step in range(start + 1, steps + 1):
         end(14, reason="OutOfMemory", message="CUDA out of memory")
     if behaviour == "fail-always" and step == start + 2:
         end(1, reason="Error", message="boom")
+    if behaviour == "troubled":
+        report.update(saveProblem="no space" if step < 25 else "", saveSeconds=90.0,
+                      graceProblem="two saves take 180 s" if step < 40 else "",
+                      straggler="rank 1 takes 1.5 times the median" if step > 5 else "",
+                      skippedSteps=[7] if step > 8 else [])
     if stopping.wait(interval):
         if index == 0:
             open(book, "w").write(str(step))
@@ -124,6 +132,32 @@ def job(name: str, pods: dict[str, Any] | None = None, **spec: Any) -> dict[str,
         "kind": "DistillationJob",
         "metadata": {"name": name},
         "spec": {k: v for k, v in whole.items() if v is not None},
+    }
+
+
+ONLINE = {"model": {"uri": "s3://models/big"}, "delivery": "Online"}
+"""A teacher without pods of its own: the gang comes right after the preflight."""
+
+
+def distilling(name: str, pods: dict[str, Any], **spec: Any) -> dict[str, Any]:
+    """A job of the stand-in's that commits every five steps."""
+    return job(name, pods, **{"checkpoint": {"interval": 5}, **spec})
+
+
+def chain(name: str, pods: dict[str, Any], *stages: dict[str, Any]) -> dict[str, Any]:
+    """A chain of the stand-in's, whose teachers are within the gangs."""
+    shared = job("x", pods)["spec"]
+    shared.pop("teacher")
+    shared["workers"] = {"nodes": 1, "gpusPerNode": 0, "template": pods}
+    return {
+        "apiVersion": "kubedistill.dev/v1alpha1",
+        "kind": "DistillationChain",
+        "metadata": {"name": name},
+        "spec": {
+            "initialTeacher": {"model": {"uri": "s3://models/big"}},
+            "template": {**shared, "teacher": {"delivery": "Online"}},
+            "stages": list(stages),
+        },
     }
 
 

@@ -137,7 +137,8 @@ class Workers(ApiModel):
         ge=1,
         le=1024,
         description="Pods with which the gang goes on where there is no room for more; without it, "
-        "it waits for all `nodes`. The batch stays `globalBatchSize`.",
+        "it waits for all `nodes`. The batch stays `globalBatchSize`, which has to be a multiple of "
+        "their ranks.",
     )
     gpus_per_node: int = Field(
         1, ge=0, le=16, description="GPUs (and ranks) of a pod; 0 runs one rank on the CPU."
@@ -307,10 +308,17 @@ class DistillationJobSpec(ApiModel):
         False, description="True: commit, end the pods, keep the state. False: go on."
     )
     backoff_limit: int = Field(
-        6, ge=0, le=1000, description="Failed attempts before the job fails; disruptions are free."
+        6,
+        ge=0,
+        le=1000,
+        description="Retries without progress before the job fails; disruptions are free.",
     )
     active_deadline_seconds: int | None = Field(
-        None, ge=1, le=2_147_483_647, description="Seconds from start after which the job fails."
+        None,
+        ge=1,
+        le=2_147_483_647,
+        description="Seconds from its start, or from when it last went on after a suspension, after "
+        "which the job fails.",
     )
     stall_timeout_seconds: int = Field(
         900,
@@ -322,7 +330,8 @@ class DistillationJobSpec(ApiModel):
         None,
         ge=0,
         le=2_147_483_647,
-        description="Seconds after its end after which the object is deleted; its model stays.",
+        description="Seconds after its end after which the object is deleted; its model stays. Of "
+        "no effect in a chain, with which its jobs go.",
     )
 
 

@@ -46,6 +46,8 @@ COST_LIMIT_REACHED = "CostLimitReached"
 STARTING = "Starting"
 UNSCHEDULABLE = "Unschedulable"
 POD_NOT_STARTING = "PodNotStarting"
+CREATION_REFUSED = "CreationRefused"
+NAME_TAKEN = "NameTaken"
 TRAINING = "Training"
 EVALUATING = "Evaluating"
 RESTARTING = "Restarting"
@@ -116,9 +118,17 @@ WHAT_TO_DO: dict[str, str] = {
     STARTING: "Nothing: the pods start.",
     UNSCHEDULABLE: (
         "Ask for less in spec.workers, free capacity, or add nodes; the scheduler's message "
-        "says what is short."
+        "says what is short. With workers.minNodes the gang goes on with fewer pods by itself."
     ),
     POD_NOT_STARTING: "Read the message: an image, a Secret or a volume is missing.",
+    CREATION_REFUSED: (
+        "Mend what the message names: a quota, an admission webhook, or the operator's role. It is "
+        "tried again by itself."
+    ),
+    NAME_TAKEN: (
+        "Delete or rename the object that the message names, which is not of this job; the job goes "
+        "on by itself."
+    ),
     TRAINING: "Nothing.",
     EVALUATING: "Nothing.",
     RESTARTING: (

@@ -23,6 +23,7 @@ from kubedistill_api.status import (
     TeacherStreamStatus,
     WeakestSlice,
 )
+from kubedistill_api.status import ResolvedModel as ResolvedModel
 from kubedistill_api.sweep import SweepTable
 
 TERMINATION_MESSAGE_PATH = "/dev/termination-log"
@@ -36,14 +37,6 @@ class Rendezvous(ApiModel):
     port: int
     nodes: int = 1
     ranks_per_node: int = 1
-
-
-class ResolvedModel(ApiModel):
-    """A model whose place is known: of the spec, or of a finished job (then with its digest)."""
-
-    uri: str
-    digest: str = ""
-    job: str = ""
 
 
 class RunSpec(ApiModel):

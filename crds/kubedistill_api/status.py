@@ -100,6 +100,9 @@ class Attempt(ApiModel):
         0, description="How often its ranks were started again in their pods; not charged."
     )
     nodes: int = Field(0, description="Pods of the gang; 0 for all of spec.workers.nodes.")
+    placed_nodes: int = Field(
+        0, description="Pods that found a place, where it ended because others found none."
+    )
     micro_batch_size: int = Field(
         0, description="Sequences that a rank takes at once; 0 for spec.training.microBatchSize."
     )
@@ -145,10 +148,24 @@ class TeacherStreamStatus(ApiModel):
     learnt: str = Field("", max_length=512, description="How many answers the filters kept.")
 
 
+class ResolvedModel(ApiModel):
+    """A model whose place is known: of the spec, or of a finished job (then with its digest)."""
+
+    uri: str = Field(max_length=2048, description="Folder in Hugging Face layout.")
+    digest: str = Field("", max_length=128, description="SHA-256 over its files, of a job's model.")
+    job: str = Field("", max_length=253, description="The job that made it.")
+
+
 class Resolved(ApiModel):
     """What the preflight found out about the inputs."""
 
     inputs_digest: str = Field("", max_length=128, description="Digest of the inputs checked.")
+    teacher_model: ResolvedModel | None = Field(
+        None, description="The teacher, as it was when the inputs were accepted."
+    )
+    student_model: ResolvedModel | None = Field(
+        None, description="The model that the student begins as, likewise."
+    )
     student_parameters: int = Field(0, description="Parameters of the student.")
     total_steps: int = Field(0, description="Optimizer steps in all.")
     training_tokens: int = Field(0, description="Tokens of one epoch.")
@@ -172,6 +189,17 @@ class DistillationJobStatus(ApiModel):
     gpus: int = Field(0, description="GPUs of the gang, for the table.")
     restarts: int = Field(0, description="Attempts after the first.")
     failures: int = Field(0, description="Charged attempts since the last progress.")
+    furthest_commit: int = Field(
+        0, description="Highest step that was ever committed: beyond it is progress."
+    )
+    micro_batch_limit: int = Field(
+        0,
+        description="Sequences that a rank takes at once at most, since an attempt ran out of "
+        "memory; 0 while none has.",
+    )
+    save_seconds: float | None = Field(
+        None, description="Longest save of a checkpoint seen; the pods' grace follows from it."
+    )
     resolved: Resolved | None = Field(None, description="What the preflight found out.")
     progress: Progress | None = Field(None, description="How far training is.")
     checkpoint: CheckpointStatus | None = Field(None, description="The newest commit.")

@@ -1,7 +1,8 @@
 """What the watches and our own writes have shown, by object, the newest version of each.
 
 Watches may run behind our own writes: a version is never replaced by an older one, and what was
-deleted does not come back with an older version. Versions of one kind are ordered numbers (so the
+deleted does not come back with an older version. (What lost its labels looks deleted, and comes back
+with a newer one.) Versions of one kind are ordered numbers (so the
 API server has them since 1.35). Deleted pods and Jobs are remembered for a while, because a pod's
 last words may arrive with its deletion.
 """
@@ -58,6 +59,7 @@ class Kind:
         elif self._known_gone(raw):
             return False
         self._drop(name)
+        self._gone.get(self.group_of(raw), {}).pop(raw["metadata"]["uid"], None)
         self._objects[name] = raw
         self._groups[self.group_of(raw)][name[1]] = raw
         return True
@@ -74,7 +76,9 @@ class Kind:
         return True
 
     def _known_gone(self, raw: Raw) -> bool:
-        return raw["metadata"]["uid"] in self._gone.get(self.group_of(raw), {})
+        """Whether it was deleted. A newer version of it had only lost the labels we look by."""
+        known = self._gone.get(self.group_of(raw), {}).get(raw["metadata"]["uid"])
+        return known is not None and version_of(known[1]) >= version_of(raw)
 
     def _drop(self, name: Name) -> None:
         old = self._objects.pop(name, None)

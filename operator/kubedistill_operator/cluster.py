@@ -158,10 +158,24 @@ class Cluster:
         return await self._write("PATCH", path, query, yaml_safe_json(body), _APPLY)
 
     async def delete(
-        self, resource: Resource, namespace: str, name: str, propagation: str = "Background"
+        self,
+        resource: Resource,
+        namespace: str,
+        name: str,
+        propagation: str = "Background",
+        **preconditions: str,
     ) -> dict[str, Any] | None:
-        """Delete an object. What is left of it, or None when it was not there."""
-        body = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation}
+        """Delete an object. What is left of it, or None when it was not there.
+
+        `preconditions` are of its `uid` and `resourceVersion`: Conflict where one does not hold.
+        """
+        body: dict[str, Any] = {
+            "kind": "DeleteOptions",
+            "apiVersion": "v1",
+            "propagationPolicy": propagation,
+        }
+        if preconditions:
+            body["preconditions"] = preconditions
         path = resource.path(namespace, name)
         try:
             return await self._write("DELETE", path, {}, body, "application/json")

@@ -102,7 +102,8 @@ async def _lead(
         settings.trainer_image, settings.trainer_image_pull_policy, settings.trainer_env
     )
     watcher = Watcher(cache, queue)
-    effects = Effects(cluster, cache, trainer, watcher.job)
+    grace = settings.termination_grace_seconds
+    effects = Effects(cluster, cache, trainer, watcher.job, grace)
     reconciler = Reconciler(cluster, cache, effects, poller, metrics, timing_of(settings))
     resync = Resync(cluster, cache, watcher, queue, settings)
     await resync.once()
@@ -136,6 +137,7 @@ def timing_of(settings: Settings) -> Timing:
         backoff_cap=settings.backoff_cap_seconds,
         grace=settings.termination_grace_seconds,
         margin=settings.termination_margin_seconds,
+        elastic_wait=settings.elastic_wait_seconds,
     )
 
 

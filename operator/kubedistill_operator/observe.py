@@ -10,6 +10,7 @@ from kubedistill_api.chain import DistillationChainStatus
 from kubedistill_api.status import DistillationJobStatus
 
 from kubedistill_operator.cache import Cache, Raw
+from kubedistill_operator.plan.actions import Refusal
 from kubedistill_operator.plan.chain import ObservedChain
 from kubedistill_operator.plan.draft import Contact, Observed, OtherJob
 from kubedistill_operator.plan.layout import job_names
@@ -53,7 +54,13 @@ def _is_of(child: Raw, uid: str) -> bool:
     return (child["metadata"].get("labels") or {}).get(names.LABEL_JOB_UID) == uid
 
 
-def observe_job(cache: Cache, raw: Raw, rank0: Contact | None, teacher: Contact | None) -> Observed:
+def observe_job(
+    cache: Cache,
+    raw: Raw,
+    rank0: Contact | None,
+    teacher: Contact | None,
+    refusal: Refusal | None = None,
+) -> Observed:
     """Everything the plan of a job may use."""
     metadata = raw["metadata"]
     group = metadata["namespace"], metadata["name"]
@@ -77,7 +84,26 @@ def observe_job(cache: Cache, raw: Raw, rank0: Contact | None, teacher: Contact 
         other_jobs=_upstream(cache, metadata["namespace"], metadata["name"]),
         rank0=rank0,
         teacher=teacher,
+        of_chain=any(o["kind"] == CHAIN_KIND for o in metadata.get("ownerReferences") or []),
+        waited_for_by=_waiting_for(cache, metadata["namespace"], metadata["name"]),
+        refusal=refusal,
     )
+
+
+def _waiting_for(cache: Cache, namespace: str, name: str) -> tuple[str, ...]:
+    """Jobs that have still to take this one's model: those that have begun have it in their status."""
+    found = []
+    for dependent in cache.dependents(namespace, name):
+        raw = cache.jobs.get(namespace, dependent)
+        if raw is None:
+            continue
+        status = job_status(raw)
+        ended = any(
+            c.type == reasons.SUCCEEDED and c.status != "Unknown" for c in status.conditions
+        )
+        if status.start_time is None and not ended:
+            found.append(dependent)
+    return tuple(found)
 
 
 def _upstream(cache: Cache, namespace: str, name: str) -> dict[str, OtherJob]:
@@ -112,7 +138,7 @@ def _other(raw: Raw, depends_on: tuple[str, ...]) -> OtherJob:
     )
 
 
-def observe_chain(cache: Cache, raw: Raw) -> ObservedChain:
+def observe_chain(cache: Cache, raw: Raw, refusal: Refusal | None = None) -> ObservedChain:
     """Everything the plan of a chain may use."""
     metadata = raw["metadata"]
     namespace, name = metadata["namespace"], metadata["name"]
@@ -128,6 +154,7 @@ def observe_chain(cache: Cache, raw: Raw) -> ObservedChain:
         status=DistillationChainStatus.model_validate(raw.get("status") or {}),
         now=datetime.now(UTC),
         jobs={n: job for n, job in jobs.items() if job.ours or n in wanted or job.leaving},
+        refusal=refusal,
     )
 
 

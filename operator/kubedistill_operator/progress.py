@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,13 +10,25 @@ from datetime import UTC, datetime
 import aiohttp
 from kubedistill_api.names import EXPORTER_PORT
 from kubedistill_api.runspec import ProgressReport
-from pydantic import ValidationError
 
 from kubedistill_operator.plan.draft import Contact
+from kubedistill_operator.plan.finite import finite
 
 _MAX_BYTES = 1_000_000
+
 Target = tuple[str, str, str]
 """Namespace and name of the job, and the role that is asked."""
+
+
+def contact_of(report: ProgressReport, last: Contact | None, now: datetime) -> Contact:
+    """An answer that came now, after another one of the same pod."""
+    if last is None or _step(last.report) != _step(report):
+        return Contact(report, now, now)
+    return Contact(report, now, last.stepped_at)
+
+
+def _step(report: ProgressReport) -> tuple[int, int, float | None]:
+    return report.attempt, report.step, report.last_step_time
 
 
 @dataclass
@@ -44,7 +57,7 @@ class Poller:
             known.asked_at = time.monotonic()
             report = await self._fetch(address)
             if report is not None:
-                known.contact = Contact(report, datetime.now(UTC))
+                known.contact = contact_of(report, known.contact, datetime.now(UTC))
         return known.contact
 
     def last(self, target: Target) -> Contact | None:
@@ -64,8 +77,9 @@ class Poller:
             async with self._session.get(f"http://{host}:{EXPORTER_PORT}/progress") as response:
                 if response.status != 200:
                     return None
-                return ProgressReport.model_validate_json(await response.content.read(_MAX_BYTES))
-        except (aiohttp.ClientError, TimeoutError, OSError, ValidationError):
+                document = json.loads(await response.content.read(_MAX_BYTES))
+                return ProgressReport.model_validate(finite(document))
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
             return None
 
     async def close(self) -> None:

@@ -12,8 +12,8 @@ RULES: list[dict[str, Any]] = [
     {
         "apiGroups": [GROUP],
         "resources": [JOB_PLURAL],
-        # Create and patch: jobs of a chain's stages, and their suspension.
-        "verbs": [*WATCH, "create", "patch"],
+        # Create and patch: jobs of a chain's stages, and their suspension. Delete: ttlSecondsAfterFinished.
+        "verbs": [*WATCH, "create", "patch", "delete"],
     },
     {"apiGroups": [GROUP], "resources": [CHAIN_PLURAL], "verbs": WATCH},
     {
@@ -32,8 +32,10 @@ RULES: list[dict[str, Any]] = [
         "resources": ["jobs"],
         "verbs": [*WATCH, "create", "patch", "delete"],
     },
-    {"apiGroups": [""], "resources": ["pods"], "verbs": WATCH},
-    {"apiGroups": [""], "resources": ["services"], "verbs": ["get", "create"]},
+    # Patch: labels that somebody took off. Delete: pods that a Job left behind as orphans.
+    {"apiGroups": [""], "resources": ["pods"], "verbs": [*WATCH, "patch", "delete"]},
+    # Patch: a selector that somebody changed.
+    {"apiGroups": [""], "resources": ["services"], "verbs": ["get", "create", "patch"]},
     {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get", "create", "delete"]},
     {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]},
 ]

@@ -10,7 +10,7 @@ import logging
 import time
 from datetime import UTC, datetime
 
-from kubedistill_api import names
+from kubedistill_api import names, reasons
 
 from kubedistill_operator.cache import Cache, Kind, Raw
 from kubedistill_operator.cluster import (
@@ -22,21 +22,29 @@ from kubedistill_operator.cluster import (
     NotFound,
     Resource,
 )
-from kubedistill_operator.effects import Effects, NameTaken
+from kubedistill_operator.effects import Effects, InputsLost, NameTaken
 from kubedistill_operator.metrics import Metrics
 from kubedistill_operator.observe import observe_chain, observe_job, owner_of, pods
-from kubedistill_operator.plan.actions import ChainPlan, Event, Plan
+from kubedistill_operator.plan.actions import (
+    Action,
+    ChainPlan,
+    Event,
+    Plan,
+    Refusal,
+    RestoreInputs,
+)
 from kubedistill_operator.plan.chain import plan_chain
 from kubedistill_operator.plan.draft import Contact, Timing
 from kubedistill_operator.plan.job import plan_job
 from kubedistill_operator.plan.views import PodView
 from kubedistill_operator.progress import Poller
-from kubedistill_operator.queue import Key
+from kubedistill_operator.queue import Failures, Key
+from kubedistill_operator.sight import Sight
 
 _log = logging.getLogger(__name__)
 JOB, CHAIN = "job", "chain"
-_TAKEN_SECONDS = 2.0
-_GRACE_BEYOND_SAVES = 30
+_SOON_SECONDS = 0.1
+_REFUSED_SECONDS, _REFUSED_CAP_SECONDS = 1.0, 60.0
 
 
 class Reconciler:
@@ -57,6 +65,9 @@ class Reconciler:
         self._poller = poller
         self._metrics = metrics
         self._timing = timing
+        self._sight = Sight(cluster, cache)
+        self._refusals: dict[Key, Refusal] = {}
+        self._waits = Failures(_REFUSED_SECONDS, _REFUSED_CAP_SECONDS)
 
     async def reconcile(self, key: Key) -> float | None:
         """One pass over an object; seconds until the next one is due, or None for on its event."""
@@ -68,10 +79,7 @@ class Reconciler:
         except Conflict:
             # Somebody wrote first: plan anew from what is there now.
             await self._refresh(key)
-            result, again = "conflict", 0.1
-        except NameTaken as error:
-            _log.warning("waiting for a name", extra={"key": "/".join(key), "error": str(error)})
-            result, again = "name_taken", _TAKEN_SECONDS
+            result, again = "conflict", _SOON_SECONDS
         finally:
             self._metrics.reconciles.labels(result).inc()
             self._metrics.duration.observe(time.monotonic() - started)
@@ -103,27 +111,45 @@ class Reconciler:
             return None
         if raw["metadata"].get("deletionTimestamp"):
             return None
+        await self._sight.restore(raw)
         current = pods(self._cache, raw)
         rank0 = await self._ask(raw, current, names.ROLE_STUDENT)
         teacher = await self._ask(raw, current, names.ROLE_TEACHER)
-        seen = observe_job(self._cache, raw, rank0, teacher)
+        seen = observe_job(self._cache, raw, rank0, teacher, self._refusals.get(key))
         plan = plan_job(seen, self._timing)
         if plan.status != seen.status:
             wire = plan.status.to_wire()
             raw = await self._cluster.apply_status(DISTILLATION_JOBS, raw, wire)
             self._cache.put_job(raw)
-        await self._carry_out(raw, plan, self._grace(rank0, current))
+        refused = await self._carry_out(key, raw, plan)
         owner = owner_of(raw)
         self._metrics.job(key.namespace, key.name, plan.status, seen.pods, owner.chain, owner.stage)
-        return plan.requeue_after
+        return _earliest(plan.requeue_after, refused)
 
-    async def _carry_out(self, raw: Raw, plan: Plan | ChainPlan, grace_seconds: int = 0) -> None:
+    async def _carry_out(self, key: Key, raw: Raw, plan: Plan | ChainPlan) -> float | None:
+        """Tell and act. Seconds until a refused action is due again, None where none was refused.
+
+        A refusal that is new is written into the status at once, by the next plan.
+        """
         await self._tell(raw, plan.events)
+        refusal: Refusal | None = None
         for action in plan.actions:
-            _log.info(
-                "acting", extra={"key": raw["metadata"]["name"], "action": repr(action)[:300]}
-            )
-            await self._effects.perform(raw, action, grace_seconds=grace_seconds)
+            level = logging.DEBUG if isinstance(action, RestoreInputs) else logging.INFO
+            _log.log(level, "acting", extra={"key": key.name, "action": repr(action)[:300]})
+            try:
+                await self._effects.perform(raw, action)
+            except (NameTaken, InputsLost, ApiError) as error:
+                refused = refusal_of(action, error)
+                if refused is None:
+                    raise
+                _log.warning("refused", extra={"key": "/".join(key), "error": str(error)})
+                refusal = refusal or refused
+        before = self._refusals.pop(key, None)
+        if refusal is None:
+            self._waits.counts.pop(key, None)
+            return _SOON_SECONDS if before else None
+        self._refusals[key] = refusal
+        return self._waits.next_wait(key) if refusal == before else _SOON_SECONDS
 
     async def _tell(self, raw: Raw, events: tuple[Event, ...]) -> None:
         for event in events:
@@ -157,16 +183,6 @@ class Reconciler:
         first = min(running, key=lambda p: p.index)
         return await self._poller.ask(target, first.ip)
 
-    def _grace(self, rank0: Contact | None, current: list[PodView]) -> int:
-        """Grace of the next attempt's pods: two saves fit, as far as saves are known."""
-        saves = [rank0.report.save_seconds] if rank0 else []
-        for pod in current:
-            outcome = pod.outcome() if pod.role == names.ROLE_STUDENT else None
-            if outcome is not None and outcome.progress is not None:
-                saves.append(outcome.progress.save_seconds)
-        longest = max((s for s in saves if s is not None), default=0.0)
-        return max(self._timing.grace, int(2 * longest) + _GRACE_BEYOND_SAVES)
-
     async def _chain(self, key: Key) -> float | None:
         raw = self._cache.chains.get(key.namespace, key.name)
         if raw is None:
@@ -174,19 +190,40 @@ class Reconciler:
             return None
         if raw["metadata"].get("deletionTimestamp"):
             return None
-        seen = observe_chain(self._cache, raw)
+        seen = observe_chain(self._cache, raw, self._refusals.get(key))
         plan = plan_chain(seen)
         if plan.status != seen.status:
             wire = plan.status.to_wire()
             raw = await self._cluster.apply_status(DISTILLATION_CHAINS, raw, wire)
             self._cache.chains.put(raw)
-        await self._carry_out(raw, plan)
+        refused = await self._carry_out(key, raw, plan)
         self._metrics.chain(key.namespace, key.name, dict(plan.stage_states))
-        return plan.requeue_after
+        return _earliest(plan.requeue_after, refused)
 
     def _forget(self, key: Key) -> None:
+        self._refusals.pop(key, None)
+        self._waits.counts.pop(key, None)
         self._metrics.forget(key.kind, key.namespace, key.name)
         if key.kind == JOB:
             self._poller.forget(key.namespace, key.name)
+            self._sight.forget(key.namespace, key.name)
             self._cache.pods.forget(key.namespace, key.name)
             self._cache.batch_jobs.forget(key.namespace, key.name)
+
+
+_PASSING = frozenset({404, 408, 409, 429})
+"""Answers that say nothing of the request itself: it is made again."""
+
+
+def refusal_of(action: Action, error: Exception) -> Refusal | None:
+    """What to tell people of an action that failed; None where it is the API server's own trouble."""
+    if isinstance(error, ApiError):
+        if not 400 <= error.status < 500 or error.status in _PASSING:
+            return None
+        return Refusal(action, reasons.CREATION_REFUSED, f"the API server refuses: {error.message}")
+    reason = reasons.NAME_TAKEN if isinstance(error, NameTaken) else reasons.CREATION_REFUSED
+    return Refusal(action, reason, str(error))
+
+
+def _earliest(*times: float | None) -> float | None:
+    return min((t for t in times if t is not None), default=None)

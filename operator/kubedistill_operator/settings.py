@@ -85,6 +85,12 @@ class Settings(BaseSettings):
         ge=0,
         description="Beyond their grace, pods are waited for this long; then fencing holds.",
     )
+    elastic_wait_seconds: float = Field(
+        120.0,
+        gt=0,
+        description="A gang with workers.minNodes waits this long for room before it goes on with "
+        "fewer nodes.",
+    )
     bind_address: str = Field("0.0.0.0", description="Address of the probes and metrics.")  # noqa: S104
     health_port: int = Field(
         8080, ge=0, le=65535, description="Port of /healthz, /readyz and /metrics."

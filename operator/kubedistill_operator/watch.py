@@ -74,11 +74,14 @@ class Watcher:
 
     def child(self, kind: Kind, raw: Raw, *, deleted: bool = False) -> None:
         """A Job or Pod: look at the DistillationJob that it belongs to, of a report at the chain."""
+        before = kind.get(*name_of(raw))
         if kind.remove(raw) if deleted else kind.put(raw):
             labels = raw["metadata"].get("labels") or {}
             job, chain = labels.get(LABEL_JOB), labels.get(LABEL_CHAIN)
-            if job:
-                self._queue.add(Key(JOB, name_of(raw)[0], job))
+            # Its label may just have been taken off, or changed.
+            last = ((before or raw)["metadata"].get("labels") or {}).get(LABEL_JOB)
+            for name in dict.fromkeys(filter(None, (job, last))):
+                self._queue.add(Key(JOB, name_of(raw)[0], name))
             if chain and labels.get(LABEL_ROLE) == ROLE_REPORT:
                 self._queue.add(Key(CHAIN, name_of(raw)[0], chain))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from devcluster.fixtures import cluster, devcluster, namespace  # noqa: F401
-from operator_kit import Bench, install_role
+from operator_kit import Bench, Operator, install_role
 
 
 @pytest.fixture(scope="package")
@@ -19,3 +20,23 @@ def account(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:  # 
 @pytest.fixture
 def bench(cluster: Any, namespace: str, account: Path) -> Bench:  # noqa: F811
     return Bench(cluster, namespace)
+
+
+@pytest.fixture(scope="module")
+def operator(account: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    """One operator for a file's tests."""
+    running = Operator(
+        account, tmp_path_factory.mktemp("operator") / "log", elastic_wait_seconds="4"
+    )
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder on the node that stands for S3: it outlives pods."""
+    folder = tmp_path_factory.mktemp("book")
+    folder.chmod(0o777)
+    for parent in (folder.parent, folder.parent.parent):
+        parent.chmod(0o755)
+    return folder

@@ -63,6 +63,17 @@ async def test_a_report_wakes_its_chain() -> None:
     ]
 
 
+@pytest.mark.parametrize("changed", [{}, {names.LABEL_JOB: "other"}])
+async def test_a_job_whose_label_is_taken_off_wakes_its_owner(changed: dict[str, str]) -> None:
+    queue, cache = WorkQueue(), Cache()
+    before = report_of("c-m-t2", "u")
+    cache.batch_jobs.put(before)
+    metadata = before["metadata"] | {"labels": changed, "resourceVersion": "2"}
+    Watcher(cache, queue).batch_job(before | {"metadata": metadata})
+    woken = [await queue.get() for _ in range(len(queue))]
+    assert Key("job", "ml", "c-m-t2") in woken
+
+
 def test_a_chain_sees_its_jobs_and_those_that_have_their_names() -> None:
     cache = Cache()
     ours = {names.LABEL_CHAIN: "c"}

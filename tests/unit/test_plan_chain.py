@@ -15,7 +15,12 @@ from kubedistill_api.status import (
     ModelStatus,
     Progress,
 )
-from kubedistill_operator.plan.actions import ChainPlan, CreateStageJob, SuspendStageJob
+from kubedistill_operator.plan.actions import (
+    ChainPlan,
+    CreateStageJob,
+    Refusal,
+    SuspendStageJob,
+)
 from kubedistill_operator.plan.chain import ObservedChain, StageJob, plan_chain
 from kubedistill_operator.plan.compose import compose, merge_patch
 from kubedistill_operator.plan.inputs import parse_spec
@@ -55,6 +60,13 @@ def test_the_teacher_is_passed_down() -> None:
     stages = ({"name": "m"}, {"name": "s"})
     assert composed(0, *stages)["teacher"] == INITIAL
     assert composed(1, *stages)["teacher"] == {"fromJob": {"name": "c-m"}}
+
+
+def test_a_stages_job_does_not_expire_before_its_chain() -> None:
+    ttl = {"ttlSecondsAfterFinished": 0}
+    template = {k: v for k, v in spec().items() if k != "teacher"} | ttl
+    assert "ttlSecondsAfterFinished" not in composed(0, {"name": "m"}, template=template)
+    assert "ttlSecondsAfterFinished" not in composed(0, {"name": "m", **ttl})
 
 
 def test_delivery_of_the_template_stays_with_the_teacher_passed_down() -> None:
@@ -127,6 +139,20 @@ def test_the_first_stage_starts_alone() -> None:
     assert [type(a) for a in plan.actions] == [CreateStageJob]
     assert plan.status.current_stage == "m 1/2"
     assert [s.state for s in plan.status.stages] == ["Pending", "Pending"]
+
+
+def test_a_stages_job_that_is_refused_is_told() -> None:
+    [action] = plan_chain(seen()).actions
+    refusal = Refusal(action, reasons.CREATION_REFUSED, "exceeded quota: jobs")
+    refused = replace(seen(), refusal=refusal)
+    plan = settled(refused)
+    assert (succeeded(plan).reason, succeeded(plan).message) == (
+        reasons.CREATION_REFUSED,
+        "exceeded quota: jobs",
+    )
+    assert reasons.CREATION_REFUSED in {event.reason for event in plan.events}
+    again = plan_chain(replace(refused, status=plan.status))
+    assert reasons.CREATION_REFUSED not in {event.reason for event in again.events}
 
 
 def test_the_second_stage_waits_for_the_first() -> None:

@@ -21,6 +21,12 @@ LATER = NOW + timedelta(seconds=5)
     [
         ([ended("a", 17), ended("b", 14, finished_at=LATER)], reasons.OUT_OF_MEMORY, True),
         ([ended("a", 137), ended("b", 1, finished_at=LATER)], reasons.ERROR, True),
+        ([ended("a", 1), ended("b", 14, index=1)], reasons.OUT_OF_MEMORY, True),
+        (
+            [ended("a", 1), ended("b", 137, index=1, end_reason="OOMKilled")],
+            reasons.OUT_OF_MEMORY,
+            True,
+        ),
         ([ended("a", 137, end_reason="OOMKilled"), ended("b", 17)], reasons.OUT_OF_MEMORY, True),
         ([ended("a", 1, finished_at=LATER), ended("b", 15)], reasons.STORAGE_UNAVAILABLE, True),
         ([ended("a", 17), ended("b", 17)], reasons.PEER_LOST, True),

@@ -198,6 +198,41 @@ def test_a_store_that_is_down_is_tried_again_and_given_up() -> None:
     assert state(given_up) == ("False", reasons.BACKOFF_LIMIT_EXCEEDED)
 
 
+def test_an_evicted_preflight_is_free() -> None:
+    """Also where no retries are allowed; and its end is not taken for that of the next one."""
+    pod = ended("p", 137, role=names.ROLE_PREFLIGHT, disrupted=True, owner_uid="first")
+    limit = spec(backoffLimit=0)
+    failed = {"failed": True, "finished_at": NOW, "uid": "first"}
+    seen = preflight_seen(failed, pod, spec=limit)
+    plan = settled(seen)
+    assert state(plan) == ("Unknown", reasons.DISRUPTED)
+    assert plan.status.failures == 0
+    later = plan_job(after(seen, seconds=60), TIMING)
+    assert isinstance(later.actions[0], DeleteBatchJob)
+    [name] = seen.batch_jobs
+    gone = (replace(seen.pods[0], gone=True),)
+    asked = plan_job(after(seen, batch_jobs={}, pods=gone), TIMING).actions[0]
+    assert isinstance(asked, CreatePreflight)
+    assert asked.tries == 1
+    again = BatchJobView(name, names.ROLE_PREFLIGHT, 1, tries=1, generation=1, uid="second")
+    assert reason(settled(after(seen, batch_jobs={name: again}, pods=gone))) == reasons.VALIDATING
+
+
+def test_a_preflight_that_says_nothing_is_tried_again_and_given_up() -> None:
+    """Such as one of an image that is not ours; it would be waited for without end."""
+    pod = ended("p", 0, role=names.ROLE_PREFLIGHT)
+    seen = preflight_seen({"complete": True, "finished_at": NOW}, pod)
+    plan = settled(seen)
+    assert state(plan) == ("Unknown", reasons.ERROR)
+    assert "without saying what it found" in message(plan)
+    later = plan_job(after(seen, seconds=60), TIMING)
+    assert isinstance(later.actions[0], DeleteBatchJob)
+    last = preflight_seen(
+        {"complete": True, "tries": 7, "finished_at": NOW}, replace(pod, attempt=7)
+    )
+    assert state(settled(last)) == ("False", reasons.BACKOFF_LIMIT_EXCEEDED)
+
+
 def test_logits_of_an_endpoint_are_learnt_where_it_is_said_how() -> None:
     plan = settled(observed(spec=spec(**scored({}))))
     assert reason(plan) == reasons.VALIDATING

@@ -82,8 +82,8 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "kubedistill.rules" -}}
 - apiGroups: [kubedistill.dev]
   resources: [distillationjobs]
-  # Create and patch: jobs of a chain's stages, and their suspension.
-  verbs: [get, list, watch, create, patch]
+  # Create and patch: jobs of a chain's stages, and their suspension. Delete: ttlSecondsAfterFinished.
+  verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [kubedistill.dev]
   resources: [distillationchains]
   verbs: [get, list, watch]
@@ -100,10 +100,12 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch]
+  # Patch: labels that somebody took off. Delete: pods that a Job left behind as orphans.
+  verbs: [get, list, watch, patch, delete]
 - apiGroups: [""]
   resources: [services]
-  verbs: [get, create]
+  # Patch: a selector that somebody changed.
+  verbs: [get, create, patch]
 - apiGroups: [""]
   resources: [configmaps]
   verbs: [get, create, delete]

@@ -56,8 +56,34 @@ class DeleteBatchJob:
 
 
 @dataclass(frozen=True)
-class DeleteConfigMap:
+class DeletePod:
+    """Delete a pod that nothing else takes along; `uid` says which one of that name."""
+
     name: str
+    uid: str
+
+
+@dataclass(frozen=True)
+class DeleteFinished:
+    """Delete the DistillationJob itself, as it was when that was decided; its children follow."""
+
+
+@dataclass(frozen=True)
+class RestoreInputs:
+    """Create what pods that do not start may miss: their ConfigMap, and the gang's Service.
+
+    Of the gang's `attempt`, or of the preflight (with `inputs`), or of the teacher.
+    """
+
+    role: str
+    attempt: int = 0
+    inputs: Inputs | None = None
+
+
+@dataclass(frozen=True)
+class ScaleBatchJob:
+    name: str
+    parallelism: int
 
 
 @dataclass(frozen=True)
@@ -105,13 +131,25 @@ Action = (
     | CreateTeacher
     | CreateGang
     | DeleteBatchJob
-    | DeleteConfigMap
+    | DeletePod
+    | DeleteFinished
+    | RestoreInputs
+    | ScaleBatchJob
     | SuspendBatchJob
     | CreateStageJob
     | SuspendStageJob
     | SetStageGates
     | CreateReport
 )
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An action that the API server refused when it was last tried."""
+
+    action: Action
+    reason: str
+    message: str
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from kubedistill_operator.plan.actions import (
     CreateReport,
     CreateStageJob,
     Event,
+    Refusal,
     SetStageGates,
     SuspendStageJob,
 )
@@ -47,6 +48,7 @@ class ObservedChain:
     status: DistillationChainStatus
     now: datetime
     jobs: Mapping[str, StageJob] = field(default_factory=dict)
+    refusal: Refusal | None = None
 
 
 def plan_chain(seen: ObservedChain) -> ChainPlan:
@@ -76,6 +78,7 @@ class _ChainDraft:
                 self._report(chain, laid)
                 self._tell_of_trials(laid)
                 self._advance(chain, laid)
+                self._say_refusal()
         self.conditions.confirm()
         status = self.status.model_copy(
             update={
@@ -110,6 +113,17 @@ class _ChainDraft:
 
     def _tell(self, reason: str, message: str, *, warning: bool = False) -> None:
         self.events.append(Event(reason, message[:1000], warning))
+
+    def _say_refusal(self) -> None:
+        """Of an action that this plan asks for again: what the API server said to it."""
+        refused = self.seen.refusal
+        unknown = self.conditions[reasons.SUCCEEDED].status == "Unknown"
+        if refused is None or refused.action not in self.actions or not unknown:
+            return
+        before = next((c for c in self.seen.status.conditions if c.type == reasons.SUCCEEDED), None)
+        self.conditions.set(reasons.SUCCEEDED, "Unknown", refused.reason, refused.message)
+        if before is None or before.message != refused.message:
+            self._tell(refused.reason, refused.message, warning=True)
 
     def _report(self, chain: DistillationChainSpec, laid: Sequence[Laid]) -> None:
         stages = [self._stage_status(one) for one in laid]

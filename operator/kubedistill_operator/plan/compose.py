@@ -47,6 +47,8 @@ def compose(
     base = _put_aside(dict(spec.template), stage)
     merged: dict[str, Any] = merge_patch(base, stage)
     merged.pop("suspend", None)
+    # A stage's job is there for as long as its chain is: it would be made, and run, again.
+    merged.pop("ttlSecondsAfterFinished", None)
     previous = None
     if index:
         before = spec.stages[index - 1].name

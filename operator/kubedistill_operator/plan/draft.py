@@ -12,7 +12,7 @@ from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import ProgressReport
 from kubedistill_api.status import Attempt, DistillationJobStatus
 
-from kubedistill_operator.plan.actions import Action, Event, Plan
+from kubedistill_operator.plan.actions import Action, Event, Plan, Refusal
 from kubedistill_operator.plan.conditions import ConditionSet, Status
 from kubedistill_operator.plan.times import format_time
 from kubedistill_operator.plan.views import BatchJobView, PodView
@@ -29,6 +29,9 @@ class Timing:
     backoff_cap: float = 300.0
     grace: int = 60
     margin: int = 30
+    elastic_wait: float = 120.0
+    start_check: float = 10.0
+    """Pods that have not started after this long may miss something that was deleted."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,14 @@ class OtherJob:
 
 @dataclass(frozen=True)
 class Contact:
-    """What a pod answered when it was last asked, and when that was."""
+    """What a pod answered when it was last asked, and when that was by our own clock.
+
+    `stepped_at`: when an answer first told of its latest step.
+    """
 
     report: ProgressReport
     reached_at: datetime
+    stepped_at: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,11 @@ class Observed:
     other_jobs: Mapping[str, OtherJob] = field(default_factory=dict)
     rank0: Contact | None = None
     teacher: Contact | None = None
+    of_chain: bool = False
+    """Whether a DistillationChain owns it."""
+    waited_for_by: tuple[str, ...] = ()
+    """Jobs that need its model and have not taken it yet."""
+    refusal: Refusal | None = None
 
     def pods_of(self, role: str, attempt: int = 0) -> list[PodView]:
         """Pods of a role (and attempt), those that are gone included, by index."""
@@ -133,17 +145,29 @@ class Draft:
         self.update(attempts=[*self.status.attempts[:-1], changed])
         return changed
 
-    def add_attempt(self) -> Attempt:
+    def add_attempt(self, nodes: int = 0, micro_batch_size: int = 0) -> Attempt:
         """The next attempt under the next fence; it exists once the status is written."""
         number = self.attempt.number + 1 if self.attempt else 1
         fence = self.status.fence + 1
-        attempt = Attempt(number=number, fence=fence, start_time=format_time(self.now))
+        attempt = Attempt(
+            number=number,
+            fence=fence,
+            start_time=format_time(self.now),
+            nodes=nodes,
+            micro_batch_size=micro_batch_size,
+        )
         self.update(
             fence=fence,
             attempts=[*self.status.attempts, attempt][-_ATTEMPTS_KEPT:],
             restarts=number - 1,
         )
         return attempt
+
+    @property
+    def refused(self) -> Refusal | None:
+        """The refusal of an action that this plan asks for again."""
+        refusal = self.seen.refusal
+        return refusal if refusal is not None and refusal.action in self._actions else None
 
     def attempt_name(self, number: int) -> str:
         return names.attempt_name(self.seen.name, number)

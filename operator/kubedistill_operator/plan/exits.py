@@ -10,7 +10,8 @@ from kubedistill_api import reasons
 from kubedistill_api.exit_codes import ExitCode, policy
 from kubedistill_api.runspec import Outcome
 
-from kubedistill_operator.plan.views import PodView
+from kubedistill_operator.plan.draft import Draft
+from kubedistill_operator.plan.views import BatchJobView, PodView
 
 _SIGKILL, _SIGTERM = 137, 143
 _CONSEQUENCES = frozenset(
@@ -61,10 +62,13 @@ def judge_stopped(pods: Sequence[PodView], reason: str, message: str, *, charged
     return Verdict(reason, message, retry=True, charged=charged)
 
 
-def _rank(pod: PodView) -> tuple[bool, datetime, int]:
-    killed = pod.exit_code in (_SIGKILL, _SIGTERM) and pod.end_reason != "OOMKilled"
+def _rank(pod: PodView) -> tuple[bool, datetime, bool, int]:
+    memory = pod.end_reason == "OOMKilled"
+    killed = pod.exit_code in (_SIGKILL, _SIGTERM) and not memory
     consequence = killed or pod.exit_code in _CONSEQUENCES
-    return consequence, pod.finished_at or _LATEST, pod.index
+    # Times are in whole seconds: of two in one second the one that has a cause explains the other.
+    vague = not memory and policy(pod.exit_code).reason == reasons.ERROR
+    return consequence, pod.finished_at or _LATEST, vague, pod.index
 
 
 def _of_pod(pod: PodView) -> Verdict:
@@ -110,6 +114,29 @@ def pod_trouble(pods: Sequence[PodView]) -> tuple[str, str] | None:
     return None
 
 
+def no_pods(
+    draft: Draft, batch_job: BatchJobView, pods: Sequence[PodView], wanted: int = 1
+) -> tuple[str, str] | None:
+    """(reason, message) of a Job that makes fewer pods than wanted: only its events say why.
+
+    They are not read by us. What of its pods we do not see, it says itself that it has.
+    """
+    made = max(batch_job.active, sum(not p.gone for p in pods))
+    if made >= wanted or batch_job.created_at is None:
+        return None
+    waited = (draft.now - batch_job.created_at).total_seconds()
+    if waited < _NO_PODS_SECONDS:
+        draft.look_again(_NO_PODS_SECONDS - waited)
+        return None
+    text = (
+        f"Job {batch_job.name} has made {made or 'none'} of {wanted} pods for "
+        f"{_NO_PODS_SECONDS:.0f} s: `kubectl describe job {batch_job.name}` says why (a quota, an "
+        "admission webhook, Pod Security)"
+    )
+    return reasons.POD_NOT_STARTING, text
+
+
+_NO_PODS_SECONDS = 30.0
 _NOT_STARTING = frozenset(
     {
         "ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull",

@@ -12,15 +12,23 @@ from kubedistill_api.names import ROLE_STUDENT, ROLE_TEACHER
 from kubedistill_api.runspec import Outcome
 from kubedistill_api.status import Attempt
 
-from kubedistill_operator.plan import gates, restart, teacher
-from kubedistill_operator.plan.actions import CreateGang, DeleteBatchJob
+from kubedistill_operator.plan import gates, hands, restart, shape, teacher
+from kubedistill_operator.plan.actions import CreateGang
 from kubedistill_operator.plan.draft import Draft, Pass
-from kubedistill_operator.plan.exits import Verdict, judge, judge_stopped, pod_trouble
+from kubedistill_operator.plan.ending import (
+    observed,
+    over,
+    shrunk,
+    stop,
+    take_last_report,
+    wind_down,
+)
+from kubedistill_operator.plan.exits import Verdict, judge, no_pods, pod_trouble
 from kubedistill_operator.plan.reporting import apply_report
-from kubedistill_operator.plan.times import format_time, parse_time, seconds_since
+from kubedistill_operator.plan.room import in_vain, shortage
+from kubedistill_operator.plan.stall import PHASES_AFTER_TRAINING, stall
+from kubedistill_operator.plan.times import format_time, seconds_since
 from kubedistill_operator.plan.views import BatchJobView, PodView
-
-_PHASES_AFTER_TRAINING = ("Evaluating", "Exporting", "Done")
 
 
 def run_gang(step: Pass, *, teacher_ready: bool) -> None:
@@ -34,7 +42,7 @@ def run_gang(step: Pass, *, teacher_ready: bool) -> None:
 
 def _during(step: Pass, attempt: Attempt) -> None:
     draft, seen = step.draft, step.seen
-    batch_job, pods = _observed(draft, attempt)
+    batch_job, pods = observed(draft, attempt)
     if seen.rank0 is not None:
         apply_report(draft, attempt, seen.rank0.report)
     if _succeeded(step, batch_job, pods):
@@ -44,27 +52,33 @@ def _during(step: Pass, attempt: Attempt) -> None:
         if draft.attempt and draft.attempt.end_time:
             _ended(step)
     elif batch_job is None:
-        if _was_there(step, attempt, pods):
-            _finish(step, judge(pods))
-        else:
-            draft.act(CreateGang(attempt.number, attempt.fence))
-            _starting(draft, attempt, "its pods are asked for")
+        _without_job(step, attempt, pods)
     elif batch_job.failing or batch_job.deleting_since or any(p.failed for p in pods):
-        if _over(draft, batch_job, pods):
+        if over(draft, batch_job, pods):
             _finish(step, judge(pods, batch_job.failure_message))
         else:
             _say_restarting(draft, "the attempt's other pods end")
     elif step.spec.suspend:
-        _stop(step, Verdict(reasons.INTERRUPTED, "suspended", retry=True, charged=False))
-    elif (stall := _stall(step, attempt)) is not None:
-        _stop(step, Verdict(reasons.STALLED, stall, retry=True, charged=True))
+        stop(step, Verdict(reasons.INTERRUPTED, "suspended", retry=True, charged=False))
+    elif edit := hands.edited(batch_job, shape.nodes_of(step.spec, attempt)):
+        stop(step, Verdict(reasons.INTERRUPTED, edit, retry=True, charged=False))
+    elif (still := stall(step, attempt)) is not None:
+        stop(step, Verdict(reasons.STALLED, still, retry=True, charged=True))
     else:
-        _going(step, attempt, pods)
+        _going(step, attempt, batch_job, pods)
 
 
-def _observed(draft: Draft, attempt: Attempt) -> tuple[BatchJobView | None, list[PodView]]:
-    name = draft.attempt_name(attempt.number)
-    return draft.seen.batch_jobs.get(name), draft.seen.pods_of(ROLE_STUDENT, attempt.number)
+def _without_job(step: Pass, attempt: Attempt, pods: list[PodView]) -> None:
+    """An open attempt whose Job is not there: not created yet, or deleted by somebody."""
+    draft = step.draft
+    if not _was_there(step, attempt, pods):
+        draft.act(CreateGang(attempt.number, attempt.fence))
+        _starting(draft, attempt, "its pods are asked for")
+    elif over(draft, None, pods):
+        _finish(step, judge(pods))
+    else:
+        # Pods that still run would take the GPUs of the next attempt, and its place in the store.
+        _say_restarting(draft, "the attempt's Job was deleted; its pods end")
 
 
 def _was_there(step: Pass, attempt: Attempt, pods: list[PodView]) -> bool:
@@ -74,50 +88,39 @@ def _was_there(step: Pass, attempt: Attempt, pods: list[PodView]) -> bool:
     return ran or bool(pods) or name in step.seen.deleted_batch_jobs
 
 
-def _over(draft: Draft, batch_job: BatchJobView | None, pods: list[PodView]) -> bool:
-    """Whether an ending attempt's pods are gone or done, or were waited for long enough."""
-    if batch_job is None or batch_job.finished:
-        if not any(p.active for p in pods):
-            return True
-        if batch_job is None and all(not p.active or p.deleting for p in pods):
-            draft.look_again(1.0)
-    elif not batch_job.deleting_since and pods and not any(p.active for p in pods):
-        return False  # the Job controller is about to say so
-    since = [p.finished_at for p in pods if p.finished_at]
-    if batch_job is not None:
-        since += [t for t in (batch_job.deleting_since, batch_job.finished_at) if t]
-    if not since:
-        return False
-    # A Job's deletionTimestamp is when deletion was asked for; pods get their grace from then.
-    limit = draft.timing.grace + draft.timing.margin
-    waited = (draft.now - min(since)).total_seconds()
-    if waited < limit:
-        draft.look_again(limit - waited)
-        return False
-    return True
-
-
 def _succeeded(step: Pass, batch_job: BatchJobView | None, pods: list[PodView]) -> bool:
     draft = step.draft
-    rank0 = next((p for p in pods if p.index == 0 and p.exit_code == 0), None)
-    outcome = rank0.outcome() if rank0 else None
-    done = batch_job.complete if batch_job else all(p.exit_code == 0 for p in pods)
-    if not done or not pods:
-        if batch_job is not None and batch_job.complete:
-            # Its pods, and so the model's digest, were never seen: run it again, it ends at once.
-            text = "the pods were deleted before their outcome was read"
-            _finish(step, Verdict(reasons.ERROR, text, retry=True, charged=True))
-            return True
+    done = batch_job.complete if batch_job else bool(pods) and all(p.exit_code == 0 for p in pods)
+    if not done:
         return False
-    if outcome is None or outcome.model is None:
-        if batch_job is None or rank0 is not None:
-            text = "rank 0 ended without saying where the model is"
-            _finish(step, Verdict(reasons.ERROR, text, retry=True, charged=True))
-        else:
-            draft.look_again(2.0)
-        return True
-    _complete(step, outcome)
+    first = sorted((p for p in pods if p.index == 0), key=lambda p: (p.exit_code != 0, p.gone))
+    rank0 = first[0] if first else None
+    outcome = rank0.outcome() if rank0 and rank0.exit_code == 0 else None
+    if outcome is not None and outcome.model is not None:
+        _complete(step, outcome)
+    elif rank0 is not None and rank0.exit_code is None and not rank0.gone:
+        draft.look_again(2.0)  # its end is on its way to us
+    elif rank0 is not None and rank0.exit_code == 0:
+        text = "rank 0 ended without saying where the model is"
+        _finish(step, Verdict(reasons.ERROR, text, retry=True, charged=True))
+    else:
+        # Its pods, and so the model's digest, were never seen: run it again, it ends at once.
+        text = "the pods were deleted before their outcome was read"
+        _finish(step, Verdict(reasons.ERROR, text, retry=True, charged=True))
     return True
+
+
+def take_success(step: Pass) -> bool:
+    """Whether the student is there although a deadline is over: then the job is done."""
+    attempt = step.draft.attempt
+    if attempt is None or attempt.end_time or attempt.reason:
+        return False
+    for pod in observed(step.draft, attempt)[1]:
+        outcome = pod.outcome() if (pod.index, pod.exit_code) == (0, 0) else None
+        if outcome is not None and outcome.model is not None:
+            _complete(step, outcome)
+            return True
+    return False
 
 
 def _complete(step: Pass, outcome: Outcome) -> None:
@@ -140,61 +143,14 @@ def _complete(step: Pass, outcome: Outcome) -> None:
     gates.settle(step)
 
 
-def _stop(step: Pass, verdict: Verdict) -> None:
-    """Decide to end the attempt; its pods get SIGTERM and their grace."""
-    draft = step.draft
-    attempt = draft.change_attempt(
-        reason=verdict.reason, message=verdict.message, charged=verdict.charged
-    )
-    draft.tell(
-        verdict.reason, f"attempt {attempt.number} is ended: {verdict.message}",
-        warning=verdict.charged,
-    )  # fmt: skip
-    wind_down(draft)
-
-
-def stop_attempt(draft: Draft, reason: str, message: str) -> None:
-    """End the open attempt, if there is one, because the whole job ends."""
-    attempt = draft.attempt
-    if attempt is not None and not attempt.end_time and not attempt.reason:
-        draft.change_attempt(reason=reason, message=message[:1000])
-
-
-def wind_down(draft: Draft) -> None:
-    """Delete the Job of an attempt that is to end, and close the attempt once its pods are gone."""
-    attempt = draft.attempt
-    if attempt is None or attempt.end_time or not attempt.reason:
-        return
-    batch_job, pods = _observed(draft, attempt)
-    if batch_job is not None and not batch_job.deleting_since and not batch_job.finished:
-        draft.act(DeleteBatchJob(batch_job.name))
-        if attempt.reason in (reasons.INTERRUPTED, reasons.GRACEFUL_CHECKPOINT):
-            draft.set(reasons.RUNNING, "False", reasons.IS_SUSPENDED, "the pods commit and end")
-        else:
-            draft.set(reasons.RUNNING, "False", attempt.reason, "the pods end")
-        return
-    if not _over(draft, batch_job, pods):
-        return
-    _take_last_report(draft, attempt, pods)
-    verdict = judge_stopped(pods, attempt.reason, attempt.message, charged=attempt.charged)
-    draft.change_attempt(
-        end_time=format_time(draft.now), reason=verdict.reason, message=verdict.message
-    )
-
-
-def _take_last_report(draft: Draft, attempt: Attempt, pods: list[PodView]) -> None:
-    for pod in pods:
-        outcome = pod.outcome()
-        if outcome is not None and outcome.progress is not None:
-            apply_report(draft, attempt, outcome.progress)
-
-
 def _finish(step: Pass, verdict: Verdict) -> None:
     """Close an attempt that ended by itself."""
     draft, attempt = step.draft, step.draft.attempt
     if attempt is None:
         return
-    _take_last_report(draft, attempt, _observed(draft, attempt)[1])
+    pods = observed(draft, attempt)[1]
+    take_last_report(draft, attempt, pods)
+    verdict = in_vain(step, pods, shrunk(step, attempt, verdict))
     draft.change_attempt(
         end_time=format_time(draft.now),
         reason=verdict.reason,
@@ -214,10 +170,8 @@ def _ended(step: Pass) -> None:
     draft, attempt = step.draft, step.draft.attempt
     if attempt is None:
         return
-    committed = draft.status.checkpoint.step if draft.status.checkpoint else 0
-    if restart.advanced(attempt, committed):
-        draft.update(failures=0)
-    elif attempt.charged:
+    if attempt.charged:
+        # A commit beyond all before it sets the count to 0 when it is seen (plan/reporting.py).
         draft.update(failures=draft.status.failures + 1)
     text = f"attempt {attempt.number} ended ({attempt.reason}): {attempt.message}"
     draft.tell(attempt.reason, text, warning=attempt.charged)
@@ -245,18 +199,25 @@ def _between(step: Pass, last: Attempt | None, *, teacher_ready: bool) -> None:
         return
     if not teacher_ready:
         return
-    attempt = draft.add_attempt()
+    attempt = _next_attempt(step)
     draft.act(CreateGang(attempt.number, attempt.fence))
     _starting(draft, attempt, "its pods are asked for")
     _tell_start(draft, attempt, last)
 
 
+def _next_attempt(step: Pass) -> Attempt:
+    draft, spec, limit = step.draft, step.spec, step.draft.status.micro_batch_limit
+    attempts = draft.status.attempts
+    nodes = shape.next_nodes(spec, attempts, draft.now, draft.timing.elastic_wait)
+    micro = spec.training.micro_batch_size
+    if nodes or limit:
+        micro = shape.micro_batch(spec, nodes or spec.workers.nodes, limit)
+    return draft.add_attempt(nodes, 0 if micro == spec.training.micro_batch_size else micro)
+
+
 def _must_wait(step: Pass, last: Attempt) -> bool:
     draft, seen = step.draft, step.seen
-    if not last.charged:
-        return False
-    # An attempt that made progress still waits the base: a crash loop must not spin.
-    failures = max(1, draft.status.failures)
+    failures = restart.waits_counted(draft.status.attempts, draft.status.failures)
     wait = restart.backoff_seconds(seen.uid, last.number, failures, draft.timing)
     left = wait - seconds_since(last.end_time, draft.now)
     if left <= 0:
@@ -297,42 +258,18 @@ def _tell_start(draft: Draft, attempt: Attempt, last: Attempt | None) -> None:
     draft.tell("AttemptStarted", text)
 
 
-def _stall(step: Pass, attempt: Attempt) -> str | None:
-    """Why the gang counts as stalled, if it does."""
-    draft, contact = step.draft, step.seen.rank0
-    limit = step.spec.stall_timeout_seconds
-    if contact is None or contact.report.attempt != attempt.number:
-        return _silent(step, attempt)
-    silence = (draft.now - contact.reached_at).total_seconds()
-    if silence > limit:
-        return f"rank 0 did not answer for {limit} s"
-    report = contact.report
-    if report.last_step_time is None or report.phase in _PHASES_AFTER_TRAINING:
-        return None
-    if draft.now.timestamp() - report.last_step_time > limit:
-        return f"no step for {limit} s; the last one was {report.step:,}"
-    return None
-
-
-def _silent(step: Pass, attempt: Attempt) -> str | None:
-    """After a restart of the operator only the status knows that rank 0 ever answered."""
-    progress, limit = step.draft.status.progress, step.spec.stall_timeout_seconds
-    if progress is None or attempt.last_step == 0:
-        return None
-    reached = parse_time(progress.last_updated_time)
-    started = parse_time(attempt.start_time)
-    if reached is None or started is None or reached < started:
-        return None
-    if (step.draft.now - reached).total_seconds() > limit:
-        return f"rank 0 did not answer for {limit} s"
-    return None
-
-
-def _going(step: Pass, attempt: Attempt, pods: list[PodView]) -> None:
+def _going(step: Pass, attempt: Attempt, batch_job: BatchJobView, pods: list[PodView]) -> None:
     draft, contact = step.draft, step.seen.rank0
     draft.set(reasons.SUSPENDED, "False", reasons.NOT_SUSPENDED)
-    trouble = pod_trouble(pods)
+    hands.restore_inputs(draft, ROLE_STUDENT, pods, attempt.number)
+    nodes = shape.nodes_of(step.spec, attempt)
+    trouble = pod_trouble(pods) or no_pods(draft, batch_job, pods, nodes)
     if trouble:
+        short = shortage(step, attempt, pods, trouble)
+        if isinstance(short, Verdict):
+            stop(step, short)
+            return
+        trouble = (trouble[0], trouble[1] + short)
         if draft.set(reasons.RUNNING, "False", *trouble):
             draft.tell(*trouble, warning=True)
         draft.summary(*trouble)
@@ -348,7 +285,7 @@ def _going(step: Pass, attempt: Attempt, pods: list[PodView]) -> None:
         if draft.conditions[reasons.RUNNING].status != "True":
             _starting(draft, attempt, "its pods start")
         return
-    state = reasons.EVALUATING if report.phase in _PHASES_AFTER_TRAINING else reasons.TRAINING
+    state = reasons.EVALUATING if report.phase in PHASES_AFTER_TRAINING else reasons.TRAINING
     text = f"attempt {attempt.number}"
     if attempt.resumed_from_step or report.resumed_from_step:
         text += f", resumed from step {report.resumed_from_step or attempt.resumed_from_step:,}"

@@ -71,6 +71,11 @@ def rule_problems(spec: DistillationJobSpec) -> list[Problem]:
     _objective_problems(spec, refuse)
     _text_problems(spec, refuse)
     _gate_problems(spec, refuse)
+    if spec.workers.min_nodes is not None and spec.workers.min_nodes > spec.workers.nodes:
+        refuse(
+            "workers.minNodes", str(spec.workers.min_nodes),
+            f"at most workers.nodes, {spec.workers.nodes}",
+        )  # fmt: skip
     ranks = ranks_of(spec)
     if spec.training.global_batch_size % ranks:
         refuse(
@@ -270,6 +275,17 @@ def inputs_digest(
     parts["models"] = [m.to_wire() if m else None for m in (teacher, student)]
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def missing_models(
+    spec: DistillationJobSpec, teacher: ResolvedModel | None, student: ResolvedModel | None
+) -> bool:
+    """Whether the spec has a model whose place is not among these."""
+    parts = ((spec.teacher, teacher), (spec.student, student))
+    return any(
+        known is None and part is not None and bool(part.model or part.from_job)
+        for part, known in parts
+    )
 
 
 def student_summary(spec: DistillationJobSpec) -> str:

@@ -6,14 +6,24 @@ from kubedistill_api import reasons
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.names import ROLE_STUDENT, ROLE_TEACHER, teacher_name
 
-from kubedistill_operator.plan import dependencies, gang, gates, preflight, teacher
-from kubedistill_operator.plan.actions import DeleteBatchJob, Plan
+from kubedistill_operator.plan import (
+    dependencies,
+    ending,
+    gang,
+    gates,
+    hands,
+    preflight,
+    shape,
+    teacher,
+)
+from kubedistill_operator.plan.actions import DeleteBatchJob, DeleteFinished, Plan
 from kubedistill_operator.plan.draft import Draft, Observed, Pass, Timing
 from kubedistill_operator.plan.inputs import parse_spec, student_summary, teacher_summary
 from kubedistill_operator.plan.times import seconds_since
 
 _LIFTED_BY_EDIT = (reasons.BACKOFF_LIMIT_EXCEEDED, reasons.DEADLINE_EXCEEDED)
 """Failures that a larger limit in the spec undoes."""
+_LOOK_FOR_DEPENDENTS_SECONDS = 30.0
 
 
 def plan_job(seen: Observed, timing: Timing) -> Plan:
@@ -32,6 +42,9 @@ def plan_job(seen: Observed, timing: Timing) -> Plan:
             if draft.conditions[reasons.SUCCEEDED].status != "Unknown":
                 _wind_down_all(draft)
             _clean_up(draft)
+        _count_gpus(step)
+        _say_refusal(draft)
+        _expire(step)
     return draft.plan()
 
 
@@ -66,12 +79,50 @@ def _refresh_after_end(draft: Draft) -> None:
 
 
 def _summaries(step: Pass) -> None:
-    workers = step.spec.workers
     step.draft.update(
         student_summary=student_summary(step.spec),
         teacher_summary=teacher_summary(step.spec),
-        gpus=workers.nodes * workers.gpus_per_node,
     )
+
+
+def _count_gpus(step: Pass) -> None:
+    """Those of the newest attempt, which may have fewer nodes than the spec asks for."""
+    attempt, workers = step.draft.attempt, step.spec.workers
+    nodes = shape.nodes_of(step.spec, attempt) if attempt else workers.nodes
+    step.draft.update(gpus=nodes * workers.gpus_per_node)
+
+
+def _say_refusal(draft: Draft) -> None:
+    """What the API server refuses is no secret between it and our log."""
+    refused = draft.refused
+    if refused is None or draft.conditions[reasons.SUCCEEDED].status != "Unknown":
+        return
+    before = next((c for c in draft.seen.status.conditions if c.type == reasons.SUCCEEDED), None)
+    draft.summary(refused.reason, refused.message)
+    if before is None or (before.reason, before.message) != (refused.reason, refused.message):
+        draft.tell(refused.reason, refused.message, warning=True)
+
+
+def _expire(step: Pass) -> None:
+    """Delete the object of a job that ended long enough ago.
+
+    Not one of a chain, which looks at its stages' jobs for as long as it is there, and not one whose
+    model another job is about to take.
+    """
+    draft, limit = step.draft, step.spec.ttl_seconds_after_finished
+    succeeded = draft.conditions[reasons.SUCCEEDED]
+    if limit is None or step.seen.of_chain or not _finished(draft):
+        return
+    if draft.attempt is not None and not draft.attempt.end_time:
+        return
+    ended = draft.status.completion_time or succeeded.last_transition_time
+    left = limit - seconds_since(ended, draft.now)
+    if left > 0:
+        draft.look_again(left)
+    elif succeeded.status == "True" and step.seen.waited_for_by:
+        draft.look_again(_LOOK_FOR_DEPENDENTS_SECONDS)
+    else:
+        draft.act(DeleteFinished())
 
 
 def _advance(step: Pass) -> None:
@@ -86,6 +137,12 @@ def _advance(step: Pass) -> None:
             _not_suspended(draft)
             return
     if _past_deadline(step):
+        if not gang.take_success(step):
+            limit = step.spec.active_deadline_seconds
+            draft.fail(
+                reasons.DEADLINE_EXCEEDED,
+                f"not finished {limit} s after its start (activeDeadlineSeconds)",
+            )
         return
     if lifted:
         draft.update(completion_time=None)
@@ -106,36 +163,44 @@ def _not_suspended(draft: Draft) -> None:
 
 
 def _past_deadline(step: Pass) -> bool:
-    limit = step.spec.active_deadline_seconds
-    if limit is None:
+    """Whether its time is over. As a Job's, its clock stands while suspended, and starts anew then."""
+    draft, limit = step.draft, step.spec.active_deadline_seconds
+    if limit is None or step.spec.suspend:
         return False
-    left = limit - seconds_since(step.draft.status.start_time, step.draft.now)
-    if left > 0:
-        step.draft.look_again(left + 1)
+    suspended = draft.conditions[reasons.SUSPENDED]
+    passed = seconds_since(draft.status.start_time, draft.now)
+    if suspended.status == "True":
+        passed = 0.0
+    elif suspended.status == "False":
+        passed = min(passed, seconds_since(suspended.last_transition_time, draft.now))
+    if passed < limit:
+        draft.look_again(limit - passed)
         return False
-    step.draft.fail(
-        reasons.DEADLINE_EXCEEDED,
-        f"not finished {limit} s after its start (activeDeadlineSeconds)",
-    )
     return True
 
 
 def _wind_down_all(draft: Draft) -> None:
     """The job has ended: nothing of it goes on running."""
     condition = draft.conditions[reasons.SUCCEEDED]
-    gang.stop_attempt(draft, condition.reason, condition.message)
-    gang.wind_down(draft)
+    ending.stop_attempt(draft, condition.reason, condition.message)
+    ending.wind_down(draft)
     writers = draft.seen.batch_jobs.get(teacher_name(draft.seen.name))
     if writers is not None and not writers.finished and not writers.deleting_since:
         draft.act(DeleteBatchJob(writers.name))
 
 
 def _clean_up(draft: Draft) -> None:
-    """Keep the last two attempts' Jobs: the running one, and the last ended one for its logs."""
+    """Keep the last two attempts' Jobs: the running one, and the last ended one for its logs.
+
+    One that did not end with its attempt (its controller was down, say) would go on beside the next.
+    """
+    hands.delete_orphans(draft)
     if draft.attempt is None:
         return
     for batch_job in draft.seen.batch_jobs.values():
-        old = batch_job.role == ROLE_STUDENT and batch_job.attempt < draft.attempt.number - 1
+        newest = draft.attempt.number
+        kept = newest - 1 if batch_job.finished else newest + bool(draft.attempt.end_time)
+        old = batch_job.role == ROLE_STUDENT and batch_job.attempt < kept
         if old and not batch_job.deleting_since:
             draft.act(DeleteBatchJob(batch_job.name))
     if draft.conditions[reasons.SUCCEEDED].status != "Unknown":

@@ -10,9 +10,17 @@ from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.names import API_KEY, ROLE_PREFLIGHT, SECRET_KEYS, preflight_name
 from kubedistill_api.runspec import Outcome
 
+from kubedistill_operator.plan import hands
 from kubedistill_operator.plan.actions import CreatePreflight, DeleteBatchJob, Inputs
 from kubedistill_operator.plan.draft import Pass
-from kubedistill_operator.plan.exits import judge, outcome_text, pod_trouble, secret_missing
+from kubedistill_operator.plan.exits import (
+    Verdict,
+    judge,
+    no_pods,
+    outcome_text,
+    pod_trouble,
+    secret_missing,
+)
 from kubedistill_operator.plan.restart import backoff_seconds
 from kubedistill_operator.plan.times import format_time
 from kubedistill_operator.plan.views import BatchJobView, PodView
@@ -35,15 +43,16 @@ def check(step: Pass, inputs: Inputs) -> bool:
         return False
     if batch_job.deleting_since:
         return False
-    pods = [
-        p for p in seen.pods_of(ROLE_PREFLIGHT, batch_job.tries) if p.name.startswith(f"{name}-")
-    ]
+    found = seen.pods_of(ROLE_PREFLIGHT, batch_job.tries)
+    pods = [p for p in found if p.name.startswith(f"{name}-") and batch_job.owns(p)]
     if batch_job.complete:
         return _accepted(step, inputs, batch_job, pods)
     if batch_job.failed or any(p.failed for p in pods):
         _refused(step, batch_job, pods)
         return False
-    _waiting(step, pods)
+    hands.mend_job(draft, batch_job, suspend=False)
+    hands.restore_inputs(draft, ROLE_PREFLIGHT, pods, inputs=inputs)
+    _waiting(step, batch_job, pods)
     return False
 
 
@@ -59,11 +68,20 @@ def _accepted(step: Pass, inputs: Inputs, batch_job: BatchJobView, pods: list[Po
         if not pods or all(p.gone for p in pods):
             # Its pod was removed before its words were read: ask again.
             draft.act(DeleteBatchJob(batch_job.name))
+        elif any(p.exit_code is None and not p.gone for p in pods):
+            draft.look_again(2.0)  # its end is on its way to us
         else:
-            draft.look_again(2.0)
+            text = "its pod ended without saying what it found: is workers.template's image ours?"
+            _try_again(step, batch_job, Verdict(reasons.ERROR, text, retry=True, charged=True))
         return False
     draft.update(
-        resolved=outcome.resolved.model_copy(update={"inputs_digest": inputs.digest}),
+        resolved=outcome.resolved.model_copy(
+            update={
+                "inputs_digest": inputs.digest,
+                "teacher_model": inputs.teacher,
+                "student_model": inputs.student,
+            }
+        ),
         start_time=format_time(draft.now),
         failures=0,
     )
@@ -90,10 +108,16 @@ def _refused(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> None:
         return
     if not batch_job.failed:
         return
-    verdict = judge(pods, batch_job.failure_message)
+    _try_again(step, batch_job, judge(pods, batch_job.failure_message))
+
+
+def _try_again(step: Pass, batch_job: BatchJobView, verdict: Verdict) -> None:
+    """After a while another preflight, as long as there are tries left."""
+    draft = step.draft
     tries, limit = batch_job.tries, step.spec.backoff_limit
-    draft.update(failures=tries)
-    if tries > limit:
+    # An eviction is free: the next one has the same number.
+    draft.update(failures=tries if verdict.charged else tries - 1)
+    if verdict.charged and tries > limit:
         message = f"the preflight failed {tries} times; the last time: {verdict.message}"
         draft.set(reasons.VALIDATED, "False", verdict.reason, message)
         draft.fail(reasons.BACKOFF_LIMIT_EXCEEDED, message)
@@ -126,7 +150,7 @@ def _missing_secret(spec: DistillationJobSpec, told: str) -> tuple[str, str, str
     return next(iter(by_key or named), None)
 
 
-def _waiting(step: Pass, pods: list[PodView]) -> None:
+def _waiting(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> None:
     wanted = _missing_secret(step.spec, secret_missing(pods))
     if wanted is not None:
         name, keys, field = wanted
@@ -138,7 +162,7 @@ def _waiting(step: Pass, pods: list[PodView]) -> None:
             step.draft.tell(reasons.SECRET_NOT_FOUND, message, warning=True)
         step.draft.summary(reasons.SECRET_NOT_FOUND, message)
         return
-    trouble = pod_trouble(pods)
+    trouble = pod_trouble(pods) or no_pods(step.draft, batch_job, pods)
     if trouble:
         step.draft.set(reasons.VALIDATED, "Unknown", *trouble)
         step.draft.summary(*trouble)

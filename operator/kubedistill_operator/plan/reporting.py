@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 from kubedistill_api import reasons
 from kubedistill_api.runspec import ProgressReport
 from kubedistill_api.status import Attempt, CheckpointStatus, Progress, TeacherStreamStatus
 
+from kubedistill_operator.plan.conditions import Status
 from kubedistill_operator.plan.draft import Draft
 from kubedistill_operator.plan.times import duration_text, format_time
 
 _FIGURES = 3
+_SKIPPED_KEPT = 64
+_STRAGGLER_LENGTH = 256
+_PROBLEMS = (reasons.CHECKPOINT_REJECTED, reasons.SAVE_FAILED, reasons.GRACE_TOO_SHORT)
 
 
 def rounded(value: float | None) -> float | None:
@@ -31,6 +37,8 @@ def to_progress(report: ProgressReport, old: Progress | None, now_text: str) -> 
         loss_text="" if report.loss is None else f"{report.loss:.3f}",
         estimated_remaining=duration_text(report.estimated_remaining_seconds),
         last_updated_time=old.last_updated_time if old else "",
+        straggler=report.straggler[:_STRAGGLER_LENGTH],
+        skipped_steps=report.skipped_steps[-_SKIPPED_KEPT:],
     )
     return fresh if fresh == old else fresh.model_copy(update={"last_updated_time": now_text})
 
@@ -41,7 +49,15 @@ def apply_report(draft: Draft, attempt: Attempt, report: ProgressReport) -> None
         return
     known = draft.status.progress
     if report.total_steps:
-        draft.update(progress=to_progress(report, known, format_time(draft.now)))
+        fresh = to_progress(report, known, format_time(draft.now))
+        draft.update(progress=fresh)
+        _tell_of_ranks(draft, known or Progress(), fresh)
+    _take_save_time(draft, report.save_seconds)
+    if (report.resumed_from_step or 0) > draft.status.furthest_commit:
+        # The attempt before committed this unseen: it made progress, and then it failed.
+        draft.update(
+            furthest_commit=report.resumed_from_step, failures=min(1, draft.status.failures)
+        )
     draft.change_attempt(
         resumed_from_step=(
             attempt.resumed_from_step
@@ -51,22 +67,63 @@ def apply_report(draft: Draft, attempt: Attempt, report: ProgressReport) -> None
         last_step=max(attempt.last_step, report.step),
     )
     if report.checkpoint is not None:
-        apply_checkpoint(draft, report.checkpoint)
-    if report.rejected_checkpoints:
-        draft.set(
-            reasons.CHECKPOINT_CURRENT, "False", reasons.CHECKPOINT_REJECTED,
-            "did not verify and was not used: " + ", ".join(report.rejected_checkpoints[:5]),
-        )  # fmt: skip
+        _take_checkpoint(draft, report.checkpoint)
+    standing = checkpoint_standing(report, draft.status.checkpoint)
+    if standing is None and draft.conditions[reasons.CHECKPOINT_CURRENT].reason in _PROBLEMS:
+        standing = ("Unknown", reasons.NO_CHECKPOINT_YET, "nothing is committed yet")
+    if standing is not None:
+        changed = draft.set(reasons.CHECKPOINT_CURRENT, *standing)
+        if changed and standing[1] in _PROBLEMS:
+            draft.tell(standing[1], standing[2], warning=True)
     if report.teacher_stream is not None:
         apply_stream(draft, report.teacher_stream)
 
 
-def apply_checkpoint(draft: Draft, checkpoint: CheckpointStatus) -> None:
+def checkpoint_standing(
+    report: ProgressReport, newest: CheckpointStatus | None
+) -> tuple[Status, str, str] | None:
+    """Status, reason and message of CheckpointCurrent; None where there is nothing to say.
+
+    A commit that is there does not hide that the next one will not come.
+    """
+    there = f"step {newest.step} is committed" if newest else "nothing is committed yet"
+    if report.rejected_checkpoints:
+        text = "did not verify and was not used: " + ", ".join(report.rejected_checkpoints[:5])
+        return "False", reasons.CHECKPOINT_REJECTED, text
+    if report.save_problem:
+        return "False", reasons.SAVE_FAILED, f"{report.save_problem}; {there}"
+    if report.grace_problem:
+        return "False", reasons.GRACE_TOO_SHORT, f"{report.grace_problem}; {there}"
+    return ("True", reasons.COMMITTED, there) if newest else None
+
+
+def _take_checkpoint(draft: Draft, checkpoint: CheckpointStatus) -> None:
     draft.update(checkpoint=checkpoint)
-    draft.set(
-        reasons.CHECKPOINT_CURRENT, "True", reasons.COMMITTED,
-        f"step {checkpoint.step} is committed",
-    )  # fmt: skip
+    # Against all commits ever, so that one which is lost and made again is no progress.
+    if checkpoint.step > draft.status.furthest_commit:
+        draft.update(furthest_commit=checkpoint.step, failures=0)
+
+
+def _take_save_time(draft: Draft, seconds: float | None) -> None:
+    longest = rounded(seconds)
+    if longest is not None and longest > (draft.status.save_seconds or 0.0):
+        draft.update(save_seconds=longest)
+
+
+def _who(straggler: str) -> str:
+    """The rank that a sentence names: by how much it is behind changes with every step."""
+    named = re.search(r"\brank \d+", straggler)
+    return named.group() if named else straggler
+
+
+def _tell_of_ranks(draft: Draft, old: Progress, fresh: Progress) -> None:
+    """Events of what people should look at, when it comes and when it is another one."""
+    if fresh.straggler and _who(fresh.straggler) != _who(old.straggler):
+        draft.tell("Straggler", fresh.straggler, warning=True)
+    added = [str(step) for step in fresh.skipped_steps if step not in old.skipped_steps]
+    if added:
+        text = "left out, because the loss was no number: step " + ", ".join(added)
+        draft.tell("StepSkipped", text, warning=True)
 
 
 def apply_stream(draft: Draft, stream: TeacherStreamStatus) -> None:

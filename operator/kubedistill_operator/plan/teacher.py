@@ -7,9 +7,10 @@ from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.names import ROLE_TEACHER, teacher_name
 from kubedistill_api.status import DistillationJobStatus, TeacherStreamStatus
 
-from kubedistill_operator.plan.actions import CreateTeacher, DeleteBatchJob, SuspendBatchJob
+from kubedistill_operator.plan import hands
+from kubedistill_operator.plan.actions import CreateTeacher, DeleteBatchJob
 from kubedistill_operator.plan.draft import Draft, Pass
-from kubedistill_operator.plan.exits import judge, pod_trouble
+from kubedistill_operator.plan.exits import judge, no_pods, pod_trouble
 from kubedistill_operator.plan.reporting import apply_stream
 from kubedistill_operator.plan.views import BatchJobView, PodView
 
@@ -49,16 +50,15 @@ def run_teacher(step: Pass) -> bool:
             draft.act(DeleteBatchJob(name))
         _generating(step, f"attempt {damaged} found the stream damaged: the teacher runs again")
         return False
-    pods = seen.pods_of(ROLE_TEACHER)
+    pods = [p for p in seen.pods_of(ROLE_TEACHER) if batch_job.owns(p)]
     if batch_job.complete:
         _take_outcomes(step, pods)
         return True
     if batch_job.failed:
         _failed(step, batch_job, pods)
         return False
-    if batch_job.suspended != spec.suspend and not batch_job.deleting_since:
-        draft.act(SuspendBatchJob(name, spec.suspend))
-    return _running(step, pods)
+    hands.mend_job(draft, batch_job, suspend=spec.suspend)
+    return _running(step, batch_job, pods)
 
 
 def take_damage(draft: Draft) -> None:
@@ -122,7 +122,7 @@ def _failed(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> None:
     step.draft.fail(reasons.TEACHER_FAILED, message)
 
 
-def _running(step: Pass, pods: list[PodView]) -> bool:
+def _running(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> bool:
     draft, contact = step.draft, step.seen.teacher
     stream = contact.report.teacher_stream if contact else None
     if stream is not None and stream.tokens > 0:
@@ -138,7 +138,10 @@ def _running(step: Pass, pods: list[PodView]) -> bool:
         ):  # fmt: skip
             draft.tell(reasons.SHARDS_COMMITTED, "the teacher committed its first shards")
         return True
+    hands.restore_inputs(draft, ROLE_TEACHER, pods)
     trouble = pod_trouble(pods)
+    if trouble is None and not batch_job.suspended:
+        trouble = no_pods(draft, batch_job, pods)
     if trouble:
         draft.set(reasons.TEACHER_READY, "False", *trouble)
         draft.summary(*trouble)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from kubedistill_api.names import CONTAINER, LABEL_ATTEMPT, LABEL_ROLE
 from kubedistill_api.runspec import Outcome
-from pydantic import ValidationError
 
+from kubedistill_operator.plan.finite import finite
 from kubedistill_operator.plan.times import parse_time
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
@@ -33,10 +34,19 @@ class PodView:
     end_message: str = ""
     finished_at: datetime | None = None
     disrupted: bool = False
+    placed: bool = False
+    placed_at: datetime | None = None
+    """When the scheduler last changed its mind about it: found a place, or found none."""
     unschedulable: str = ""
     waiting_reason: str = ""
     waiting_message: str = ""
     deleting: bool = False
+    deleting_since: datetime | None = None
+    grace_seconds: int = 0
+    owned: bool = True
+    """Whether it has an owner that takes it along: an orphan is left to us."""
+    owner_uid: str = ""
+    uid: str = ""
     gone: bool = False
 
     @property
@@ -51,8 +61,8 @@ class PodView:
     def outcome(self) -> Outcome | None:
         """The trainer's last word, if it left one."""
         try:
-            return Outcome.model_validate_json(self.end_message)
-        except ValidationError:
+            return Outcome.model_validate(finite(json.loads(self.end_message)))
+        except ValueError:  # no JSON, or not of this shape
             return None
 
 
@@ -70,8 +80,18 @@ class BatchJobView:
     suspended: bool = False
     deleting_since: datetime | None = None
     finished_at: datetime | None = None
+    created_at: datetime | None = None
     generation: int = 0
     tries: int = 0
+    parallelism: int | None = None
+    completions: int | None = None
+    active: int = 0
+    """Pods that it says it has; more than we see means that some are out of sight."""
+    uid: str = ""
+
+    def owns(self, pod: PodView) -> bool:
+        """Whether a pod is of this Job, and not of one before it that had the same name."""
+        return not (self.uid and pod.owner_uid) or self.uid == pod.owner_uid
 
     @property
     def finished(self) -> bool:
@@ -118,14 +138,28 @@ def pod_view(raw: Mapping[str, Any], *, gone: bool = False) -> PodView:
         unschedulable=scheduled.get("message", "") if unschedulable else "",
         waiting_reason=waiting.get("reason", ""),
         waiting_message=waiting.get("message", ""),
+        placed=scheduled.get("status") == "True",
+        placed_at=parse_time(scheduled.get("lastTransitionTime")),
         deleting=bool(metadata.get("deletionTimestamp")),
+        deleting_since=_asked_to_go(metadata),
+        grace_seconds=int(raw.get("spec", {}).get("terminationGracePeriodSeconds") or 0),
+        owned=bool(metadata.get("ownerReferences")),
+        owner_uid=next((o.get("uid", "") for o in metadata.get("ownerReferences") or []), ""),
+        uid=metadata.get("uid", ""),
         gone=gone,
     )
 
 
+def _asked_to_go(metadata: Mapping[str, Any]) -> datetime | None:
+    """When a pod's deletion was asked for: its deletionTimestamp is when its grace is over."""
+    over = parse_time(metadata.get("deletionTimestamp"))
+    grace = metadata.get("deletionGracePeriodSeconds") or 0
+    return over - timedelta(seconds=grace) if over else None
+
+
 def batch_job_view(raw: Mapping[str, Any]) -> BatchJobView:
     """Read a Job."""
-    metadata = raw["metadata"]
+    metadata, spec = raw["metadata"], raw.get("spec", {})
     labels, annotations = metadata.get("labels", {}), metadata.get("annotations", {})
     conditions = _conditions(raw)
     failure = conditions.get("Failed") or conditions.get("FailureTarget") or {}
@@ -138,9 +172,14 @@ def batch_job_view(raw: Mapping[str, Any]) -> BatchJobView:
         failed="Failed" in conditions,
         failing="FailureTarget" in conditions or "Failed" in conditions,
         failure_message=failure.get("message", ""),
-        suspended=bool(raw.get("spec", {}).get("suspend")),
+        suspended=bool(spec.get("suspend")),
         deleting_since=parse_time(metadata.get("deletionTimestamp")),
         finished_at=parse_time(end.get("lastTransitionTime")),
+        created_at=parse_time(metadata.get("creationTimestamp")),
         generation=_number(annotations.get(GENERATION_ANNOTATION)),
         tries=_number(annotations.get(TRY_ANNOTATION)),
+        parallelism=spec.get("parallelism"),
+        completions=spec.get("completions"),
+        active=raw.get("status", {}).get("active") or 0,
+        uid=metadata.get("uid", ""),
     )

@@ -8,9 +8,11 @@ from kubedistill_api import names
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.quantity import to_bytes
 from kubedistill_api.runspec import Rendezvous, RunSpec
+from kubedistill_api.status import Attempt
 from kubedistill_api.sweep import SweepTable
 
 from kubedistill_operator.plan.actions import Inputs
+from kubedistill_operator.plan.shape import nodes_of, ranks_per_node
 from kubedistill_operator.resources.owner import Owner
 from kubedistill_operator.resources.pods import memory_limit
 
@@ -39,21 +41,28 @@ def inputs_of(run: RunSpec) -> Inputs:
     return Inputs(run.inputs_digest, run.teacher_model, run.student_model)
 
 
-def student_run_spec(base: RunSpec, attempt: int, fence: int, grace_seconds: int) -> RunSpec:
+def student_run_spec(
+    base: RunSpec,
+    attempt: Attempt,
+    grace_seconds: int,
+    mean_seconds_between_failures: float | None = None,
+) -> RunSpec:
     """The run spec of one attempt of the gang."""
-    workers = base.spec.workers
+    number = attempt.number
     return base.model_copy(
         update={
             "role": "student",
-            "attempt": attempt,
-            "fence": fence,
+            "attempt": number,
+            "fence": attempt.fence,
             "rendezvous": Rendezvous(
-                host=names.pod_host(names.attempt_name(base.name, attempt), 0, base.name),
-                port=names.rendezvous_port(base.uid, attempt),
-                nodes=workers.nodes,
-                ranks_per_node=max(1, workers.gpus_per_node),
+                host=names.pod_host(names.attempt_name(base.name, number), 0, base.name),
+                port=names.rendezvous_port(base.uid, number),
+                nodes=nodes_of(base.spec, attempt),
+                ranks_per_node=ranks_per_node(base.spec),
             ),
             "termination_grace_seconds": grace_seconds,
+            "micro_batch_size": attempt.micro_batch_size or None,
+            "mean_seconds_between_failures": mean_seconds_between_failures,
         }
     )
 

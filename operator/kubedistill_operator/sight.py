@@ -1,0 +1,128 @@
+"""Finds children that lost the labels by which we look for them, and puts the labels back.
+
+The watches select by label: what loses it looks deleted. Before an attempt is given up because its
+Job is gone, the API server is asked by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from kubedistill_api import names
+
+from kubedistill_operator.cache import Cache, Kind, Raw, name_of
+from kubedistill_operator.cluster import BATCH_JOBS, PODS, Cluster, NotFound, Resource
+from kubedistill_operator.observe import owner_of
+
+_log = logging.getLogger(__name__)
+_AGAIN_SECONDS = 10.0
+_JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
+
+
+class Sight:
+    """Looks, by name and by their Job, for children that should be there."""
+
+    def __init__(
+        self, cluster: Cluster, cache: Cache, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._cluster = cluster
+        self._cache = cache
+        self._clock = clock
+        self._checked: dict[tuple[str, str], set[str]] = {}
+        self._looked_at: dict[tuple[str, str], float] = {}
+
+    async def restore(self, raw: Raw) -> None:
+        """Bring back what of a DistillationJob's children is there and out of sight."""
+        for resource, kind in ((BATCH_JOBS, self._cache.batch_jobs), (PODS, self._cache.pods)):
+            await self._vanished(raw, resource, kind)
+        attempts = (raw.get("status") or {}).get("attempts") or []
+        if attempts and not attempts[-1].get("endTime"):
+            await self._gang(raw, attempts[-1]["number"])
+
+    async def _vanished(self, raw: Raw, resource: Resource, kind: Kind) -> None:
+        """What went without having been asked to go may only have lost a label."""
+        key = name_of(raw)
+        checked = self._checked.setdefault(key, set())
+        for gone in kind.gone(*key):
+            metadata = gone["metadata"]
+            uid = metadata["uid"]
+            ours = (metadata.get("labels") or {}).get(names.LABEL_JOB_UID) == raw["metadata"]["uid"]
+            if uid in checked or not ours or metadata.get("deletionTimestamp"):
+                continue
+            found = await self._get(resource, *name_of(gone))
+            checked.add(uid)
+            if found is not None and found["metadata"]["uid"] == uid:
+                await self._mark(resource, kind, found, _own_labels(metadata["labels"]))
+
+    async def _gang(self, raw: Raw, number: int) -> None:
+        """The open attempt's Job, where we do not see it; its pods, where it has more than we see."""
+        owner = owner_of(raw)
+        name = names.attempt_name(owner.name, number)
+        labels = owner.labels(names.ROLE_STUDENT, number)
+        job = self._cache.batch_jobs.get(owner.namespace, name)
+        if job is None or not _has(job, labels):
+            if not self._due(owner.namespace, name):
+                return
+            job = await self._get(BATCH_JOBS, owner.namespace, name)
+            owners = (job or {}).get("metadata", {}).get("ownerReferences") or []
+            if job is None or not any(o["uid"] == owner.uid for o in owners):
+                return
+            job = await self._mark(BATCH_JOBS, self._cache.batch_jobs, job, labels)
+        active = int(job.get("status", {}).get("active") or 0)
+        seen = [
+            pod
+            for pod in self._cache.pods.group(owner.namespace, owner.name)
+            if _has(pod, labels)
+            and pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")
+        ]
+        if len(seen) < active and self._due(owner.namespace, f"{name}/pods"):
+            selector = f"{_JOB_NAME_LABEL}={name}"
+            async for pod in self._cluster.list(PODS, owner.namespace, selector):
+                if not _has(pod, labels):
+                    await self._mark(PODS, self._cache.pods, pod, labels)
+
+    def _due(self, namespace: str, name: str) -> bool:
+        now, key = self._clock(), (namespace, name)
+        if now - self._looked_at.get(key, float("-inf")) < _AGAIN_SECONDS:
+            return False
+        self._looked_at[key] = now
+        return True
+
+    async def _get(self, resource: Resource, namespace: str, name: str) -> Raw | None:
+        try:
+            return await self._cluster.get(resource, namespace, name)
+        except NotFound:
+            return None
+
+    async def _mark(
+        self, resource: Resource, kind: Kind, found: Raw, labels: dict[str, str]
+    ) -> Raw:
+        """Give an object its labels, and take it in as it is then."""
+        if not _has(found, labels) and not found["metadata"].get("deletionTimestamp"):
+            namespace, name = name_of(found)
+            _log.warning("labels put back", extra={"object": f"{resource.plural}/{name}"})
+            patch = {"metadata": {"labels": labels}}
+            found = await self._cluster.merge_patch(resource, namespace, name, patch)
+        kind.put(found)
+        return found
+
+    def forget(self, namespace: str, name: str) -> None:
+        """Drop what is remembered of a DistillationJob's children."""
+        self._checked.pop((namespace, name), None)
+        prefix = names.attempt_name(name, 0)[:-1]
+        for key in [k for k in self._looked_at if k[0] == namespace and k[1].startswith(prefix)]:
+            del self._looked_at[key]
+
+
+def _has(raw: Raw, labels: dict[str, str]) -> bool:
+    own = raw["metadata"].get("labels") or {}
+    return all(own.get(key) == value for key, value in labels.items())
+
+
+def _own_labels(labels: dict[str, str]) -> dict[str, str]:
+    """Those that we gave it, of all that it had."""
+    ours = (names.LABEL_MANAGED_BY, names.LABEL_JOB, names.LABEL_JOB_UID, names.LABEL_ROLE,
+            names.LABEL_ATTEMPT, names.LABEL_CHAIN, names.LABEL_STAGE)  # fmt: skip
+    return {key: labels[key] for key in ours if key in labels}

@@ -1,0 +1,270 @@
+"""Somebody's hands on the operator's children, on a real API server; a stand-in trains.
+
+However it is touched, a job ends as one that nobody touched: one student, and nothing left over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from operator_kit import ONLINE, Bench, Operator, distilling, template, wait_for
+
+pytestmark = [pytest.mark.controlplane, pytest.mark.timeout(600)]
+
+STUDENT = ("-l", "kubedistill.dev/role=student")
+PRESENT = ("Pending", "Running")
+TEACHER = ("-l", "kubedistill.dev/role=teacher")
+
+
+def gang(name: str, book: Path, nodes: int = 2, **env: str) -> dict[str, Any]:
+    """A job whose teacher has no pods; it trains for a dozen seconds."""
+    pods = template(book, **{"STEPS": "50", **env})
+    workers = {"nodes": nodes, "gpusPerNode": 0, "template": pods}
+    return distilling(name, pods, teacher=ONLINE, workers=workers)
+
+
+def training(bench: Bench, name: str) -> None:
+    """Wait until a commit is there."""
+    wait_for(lambda: bench.status(name).get("checkpoint"), f"{name} commits nothing")
+
+
+def calm(bench: Bench, name: str) -> dict[str, Any]:
+    """The job's status, once it has ended well and left nothing but what it always leaves."""
+    status = bench.wait_state(name, "Completed", seconds=150)
+    assert status["model"] == {"uri": "s3://runs/m", "digest": "d" * 8, "parameters": 1000}
+
+    def orphans() -> list[str]:
+        items = bench.get("pods,jobs,services,configmaps")["items"]
+        found = [i["metadata"] for i in items if i["metadata"]["name"] != "kube-root-ca.crt"]
+        return [m["name"] for m in found if not m.get("ownerReferences")]
+
+    wait_for(lambda: not orphans(), "an orphan is left")
+
+    def active() -> list[str]:
+        pods = bench.get("pods")["items"]
+        return [p["metadata"]["name"] for p in pods if p["status"]["phase"] in PRESENT]
+
+    wait_for(lambda: not active(), "a pod is left")
+    ends = [(a["startTime"], a["endTime"]) for a in status["attempts"]]
+    for (_, end), (start, _) in itertools.pairwise(ends):
+        assert end <= start, "two attempts at a time"
+    return status
+
+
+def patch(bench: Bench, kind: str, name: str, body: dict[str, Any]) -> None:
+    bench.kubectl("patch", kind, name, "--type=merge", "-p", json.dumps(body))
+
+
+@pytest.fixture
+def slow_starts(bench: Bench) -> Iterator[Callable[[], None]]:
+    """Pods start late, until it is called."""
+    bench.handle.faults.delay_starts(6)
+    yield lambda: bench.handle.faults.delay_starts(0)
+    bench.handle.faults.delay_starts(0)
+
+
+def test_the_inputs_of_pods_that_have_not_started_come_back(
+    bench: Bench, operator: Operator, book: Path, slow_starts: Callable[[], None]
+) -> None:
+    """The preflight's and the attempt's ConfigMap, and the Service, each deleted before use."""
+    bench.apply(gang("early", book))
+
+    def preflight() -> list[Any]:
+        items = bench.get("configmaps", "-l", "kubedistill.dev/role=preflight")["items"]
+        return list(items)
+
+    [inputs] = wait_for(preflight, "no preflight")
+    bench.kubectl("delete", "configmap", inputs["metadata"]["name"])
+    exists = ("jobs", *STUDENT)
+    wait_for(lambda: bench.get(*exists)["items"], "no attempt", 90)
+    bench.kubectl("delete", "configmap/early-a1", "service/early")
+    slow_starts()
+    assert len(calm(bench, "early")["attempts"]) == 1
+    assert bench.get("service", "early")["spec"]["selector"]["kubedistill.dev/job"] == "early"
+
+
+def test_the_inputs_of_a_teacher_come_back(
+    bench: Bench, operator: Operator, book: Path, slow_starts: Callable[[], None]
+) -> None:
+    bench.apply(distilling("taught", template(book)))
+    wait_for(lambda: bench.get("jobs", *TEACHER)["items"], "no teacher", 90)
+    bench.kubectl("delete", "configmap", "taught-teacher")
+    slow_starts()
+    calm(bench, "taught")
+
+
+def test_what_is_deleted_after_its_use_is_not_missed(
+    bench: Bench, operator: Operator, book: Path
+) -> None:
+    """The accepted inputs are in the status, so a second attempt needs no ConfigMap of the first."""
+    bench.apply(gang("late", book))
+    training(bench, "late")
+    bench.kubectl("delete", "configmap", "--all")
+    bench.kubectl("delete", "service", "late")
+    bench.kubectl("delete", "job", "late-a1", "--wait=false")
+    status = calm(bench, "late")
+    assert [a["reason"] for a in status["attempts"]][1:] == ["Completed"]
+    assert bench.get("service", "late")["spec"]["clusterIP"] == "None"
+
+
+def test_a_changed_service_is_mended_for_the_next_attempt(
+    bench: Bench, operator: Operator, book: Path
+) -> None:
+    bench.apply(gang("names", book))
+    training(bench, "names")
+    patch(bench, "service", "names", {"spec": {"selector": {"kubedistill.dev/job": "x", "a": "b"}}})
+    refused = bench.kubectl(
+        "patch", "configmap", "names-a1", "--type=merge", "-p", '{"data": {"run.json": "{}"}}',
+        check=False,
+    )  # fmt: skip
+    assert "immutable" in refused
+    bench.kubectl("delete", "job", "names-a1", "--wait=false")
+    calm(bench, "names")
+    assert bench.get("service", "names")["spec"]["selector"] == {
+        "kubedistill.dev/job": "names",
+        "kubedistill.dev/role": "student",
+    }
+
+
+@pytest.mark.parametrize("cascade", ["foreground", "background", "orphan"])
+def test_a_deleted_attempt_is_followed_by_another(
+    bench: Bench, operator: Operator, book: Path, cascade: str
+) -> None:
+    bench.apply(gang("cut", book))
+    training(bench, "cut")
+    before = {p["metadata"]["uid"] for p in bench.get("pods", *STUDENT)["items"]}
+    bench.kubectl("delete", "job", "cut-a1", f"--cascade={cascade}", "--wait=false")
+    status = calm(bench, "cut")
+    assert len(status["attempts"]) == 2
+    # Its pods were told to stop, and committed; the stand-in's ranks do not keep step.
+    first, second = status["attempts"]
+    assert (first["reason"], first["charged"]) == ("GracefulCheckpoint", False)
+    assert second["resumedFromStep"] >= first["lastStep"] - 3
+    left = {p["metadata"]["uid"] for p in bench.get("pods", *STUDENT)["items"]}
+    assert not left & before
+
+
+@pytest.mark.parametrize("options", [(), ("--grace-period=0", "--force")])
+def test_a_deleted_pod_ends_its_attempt(
+    bench: Bench, operator: Operator, book: Path, options: tuple[str, ...]
+) -> None:
+    bench.apply(gang("poked", book))
+    training(bench, "poked")
+    pods = bench.get("pods", *STUDENT)["items"]
+    bench.kubectl("delete", "pod", pods[1]["metadata"]["name"], "--wait=false", *options)
+    status = calm(bench, "poked")
+    assert len(status["attempts"]) == 2
+    assert status["attempts"][1]["resumedFromStep"] >= 5
+
+
+@pytest.mark.parametrize("cascade", ["foreground", "background", "orphan"])
+def test_a_deleted_teacher_is_made_again(
+    bench: Bench, operator: Operator, book: Path, cascade: str
+) -> None:
+    bench.apply(distilling("school", template(book, STEPS="110", TEACHER_SECONDS="6")))
+    wait_for(
+        lambda: any(
+            p["status"]["phase"] == "Running" for p in bench.get("pods", *TEACHER)["items"]
+        ),
+        "no teacher",
+    )
+    bench.kubectl("delete", "job", "school-teacher", f"--cascade={cascade}", "--wait=false")
+    status = calm(bench, "school")
+    assert status["teacherStream"]["complete"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [({"suspend": True}, "somebody suspended"), ({"parallelism": 0}, "somebody set parallelism")],
+)
+def test_an_edited_gang_does_not_idle(
+    bench: Bench, operator: Operator, book: Path, edit: dict[str, Any], words: str
+) -> None:
+    bench.apply(gang("held", book))
+    training(bench, "held")
+    patch(bench, "job", "held-a1", {"spec": edit})
+    status = calm(bench, "held")
+    first = status["attempts"][0]
+    assert words in first["message"]
+    assert not first["charged"]
+    assert len(status["attempts"]) == 2
+
+
+@pytest.mark.parametrize("edit", [{"suspend": True}, {"parallelism": 0}])
+def test_an_edited_teacher_goes_on(
+    bench: Bench, operator: Operator, book: Path, edit: dict[str, Any]
+) -> None:
+    bench.apply(distilling("class", template(book, STEPS="110", TEACHER_SECONDS="6")))
+    wait_for(lambda: bench.get("pods", *TEACHER)["items"], "no teacher")
+    patch(bench, "job", "class-teacher", {"spec": edit})
+    calm(bench, "class")
+
+
+@pytest.mark.parametrize(
+    "label", ["app.kubernetes.io/managed-by", "kubedistill.dev/job", "kubedistill.dev/job-uid"]
+)
+def test_children_whose_labels_are_taken_off_are_found(
+    bench: Bench, operator: Operator, book: Path, label: str
+) -> None:
+    """One gang trains all the time: it is not taken for deleted, and not started twice."""
+    bench.apply(gang("masked", book, STEPS="110"))
+    training(bench, "masked")
+    first = bench.get("pods", *STUDENT)["items"][0]["metadata"]["name"]
+    bench.kubectl("label", "pod", first, f"{label}-")
+    bench.kubectl("label", "job", "masked-a1", f"{label}-")
+
+    def back() -> bool:
+        found = (bench.get("job", "masked-a1"), bench.get("pod", first))
+        return all(label in item["metadata"]["labels"] for item in found)
+
+    wait_for(back, "the labels do not come back", 60)
+    assert len(calm(bench, "masked")["attempts"]) == 1
+
+
+def test_labels_that_went_while_no_operator_ran(
+    bench: Bench, operator: Operator, book: Path
+) -> None:
+    bench.apply(gang("unseen", book, STEPS="150"))
+    training(bench, "unseen")
+    operator.kill()
+    bench.kubectl("label", "job", "unseen-a1", "app.kubernetes.io/managed-by-")
+    bench.kubectl("label", "pod", "--all", "app.kubernetes.io/managed-by-")
+    operator.restart()
+    assert len(calm(bench, "unseen")["attempts"]) == 1
+
+
+def test_a_quota_is_told_and_waited_for(bench: Bench, operator: Operator, book: Path) -> None:
+    bench.kubectl("create", "quota", "few", "--hard=count/jobs.batch=1")
+    wait_for(lambda: bench.get("quota", "few")["status"].get("used"), "no quota")
+    bench.apply(gang("poor", book, STEPS="20"))
+    bench.wait_state("poor", "CreationRefused")
+    assert "exceeded quota: few" in bench.condition("poor")["message"]
+    version = bench.get("dj", "poor")["metadata"]["resourceVersion"]
+    assert "CreationRefused" in {e["reason"] for e in bench.get("events")["items"]}
+    bench.kubectl("delete", "quota", "few")
+    assert len(calm(bench, "poor")["attempts"]) == 1
+    assert bench.get("dj", "poor")["metadata"]["resourceVersion"] != version
+
+
+def test_a_name_that_is_taken_is_told(bench: Bench, operator: Operator, book: Path) -> None:
+    bench.kubectl("create", "configmap", "twin-a1")
+    bench.apply(gang("twin", book, STEPS="20"))
+    bench.wait_state("twin", "NameTaken")
+    assert "twin-a1 belongs to something else" in bench.condition("twin")["message"]
+    bench.kubectl("delete", "configmap", "twin-a1")
+    assert len(calm(bench, "twin")["attempts"]) == 1
+
+
+def test_pods_that_a_quota_forbids_are_told(bench: Bench, operator: Operator, book: Path) -> None:
+    bench.kubectl("create", "quota", "none", "--hard=pods=0")
+    wait_for(lambda: bench.get("quota", "none")["status"].get("used"), "no quota")
+    bench.apply(gang("alone", book, STEPS="20"))
+    bench.wait_state("alone", "PodNotStarting")
+    assert "none of 1 pods for 30 s: `kubectl describe job" in bench.condition("alone")["message"]
+    bench.kubectl("delete", "quota", "none")
+    calm(bench, "alone")
