@@ -102,6 +102,18 @@ def test_stragglers_and_skipped_steps_are_told_when_they_come_and_change() -> No
     assert "Straggler" not in told(more)
 
 
+def test_ranks_started_again_are_told_and_are_no_attempt() -> None:
+    first = started(pods=(running("p"),), rank0=report(resumed_from_step=None))
+    again = report(rank_restarts=1, restart_reason="a peer was lost", resumed_from_step=30)
+    plan = settled(after(first, rank0=again))
+    [attempt] = plan.status.attempts
+    assert (attempt.rank_restarts, attempt.resumed_from_step) == (1, None)
+    assert [e.message for e in plan.events if e.reason == "RanksRestarted"] == [
+        "attempt 1: its ranks were started again in their pods: a peer was lost"
+    ]
+    assert "RanksRestarted" not in told(settled(after(first, rank0=again, status=plan.status)))
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", float("nan"), float("-inf")])
 def test_a_number_that_is_none_does_not_stop_the_status(number: Any) -> None:
     """The API server refuses a status that holds one, and with it the attempt's end."""

@@ -43,6 +43,13 @@ def to_progress(report: ProgressReport, old: Progress | None, now_text: str) -> 
     return fresh if fresh == old else fresh.model_copy(update={"last_updated_time": now_text})
 
 
+def _tell_of_restart(draft: Draft, attempt: Attempt, report: ProgressReport) -> None:
+    if report.rank_restarts > attempt.rank_restarts:
+        text = f"attempt {attempt.number}: its ranks were started again in their pods"
+        reason = f": {report.restart_reason}" if report.restart_reason else ""
+        draft.tell("RanksRestarted", text + reason, warning=True)
+
+
 def apply_report(draft: Draft, attempt: Attempt, report: ProgressReport) -> None:
     """Take over a report of this attempt; a report of another one changes nothing."""
     if report.attempt != attempt.number:
@@ -58,13 +65,13 @@ def apply_report(draft: Draft, attempt: Attempt, report: ProgressReport) -> None
         draft.update(
             furthest_commit=report.resumed_from_step, failures=min(1, draft.status.failures)
         )
+    _tell_of_restart(draft, attempt, report)
+    # Ranks that were started again in their pods resume from what this attempt itself committed.
+    first = report.rank_restarts == 0 and report.resumed_from_step is not None
     draft.change_attempt(
-        resumed_from_step=(
-            attempt.resumed_from_step
-            if report.resumed_from_step is None
-            else report.resumed_from_step
-        ),
+        resumed_from_step=report.resumed_from_step if first else attempt.resumed_from_step,
         last_step=max(attempt.last_step, report.step),
+        rank_restarts=max(attempt.rank_restarts, report.rank_restarts),
     )
     if report.checkpoint is not None:
         _take_checkpoint(draft, report.checkpoint)
