@@ -99,6 +99,17 @@ def test_restarted_ranks_that_do_not_meet_their_peers_end_the_pod(
     assert (code, message) == (ExitCode.UNKNOWN, "local rank 0 was ended by SIGKILL")
 
 
+def test_ranks_that_had_nothing_to_commit_end_at_once_when_asked(folder: Path) -> None:
+    ranks = Ranks(1, folder, program(folder, "time.sleep(60)\n"), in_place=True)
+    ranks.start()
+    ranks.forward(signal.SIGTERM, None)
+    code, outcome = ranks.wait()
+    assert (code, outcome.message) == (
+        ExitCode.INTERRUPTED,
+        "asked to stop before training began",
+    )
+
+
 def test_a_forked_rank_is_watched_like_any_other(folder: Path) -> None:
     import os
 

@@ -10,9 +10,9 @@ from kubedistill_api.checkpoint import Checkpoint
 from kubedistill_trainer.checkpoint import CheckpointFailed, Fenced
 from kubedistill_trainer.checkpoint.checkpointer import CommitInfo
 from kubedistill_trainer.checkpoint.interval import (
-    FIRST_SECONDS,
     LONGEST_SECONDS,
     expected_mtbf,
+    first_save,
     save_cost,
     save_interval,
 )
@@ -49,10 +49,16 @@ def test_the_interval_is_where_a_save_costs_what_a_failure_does() -> None:
     assert waste(best) < min(waste(best * 0.9), waste(best * 1.1))
 
 
+def test_the_first_save_is_soon() -> None:
+    assert [first_save(mtbf) for mtbf in (DAY, 200.0, 10.0)] == [10.0, 4.0, 1.0]
+
+
 def test_what_a_gang_has_to_expect_before_it_has_seen_a_failure() -> None:
-    assert expected_mtbf(None, 1) == DAY
-    assert expected_mtbf(None, 1500) == pytest.approx(DAY / 10)
-    assert expected_mtbf(120.0, 1500) == 120.0
+    assert expected_mtbf(None, 5.0, 1) == 600.0
+    assert expected_mtbf(None, HOUR, 1) == HOUR
+    assert expected_mtbf(None, 9 * DAY, 1) == DAY
+    assert expected_mtbf(None, 9 * DAY, 1500) == pytest.approx(DAY / 10)
+    assert expected_mtbf(120.0, 9 * DAY, 1500) == 120.0
 
 
 @pytest.mark.parametrize(
@@ -93,17 +99,22 @@ def test_auto_waits_for_the_first_save_and_then_goes_by_its_time(
     clock = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     saving = saver(Commits(), "Auto")
-    assert saving.interval_seconds() == FIRST_SECONDS
+    assert saving.interval_seconds() == 10.0
     assert not saving.due(1)
-    clock[0] += FIRST_SECONDS
+    clock[0] += 10.0
     assert saving.due(2)
     start(saving, 2)
     assert not saving.due(3), "one has begun just now"
     saving._saves = [CommitInfo("", 2, "", 0, 10.0, 0.5, "")]
-    assert saving.interval_seconds() == pytest.approx(math.sqrt(2 * 0.5 * DAY))
+    assert saving.interval_seconds() == pytest.approx(math.sqrt(2 * 0.5 * 600))
     saving.stepped(1.0)
-    clock[0] += 294
+    clock[0] += 24
+    assert not saving.due(4)
+    clock[0] += 1
     assert saving.due(4)
+    clock[0] += HOUR
+    saving._started_at = clock[0]
+    assert saving.interval_seconds() == pytest.approx(math.sqrt(2 * 0.5 * (HOUR + 35)))
 
 
 def test_two_failed_saves_in_a_row_are_borne_and_told() -> None:

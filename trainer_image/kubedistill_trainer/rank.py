@@ -59,7 +59,6 @@ def run(local_rank: int) -> NoReturn:
     world_size = spec.rendezvous.nodes * ranks_per_node
     context = Context(spec, scratch_directory(), rank, world_size, restart=restart_of_environment())
     interruption = Interruption(float(spec.termination_grace_seconds))
-    interruption.install()
     board = exporter.ProgressBoard(spec.attempt)
     board.update(rank_restarts=context.restart.number, restart_reason=context.restart.reason)
 

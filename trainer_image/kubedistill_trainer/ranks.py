@@ -46,6 +46,8 @@ class End:
 
     @property
     def code(self) -> ExitCode:
+        if self.raw == -signal.SIGTERM:
+            return ExitCode.INTERRUPTED  # it had nothing to commit yet
         try:
             return ExitCode(self.raw)
         except ValueError:
@@ -256,6 +258,8 @@ def _summary(ends: Sequence[End], scratch: Path) -> tuple[ExitCode, Outcome]:
     result = _outcome_of(end.local_rank, end.code, scratch)
     if end.raw < 0:
         text = f"local rank {end.local_rank} was ended by {signal.Signals(-end.raw).name}"
+        if end.code is ExitCode.INTERRUPTED:
+            text = "asked to stop before training began"
         result = Outcome(reason=policy(end.code).reason, message=text)
     return end.code, result
 

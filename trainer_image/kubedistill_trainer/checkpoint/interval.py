@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 
-FIRST_SECONDS = 30.0
-"""Until the first save, of which nothing is known yet: how long it takes is worth knowing soon."""
+_FIRST_SECONDS = 10.0
+_FIRST_SHARE = 0.02
 LONGEST_SECONDS = 1800.0
 """Whatever the formula says: nobody wants to lose more than that."""
 _SHORTEST_SECONDS = 1.0
 _DAY = 86_400.0
+_YOUNG_SECONDS = 600.0
 _NODE_DAYS = 150.0
 """Mean time between failures of one node's hardware (Kokolis et al., "Revisiting Reliability in
 Large-Scale Machine Learning Research Clusters", 2024: 6.5 failures in 1,000 node-days)."""
+
+
+def first_save(mtbf_seconds: float) -> float:
+    """Seconds until the first save, of which nothing is known yet: worth knowing soon, and sooner
+    where failures are frequent."""
+    return max(_SHORTEST_SECONDS, min(_FIRST_SECONDS, _FIRST_SHARE * mtbf_seconds))
 
 
 def save_interval(cost_seconds: float, save_seconds: float, mtbf_seconds: float) -> float:
@@ -26,12 +33,16 @@ def save_interval(cost_seconds: float, save_seconds: float, mtbf_seconds: float)
     return max(_SHORTEST_SECONDS, save_seconds, min(LONGEST_SECONDS, best))
 
 
-def expected_mtbf(seen_seconds: float | None, nodes: int) -> float:
-    """Seconds between failures: as seen, or where none was seen what such a gang has to expect.
+def expected_mtbf(seen_seconds: float | None, uptime_seconds: float, nodes: int) -> float:
+    """Seconds between failures: as seen, or where none was seen as long as it went well so far.
 
-    A day at most: most failures are not of the hardware.
+    At least ten minutes, at most a day or what the hardware of so many nodes lasts: a job that has
+    just begun fails sooner than one that has run for hours.
     """
-    return min(_DAY, _NODE_DAYS * _DAY / nodes) if seen_seconds is None else seen_seconds
+    if seen_seconds is not None:
+        return seen_seconds
+    most = min(_DAY, _NODE_DAYS * _DAY / nodes)
+    return min(most, max(_YOUNG_SECONDS, uptime_seconds))
 
 
 def save_cost(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -22,14 +23,13 @@ class Interruption:
         self._grace = grace_seconds
         self._margin = margin_seconds
         self._asked_at: float | None = None
-        self._has_work = False
 
     def has_work(self) -> None:
-        """From now on there may be something to commit; before, SIGTERM ends the process at once."""
-        self._has_work = True
+        """From now on there may be something to commit. Called in the main thread.
 
-    def install(self) -> None:
-        """Take over SIGTERM in the main thread."""
+        Until then SIGTERM ends the process as ever, at once: a rank that waits for its peers within
+        a library would not get to a handler of ours.
+        """
         signal.signal(signal.SIGTERM, self._on_signal)
 
     @property
@@ -43,17 +43,16 @@ class Interruption:
         return self._grace - (time.monotonic() - self._asked_at)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._has_work:
-            _end("asked to stop before training began")
         if self._asked_at is None:
             self._asked_at = time.monotonic()
             wait = max(0.0, self._grace - self._margin)
-            timer = threading.Timer(wait, _end, ["grace is over: ending without a commit"])
+            timer = threading.Timer(wait, _end)
             timer.daemon = True
             timer.start()
 
 
-def _end(event: str) -> None:
-    # Not by logging: its lock may be held by what was interrupted.
-    os.write(1, json.dumps({"level": "error", "event": event}).encode() + b"\n")
+def _end() -> None:
+    event = {"level": "error", "event": "grace is over: ending without a commit"}
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
     os._exit(int(ExitCode.INTERRUPTED))

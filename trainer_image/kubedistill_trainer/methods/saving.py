@@ -16,8 +16,8 @@ from kubedistill_trainer import exporter
 from kubedistill_trainer.checkpoint import Checkpointer, CheckpointError, CommitInfo, Fenced
 from kubedistill_trainer.checkpoint.estimate import fits_grace, p99
 from kubedistill_trainer.checkpoint.interval import (
-    FIRST_SECONDS,
     expected_mtbf,
+    first_save,
     save_cost,
     save_interval,
 )
@@ -48,13 +48,14 @@ class Saver:
         self._interval = checkpoint.interval
         self._board = board
         self._grace = grace_seconds
-        self._mtbf = expected_mtbf(mtbf_seconds, nodes)
+        self._seen_mtbf = mtbf_seconds
+        self._nodes = nodes
         self._steps: deque[float] = deque(maxlen=_RECENT)
         self._calm: deque[float] = deque(maxlen=_RECENT)
         self._busy: deque[float] = deque(maxlen=_RECENT)
         self._saves: list[CommitInfo] = []
         self._failures = 0
-        self._started_at = time.monotonic()
+        self._began = self._started_at = time.monotonic()
         self.committed_step = -1
         """The newest commit's, as far as `settle` has seen."""
 
@@ -85,13 +86,14 @@ class Saver:
 
     def interval_seconds(self) -> float:
         """With `Auto`: seconds between the starts of two saves."""
+        mtbf = expected_mtbf(self._seen_mtbf, time.monotonic() - self._began, self._nodes)
         if not self._saves:
-            return FIRST_SECONDS
+            return first_save(mtbf)
         # The median would do for the stall; the first snapshot also pays for its memory's pages.
         stall = min(info.stall_seconds for info in self._saves[-5:])
         save = self._saves[-1].duration_seconds
         means = [fmean(times) if times else None for times in (self._calm, self._busy)]
-        return save_interval(save_cost(stall, save, *means), save, self._mtbf)
+        return save_interval(save_cost(stall, save, *means), save, mtbf)
 
     @property
     def failed(self) -> bool:
