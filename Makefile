@@ -7,7 +7,7 @@ export UV_COMPILE_BYTECODE := 1
 # On a fresh machine the control plane (Go) is built beside the Python set-up.
 MAKEFLAGS += -j2
 # Two processes share them (tests/lanes.py), in this order: what waits most and what takes longest first.
-TESTS := tests/controlplane tests/e2e tests/unit tests/store
+TESTS := tests/controlplane tests/e2e tests/chaos tests/unit tests/store
 # `make demo CLUSTER=current [VALUES=FILE]`: the cluster of your kubeconfig, asked for and never taken
 # by accident; the file's values go to the operator's chart.
 OWN_CLUSTER := $(if $(filter current,$(CLUSTER)),--current $(if $(VALUES),--operator-values $(VALUES)))
@@ -49,4 +49,8 @@ crds: .venv/.synced  ## Generate crds/*.yaml and the chart's copies
 test: lint control-plane  ## Lint, types, layers; then all tests, real gangs on a real control plane included
 	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
-.PHONY: help setup control-plane demo demo-smollm2 down lint crds test
+chaos: .venv/.synced control-plane  ## Faults at every call; an hour. FAMILY=… CASE=… SEED=… SAMPLE=…
+	$(RUN) python -m chaos --seed $(or $(SEED),0) $(if $(FAMILY),--family $(FAMILY)) \
+		$(if $(CASE),--case $(CASE)) $(if $(SAMPLE),--sample $(SAMPLE))
+
+.PHONY: chaos help setup control-plane demo demo-smollm2 down lint crds test

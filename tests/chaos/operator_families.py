@@ -29,7 +29,7 @@ _ERRORS = (
     Fault(Kind.DELAY, seconds=1),
 )
 _EVENTS = (Event.DROP, Event.DOUBLE, Event.LATE, Event.SWAP, Event.CUT, Event.GONE)
-_DECLARED = re.compile(
+DECLARED = re.compile(
     r"^(kubedistill_operator\.cluster\.\w+|aiohttp\.[\w.]+|kopf[\w.]*\.\w+|TimeoutError|"
     r"asyncio\.[\w.]*TimeoutError|Connection\w*Error|OSError)\b"
 )
@@ -95,7 +95,7 @@ class Judge:
                 run.violations += [f"left behind: {name}" for name in world.delete()]
             run.violations += world.watched.broken
             for last in world.tracebacks():
-                if not errors or not _DECLARED.match(last):
+                if not errors or not DECLARED.match(last):
                     run.violations.append(f"in the log: {last}"[:300])
             run.lives += len(world.lives)
             mine = (e for e in self.bench.proxy.log if e.call.client == world.namespace)
