@@ -42,7 +42,9 @@ _CHANGING = {
 def scenario(book: Path) -> list[dict[str, Any]]:
     """A job with a teacher and a gang of two, and a chain of two stages."""
     pods = template(book, STEPS="10", STEP_SECONDS="0.1")
-    workers = {"nodes": 2, "gpusPerNode": 0, "template": pods}
+    # A gang that ends before its teacher has the teacher's Job deleted: a race, and not the subject.
+    slower = template(book, STEPS="40", STEP_SECONDS="0.1")
+    workers = {"nodes": 2, "gpusPerNode": 0, "template": slower}
     shared = job("x", pods, checkpoint={"interval": 5})["spec"]
     shared["teacher"] = {"delivery": "Online"}
     chain = {
@@ -83,12 +85,13 @@ class Watched:
             return
         meta = item["metadata"]
         name, labels = meta["name"], meta.get("labels") or {}
-        if name not in self._uids or meta["uid"] not in self._uids[name]:
+        # A preflight whose pod was never seen is made again, and may be: it decides nothing twice.
+        if labels.get(names.LABEL_ROLE) != names.ROLE_STUDENT:
+            return
+        if meta["uid"] not in self._uids[name]:
             self._uids[name].add(meta["uid"])
             if len(self._uids[name]) > 1:
                 self.broken.append(f"Job {name} was made {len(self._uids[name])} times")
-        if labels.get(names.LABEL_ROLE) != names.ROLE_STUDENT:
-            return
         live = self._live[labels[names.LABEL_JOB]]
         ended = {c["type"] for c in (item.get("status") or {}).get("conditions") or []}
         if kind == "DELETED" or meta.get("deletionTimestamp") or ended & {"Complete", "Failed"}:
