@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -118,6 +119,8 @@ def test_a_failure_of_one_rank_is_everyones(seen: list[dict[str, Any]], rank: in
     assert "(rank 1)" in text
     assert "optim_states.pt" in text or "rng-00001.json" in text, "it names the upload"
     assert seen[rank]["full disk"] == ["CheckpointFailed", "rank 1: OSError: [Errno 28] full"]
+    assert seen[rank]["no scratch"][0] == "CheckpointFailed"
+    assert seen[rank]["no scratch"][1].startswith("rank 1: ")
     assert seen[rank]["zombie"][0] == "Fenced"
     assert seen[rank]["second open"][0] == "Fenced"
 
@@ -337,6 +340,13 @@ def run_failures(rank: Rank) -> dict[str, list[str]]:
     save, engine.save_checkpoint = engine.save_checkpoint, full_after
     seen["full disk"] = outcome(lambda: checkpointer.save(engine, step=1, cursor={}))
     engine.save_checkpoint = save
+    scratch = Path(os.environ["TEST_FOLDER"]) / f"scratch-{rank.number}"
+    if rank.number == 1:
+        shutil.rmtree(scratch)
+        scratch.touch()  # no folder can be made in it
+    seen["no scratch"] = outcome(lambda: checkpointer.save(engine, step=1, cursor={}))
+    if rank.number == 1:
+        scratch.unlink()
     rank.open("failures", 2)
     seen["zombie"] = outcome(lambda: checkpointer.save(engine, step=1, cursor={}))
     return seen

@@ -167,17 +167,14 @@ class Checkpointer:
         """
         assert self._flight is None, "finish the save before it"
         flight = Flight(step)
-        folder = snapshot.empty(self._scratch / "save")
+        folder = self._scratch / "save"
+        self._gang.gather(lambda: snapshot.empty(folder))
         taken: list[snapshot.Snapshot] = []
 
         def take() -> None:
             taken.append(snapshot.take(engine, folder, self._rank, self._memory))
 
-        try:
-            self._gang.gather(take)
-        except Exception:
-            snapshot.empty(folder)
-            raise
+        self._gang.gather(take)
         stall = time.monotonic() - flight.began
         if taken[0].on_disk_bytes:
             _log.warning(
@@ -193,7 +190,7 @@ class Checkpointer:
                     self._tidy(lambda: self._retire(keep_step))
             except Exception as error:
                 flight.error = error
-            snapshot.empty(folder)
+            snapshot.remove(folder)
             flight.ended.set()
 
         self._flight = flight
@@ -325,10 +322,11 @@ class Checkpointer:
         try:
             problem = self._fetch(commit, mine, folder)
             if not problem:
-                self._gang.gather(partial(snapshot.load, engine, folder, self._rank))
+                # Not by `gather`: a rank that fails in it ends, and so its peers within it do.
+                snapshot.load(engine, folder, self._rank)
             return problem
         finally:
-            snapshot.empty(folder)
+            snapshot.remove(folder)
 
     def _load_universal(self, engine: Any, commit: Commit) -> str:
         """The same for a commit of another number of ranks: each node's first rank converts it."""
@@ -345,10 +343,8 @@ class Checkpointer:
             )
             if not problem:
                 self._gang.gather(lambda: universal.convert(folder) if leads else None)
-                step = commit.step
-                self._gang.gather(
-                    lambda: universal.load(engine, folder, rank=self._rank, step=step)
-                )
+                universal.load(engine, folder, rank=self._rank, step=commit.step)
+                self._gang.gather(lambda: None)  # before the folder goes
                 _log.info(
                     "loaded by another number of ranks",
                     extra={"ranks": self._world_size, "committed_by": commit.world_size},
@@ -356,7 +352,7 @@ class Checkpointer:
             return problem
         finally:
             if leads:
-                snapshot.empty(folder)
+                snapshot.remove(folder)
 
     def _fetch(self, commit: Commit, wanted: Sequence[ShardRecord], folder: Path) -> str:
         """Download what this rank needs, verified; what is wrong on any rank, or nothing."""

@@ -46,16 +46,19 @@ def take(engine: Any, folder: Path, rank: int, memory: HostMemory) -> Snapshot:
 
     Under ZeRO the parts are: every rank its optimizer partition; rank 0 the module (stages 1 and
     2), or every rank its own part of it (stage 3). `folder` is empty and takes what finds no room in
-    memory. Whatever goes wrong is raised after the collectives, so that a rank that fails leaves no
-    peer waiting.
+    memory. What goes wrong on this rank's disk or in its memory is raised after the collectives, so
+    that a rank that fails leaves no peer waiting.
     """
-    (folder / TAG).mkdir(parents=True)
     stage = _Stage(folder, memory)
+    stage.makedirs(str(folder / TAG))
     usual, engine.checkpoint_engine = engine.checkpoint_engine, stage
+    # A script for people, which DeepSpeed writes to the disk of rank 0 whether there is room or not.
+    engine._copy_recovery_script = lambda save_path: None
     try:
         engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
     finally:
         engine.checkpoint_engine = usual
+        del engine._copy_recovery_script
     if stage.error is not None:
         raise stage.error
     memory.settle()
@@ -75,6 +78,13 @@ class _Stage(CheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
         self.error: Exception | None = None
         self._folder = folder
         self._memory = memory
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """A disk that has no room for a folder is told after the collectives too."""
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self.error = error
 
     def create(self, info: Any) -> None:
         """Nothing is begun by a name."""
@@ -127,10 +137,15 @@ def load(engine: Any, folder: Path, rank: int) -> None:
 
 
 def empty(folder: Path) -> Path:
-    """`folder`, existing and empty."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """`folder`, existing and empty. Raises OSError."""
+    remove(folder)
     folder.mkdir(parents=True)
     return folder
+
+
+def remove(folder: Path) -> None:
+    """No more of `folder` than cannot be removed."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rng_path(rank: int) -> str:
