@@ -119,6 +119,8 @@ def test_a_forked_rank_is_watched_like_any_other(folder: Path) -> None:
         (folder / "forked").write_text(os.environ["KUBEDISTILL_RESTART"])
         os._exit(0)
 
-    code, _ = started(Ranks(1, folder, fork=run, in_place=True))  # type: ignore[arg-type]  # it never returns
+    ranks = Ranks(1, folder, in_place=True)
+    ranks.fork = run  # type: ignore[assignment]  # it never returns
+    code, _ = started(ranks)
     assert code is ExitCode.SUCCESS
     assert '"number":1' in (folder / "forked").read_text()

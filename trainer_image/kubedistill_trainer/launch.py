@@ -107,9 +107,11 @@ def _student(run: RunSpec) -> tuple[ExitCode, Outcome]:
     rendezvous = run.rendezvous
     if rendezvous is None:
         raise RunFailure(ExitCode.BAD_CONFIGURATION, "run.json has no rendezvous")
-    fork = _imported_rank() if _may_fork(run) else None
-    gang = Ranks(rendezvous.ranks_per_node, scratch_directory(), fork=fork, in_place=True)
+    gang = Ranks(rendezvous.ranks_per_node, scratch_directory(), in_place=True)
+    # Before the imports: PID 1 does not get a signal that it has no handler for.
     signal.signal(signal.SIGTERM, gang.forward)
+    if _may_fork(run):
+        gang.fork = _imported_rank()
     if not wait_for_name(rendezvous.host, _PEER_TIMEOUT_SECONDS, lambda: gang.asked_to_stop):
         if gang.asked_to_stop:
             raise RunFailure(ExitCode.INTERRUPTED, "asked to stop before the ranks were started")

@@ -109,15 +109,15 @@ class Ranks:
         scratch: Path,
         module: str = "kubedistill_trainer.rank",
         *,
-        fork: Callable[[int], NoReturn] | None = None,
         in_place: bool = False,
     ) -> None:
-        """`fork`: runs a rank in a forked child, whose modules this process has imported; None for
-        processes of their own. `in_place`: whether ranks may be started again."""
+        """`in_place`: whether ranks may be started again."""
         self._count = count
         self._scratch = scratch
         self._module = module
-        self._fork = fork
+        self.fork: Callable[[int], NoReturn] | None = None
+        """Runs a rank in a forked child, whose modules this process has imported; None for processes
+        of their own."""
         self._in_place = in_place
         self._processes: list[_Process] = []
         self._began = self._started_at = time.monotonic()
@@ -193,13 +193,13 @@ class Ranks:
 
     def _process(self, local_rank: int) -> _Process:
         environment = self._restart().to_environment()
-        if self._fork is None:
+        if self.fork is None:
             command = [sys.executable, "-m", self._module, str(local_rank)]
             return subprocess.Popen(command, env=os.environ | environment)
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
-            _become(self._fork, local_rank, environment)
+            _become(self.fork, local_rank, environment)
         return _Forked(pid)
 
     def _restart(self) -> Restart:
