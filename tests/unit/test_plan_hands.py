@@ -49,8 +49,12 @@ from test_plan_kit import (
         ({"parallelism": 0, "completions": 0}, "somebody set completions of its Job to 0"),
     ],
 )
-def test_an_edited_gang_is_made_anew_for_free(edit: dict[str, Any], words: str) -> None:
-    seen = started(batch_jobs=gang_job(**edit), pods=(running("p"),), rank0=report())
+@pytest.mark.parametrize("pod", [running("p"), ended("p", 11)], ids=["running", "committed"])
+def test_an_edited_gang_is_made_anew_for_free(
+    edit: dict[str, Any], words: str, pod: PodView
+) -> None:
+    """Also where its pods had ended by the time that the edit was seen."""
+    seen = started(batch_jobs=gang_job(**edit), pods=(pod,), rank0=report())
     plan = settled(seen)
     assert plan.actions == (DeleteBatchJob("small-a1"),)
     assert words in plan.status.attempts[0].message

@@ -47,12 +47,16 @@ def _during(step: Pass, attempt: Attempt) -> None:
         apply_report(draft, attempt, seen.rank0.report)
     if _succeeded(step, batch_job, pods):
         return
+    edit = hands.edited(batch_job, shape.nodes_of(step.spec, attempt)) if batch_job else ""
     if attempt.reason:
         wind_down(draft)
         if draft.attempt and draft.attempt.end_time:
             _ended(step)
     elif batch_job is None:
         _without_job(step, attempt, pods)
+    elif not batch_job.failing and not batch_job.deleting_since and edit:
+        # Before its pods' ends are looked at: a suspended Job never says that it has failed.
+        stop(step, Verdict(reasons.INTERRUPTED, edit, retry=True, charged=False))
     elif batch_job.failing or batch_job.deleting_since or any(p.failed for p in pods):
         if over(draft, batch_job, pods):
             _finish(step, judge(pods, batch_job.failure_message))
@@ -60,8 +64,6 @@ def _during(step: Pass, attempt: Attempt) -> None:
             _say_restarting(draft, "the attempt's other pods end")
     elif step.spec.suspend:
         stop(step, Verdict(reasons.INTERRUPTED, "suspended", retry=True, charged=False))
-    elif edit := hands.edited(batch_job, shape.nodes_of(step.spec, attempt)):
-        stop(step, Verdict(reasons.INTERRUPTED, edit, retry=True, charged=False))
     elif (still := stall(step, attempt)) is not None:
         stop(step, Verdict(reasons.STALLED, still, retry=True, charged=True))
     else:
