@@ -11,6 +11,8 @@ from xdist.scheduler import LoadFileScheduling
 
 _FOLDERS = {"controlplane": "", "e2e": "from e2e.kit import"}
 """Folder of tests → the words in a file that say that it uses the folder's cluster."""
+_APART = {"test_hands.py"}
+"""Files of these folders that take long enough for a cluster of their own."""
 
 
 class Lanes(LoadFileScheduling):
@@ -27,4 +29,6 @@ def lane(file: str) -> str:
     if words is None or words not in path.read_text():
         return file
     # Of two operators on one cluster a single one leads.
-    return OWN_CLUSTER if os.environ.get(OWN_CLUSTER) else path.parent.name
+    if os.environ.get(OWN_CLUSTER):
+        return OWN_CLUSTER
+    return file if path.name in _APART else path.parent.name
