@@ -311,3 +311,22 @@ def test_a_uri_survives_its_text(parts: list[str]) -> None:
         return
     uri = S3Uri("bucket", "/".join(parts))
     assert S3Uri.parse(str(uri)) == uri
+
+
+def test_limits_may_come_from_the_environment() -> None:
+    given = {
+        "KUBEDISTILL_STORE_READ_TIMEOUT_SECONDS": "2.5",
+        "KUBEDISTILL_STORE_ATTEMPTS": "3",
+    }
+    limits = Limits.from_environment(given, upload_bytes_per_second=7)
+    assert limits == Limits(read_timeout_seconds=2.5, attempts=3, upload_bytes_per_second=7)
+    assert Limits.from_environment({}) == Limits()
+    for wrong in ("soon", "0", "-1", "nan"):
+        with pytest.raises(ValueError, match=f"READ_TIMEOUT_SECONDS: found '{wrong}'; write"):
+            Limits.from_environment({"KUBEDISTILL_STORE_READ_TIMEOUT_SECONDS": wrong})
+
+
+def test_a_bandwidth_below_the_slowest_speed_stretches_the_deadline() -> None:
+    assert Limits(deadline_floor_seconds=10).deadline_seconds(1 << 20) == 11
+    slow = Limits(deadline_floor_seconds=10, upload_bytes_per_second=1 << 10)
+    assert slow.deadline_seconds(1 << 20) == 10 + 2048

@@ -50,7 +50,12 @@ class Context:
         """The store at `uri`, with the job's endpoint and region; one connection pool a URI."""
         if uri not in self._stores:
             storage = self.run.spec.storage
-            self._stores[uri] = Store(uri, endpoint=storage.endpoint, region=storage.region)
+            self._stores[uri] = Store(
+                uri,
+                endpoint=storage.endpoint,
+                region=storage.region,
+                limits=Limits.from_environment(),
+            )
         return self._stores[uri]
 
     @property
@@ -70,7 +75,8 @@ class Context:
         run, storage = self.run, self.run.spec.storage
         uri = names.run_uri(storage.uri, run.namespace, run.name, run.uid)
         if uri not in self._stores:
-            limits = Limits(upload_bytes_per_second=to_bytes(run.spec.checkpoint.max_bandwidth))
+            bandwidth = to_bytes(run.spec.checkpoint.max_bandwidth)
+            limits = Limits.from_environment(upload_bytes_per_second=bandwidth)
             self._stores[uri] = Store(
                 uri, endpoint=storage.endpoint, region=storage.region, limits=limits
             )

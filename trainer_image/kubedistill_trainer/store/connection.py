@@ -6,7 +6,7 @@ import base64
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +43,31 @@ class Limits:
     """… plus its size at this speed: silence is not the only way for a store to stall."""
     upload_bytes_per_second: int | None = None
     """What uploads of files and streams may take of the network; None for all of it."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ, **fields: Any) -> Limits:
+        """Limits with what KUBEDISTILL_STORE_<FIELD> says, such as
+        KUBEDISTILL_STORE_READ_TIMEOUT_SECONDS; `fields` as in the constructor.
+
+        Raises ValueError for what is no positive number.
+        """
+        for name, convert in (
+            ("connect_timeout_seconds", float),
+            ("read_timeout_seconds", float),
+            ("attempts", int),
+            ("deadline_floor_seconds", float),
+        ):
+            variable = f"KUBEDISTILL_STORE_{name.upper()}"
+            text = environment.get(variable)
+            if text is None:
+                continue
+            try:
+                fields[name] = convert(text)
+            except ValueError:
+                fields[name] = -1
+            if not fields[name] > 0:
+                raise ValueError(f"{variable}: found {text!r}; write a positive number")
+        return cls(**fields)
 
     def deadline_seconds(self, size_bytes: int) -> float:
         """Seconds after which moving `size_bytes` is given up."""
