@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from kubedistill_api.training import Training
 from kubedistill_trainer.checkpoint import CommitInfo
-from kubedistill_trainer.checkpoint.checkpointer import Flight
+from kubedistill_trainer.checkpoint.results import Flight
 from kubedistill_trainer.data.order import Order, Part
 from kubedistill_trainer.data.packing import pack
 from kubedistill_trainer.exporter import ProgressBoard

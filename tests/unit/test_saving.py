@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from kubedistill_api.checkpoint import Checkpoint
 from kubedistill_trainer.checkpoint import CheckpointFailed, Fenced
-from kubedistill_trainer.checkpoint.checkpointer import CommitInfo
 from kubedistill_trainer.checkpoint.interval import (
     LONGEST_SECONDS,
     expected_mtbf,
@@ -16,6 +15,7 @@ from kubedistill_trainer.checkpoint.interval import (
     save_cost,
     save_interval,
 )
+from kubedistill_trainer.checkpoint.results import CommitInfo
 from kubedistill_trainer.exporter import ProgressBoard
 from kubedistill_trainer.methods.saving import Saver
 from kubedistill_trainer.store import StoreUnavailable

@@ -15,14 +15,10 @@ from kubedistill_trainer.checkpoint.errors import (
 )
 from kubedistill_trainer.checkpoint.estimate import fits_grace
 from kubedistill_trainer.checkpoint.log import CommitLog
+from kubedistill_trainer.checkpoint.results import CommitInfo, Rejected, Restored
 
 if TYPE_CHECKING:
-    from kubedistill_trainer.checkpoint.checkpointer import (
-        Checkpointer,
-        CommitInfo,
-        Rejected,
-        Restored,
-    )
+    from kubedistill_trainer.checkpoint.checkpointer import Checkpointer
 
 __all__ = [
     "CheckpointCorrupt",
@@ -40,13 +36,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("Checkpointer", "CommitInfo", "Rejected", "Restored"):
+    if name != "Checkpointer":
         raise AttributeError(name)
-    from kubedistill_trainer.checkpoint import checkpointer
+    from kubedistill_trainer.checkpoint.checkpointer import Checkpointer
 
-    return {
-        "Checkpointer": checkpointer.Checkpointer,
-        "CommitInfo": checkpointer.CommitInfo,
-        "Rejected": checkpointer.Rejected,
-        "Restored": checkpointer.Restored,
-    }[name]
+    return Checkpointer

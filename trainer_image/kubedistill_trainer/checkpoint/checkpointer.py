@@ -11,7 +11,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,61 +27,11 @@ from kubedistill_trainer.checkpoint.errors import (
 )
 from kubedistill_trainer.checkpoint.log import CommitEntry, CommitLog, Entry, slot_key
 from kubedistill_trainer.checkpoint.records import Commit, Reject, ShardRecord, digest
+from kubedistill_trainer.checkpoint.results import CommitInfo, Flight, Rejected, Restored
 from kubedistill_trainer.checkpoint.staging import HostMemory
 from kubedistill_trainer.store import Store, StoreError
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CommitInfo:
-    """A commit that was made."""
-
-    uri: str
-    """Prefix of its shards."""
-    step: int
-    digest: str
-    size_bytes: int
-    duration_seconds: float
-    """From the snapshot's begin to the commit."""
-    stall_seconds: float
-    """Of these, how long training waited."""
-    time: str
-    """ISO 8601, UTC, by the clock of rank 0."""
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A commit that was passed over, or a slot without a readable record (step is None)."""
-
-    uri: str
-    step: int | None
-    reason: str
-
-    def __str__(self) -> str:
-        at = "unreadable record" if self.step is None else f"step {self.step}"
-        return f"{at}, {self.uri}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Restored:
-    """The commit that was loaded, and newer ones that could not be."""
-
-    step: int
-    cursor: dict[str, JsonValue]
-    uri: str
-    rejected: list[Rejected] = field(default_factory=list)
-
-
-@dataclass
-class Flight:
-    """A save whose upload runs."""
-
-    step: int
-    began: float = field(default_factory=time.monotonic)
-    ended: threading.Event = field(default_factory=threading.Event)
-    info: CommitInfo | None = None
-    error: Exception | None = None
 
 
 class Checkpointer:
