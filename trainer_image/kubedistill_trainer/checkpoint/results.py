@@ -1,0 +1,60 @@
+"""What the Checkpointer tells: commits that were made, loaded, passed over, or are on their way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+from pydantic import JsonValue
+
+
+@dataclass(frozen=True)
+class CommitInfo:
+    """A commit that was made."""
+
+    uri: str
+    """Prefix of its shards."""
+    step: int
+    digest: str
+    size_bytes: int
+    duration_seconds: float
+    """From the snapshot's begin to the commit."""
+    stall_seconds: float
+    """Of these, how long training waited."""
+    time: str
+    """ISO 8601, UTC, by the clock of rank 0."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A commit that was passed over, or a slot without a readable record (step is None)."""
+
+    uri: str
+    step: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        at = "unreadable record" if self.step is None else f"step {self.step}"
+        return f"{at}, {self.uri}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The commit that was loaded, and newer ones that could not be."""
+
+    step: int
+    cursor: dict[str, JsonValue]
+    uri: str
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+@dataclass
+class Flight:
+    """A save whose upload runs."""
+
+    step: int
+    began: float = field(default_factory=time.monotonic)
+    ended: threading.Event = field(default_factory=threading.Event)
+    info: CommitInfo | None = None
+    error: Exception | None = None
