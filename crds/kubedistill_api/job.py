@@ -144,7 +144,11 @@ class Workers(ApiModel):
         1, ge=0, le=16, description="GPUs (and ranks) of a pod; 0 runs one rank on the CPU."
     )
     gpu_resource_name: str = Field(
-        "nvidia.com/gpu", min_length=1, max_length=253, description="Resource that counts GPUs."
+        "nvidia.com/gpu",
+        min_length=1,
+        max_length=253,
+        pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$",
+        description="Resource that counts GPUs.",
     )
     template: Preserved = Field(
         {},

@@ -36,4 +36,10 @@ class ModelSource(ApiModel):
 class SecretReference(ApiModel):
     """A Secret of the same namespace."""
 
-    name: str = Field(min_length=1, max_length=253, description="Name of the Secret.")
+    # As the API server wants it in a pod: otherwise only the pods' Job would be refused.
+    name: str = Field(
+        min_length=1,
+        max_length=253,
+        pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
+        description="Name of the Secret.",
+    )
