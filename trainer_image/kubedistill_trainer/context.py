@@ -46,15 +46,13 @@ class Context:
     restart: Restart = field(default_factory=Restart)
     _stores: dict[str, Store] = field(default_factory=dict, repr=False)
 
-    def open_store(self, uri: str) -> Store:
+    def open_store(self, uri: str, upload_bytes_per_second: int | None = None) -> Store:
         """The store at `uri`, with the job's endpoint and region; one connection pool a URI."""
         if uri not in self._stores:
             storage = self.run.spec.storage
+            limits = Limits.from_environment(upload_bytes_per_second=upload_bytes_per_second)
             self._stores[uri] = Store(
-                uri,
-                endpoint=storage.endpoint,
-                region=storage.region,
-                limits=Limits.from_environment(),
+                uri, endpoint=storage.endpoint, region=storage.region, limits=limits
             )
         return self._stores[uri]
 
@@ -72,15 +70,9 @@ class Context:
     @property
     def run_store(self) -> Store:
         """The prefix of this run: shards and commit log."""
-        run, storage = self.run, self.run.spec.storage
-        uri = names.run_uri(storage.uri, run.namespace, run.name, run.uid)
-        if uri not in self._stores:
-            bandwidth = to_bytes(run.spec.checkpoint.max_bandwidth)
-            limits = Limits.from_environment(upload_bytes_per_second=bandwidth)
-            self._stores[uri] = Store(
-                uri, endpoint=storage.endpoint, region=storage.region, limits=limits
-            )
-        return self._stores[uri]
+        run = self.run
+        uri = names.run_uri(run.spec.storage.uri, run.namespace, run.name, run.uid)
+        return self.open_store(uri, to_bytes(run.spec.checkpoint.max_bandwidth))
 
     @property
     def models_store(self) -> Store:

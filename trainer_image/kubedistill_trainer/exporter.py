@@ -28,7 +28,6 @@ CHECKPOINT_INTERVAL = Gauge(
 )
 CHECKPOINT_BYTES = Gauge("distill_checkpoint_bytes", "Size of the newest commit, over all ranks.")
 FAILED_SAVES = Counter("distill_checkpoint_failed_saves", "Saves that ended without a commit.")
-STRAGGLING = Gauge("distill_straggler_rank", "The rank that the others wait for; −1 for none.")
 AGREEMENT = Gauge(
     "distill_teacher_agreement_ratio", "Share of held-out tokens whose top choice is the teacher's."
 )

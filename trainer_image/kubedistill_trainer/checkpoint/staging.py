@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -181,9 +181,6 @@ class Written:
             parts.append(taken)
         return b"".join(parts)
 
-    def readable(self) -> bool:
-        return True
-
     def close(self) -> None:
         """Let the writer go."""
         self._closed.set()
@@ -248,9 +245,3 @@ def save_state(state: Any, file: IO[bytes] | Path) -> None:
     settings: Any = serialization.config  # a module that torch gives methods when it is imported
     with settings.patch({"save.compute_crc32": False}):
         torch.save(state, file)
-
-
-def chunks(stream: Any, size: int = _CHUNK_BYTES) -> Iterator[bytes]:
-    """All that `stream` holds, `size` bytes at a time."""
-    while chunk := stream.read(size):
-        yield chunk
