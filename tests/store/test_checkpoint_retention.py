@@ -14,7 +14,10 @@ from kubedistill_trainer.checkpoint.retention import collect, data_prefix, retir
 from kubedistill_trainer.store import Store
 from s3_fixture import Faults, S3Server, s3  # noqa: F401  (s3 is a fixture)
 
-SHARD = ShardRecord(path="a", rank=0, shared=False, size_bytes=1, sha256="0" * 64, crc32c=[0])
+SHARDS = [
+    ShardRecord(path=path, rank=0, shared=False, size_bytes=1, sha256="0" * 64, crc32c=[0])
+    for path in ("a", "state/b")
+]
 
 
 @pytest.fixture
@@ -30,10 +33,10 @@ def opened(store: Store, fence: int) -> CommitLog:
 
 def commit(store: Store, log: CommitLog, fence: int, step: int) -> CommitEntry:
     data = data_prefix(fence, step, "unique")
-    store.put(f"{data}/a", b"x")
-    store.put(f"{data}/state/b", b"x")
+    for shard in SHARDS:
+        store.put(f"{data}/{shard.path}", b"x")
     entry = log.append(
-        Commit, step=step, world_size=1, data=data, shards=[SHARD], cursor={}, config_digest=""
+        Commit, step=step, world_size=1, data=data, shards=SHARDS, cursor={}, config_digest=""
     )
     assert isinstance(entry.record, Commit)
     return CommitEntry(entry.sequence, entry.record)
@@ -46,7 +49,7 @@ def data_of(store: Store) -> set[str]:
 def entries(count: int) -> list[CommitEntry]:
     record = Commit(
         nonce="0" * 32, fence=1, attempt="", trainer_version="", time="", step=1, world_size=1,
-        data="d", shards=[SHARD], cursor={}, config_digest="",
+        data="d", shards=SHARDS, cursor={}, config_digest="",
     )  # fmt: skip
     return [CommitEntry(sequence, record) for sequence in range(1, count + 1)]
 

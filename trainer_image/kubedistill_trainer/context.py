@@ -99,6 +99,11 @@ def joined_file(scratch: Path, local_rank: int) -> Path:
     return scratch / f"joined-{local_rank}"
 
 
+def imported_file(scratch: Path, local_rank: int) -> Path:
+    """Where a rank names the modules that it has imported late, one a line."""
+    return scratch / f"imported-{local_rank}"
+
+
 def trained_file(scratch: Path, local_rank: int) -> Path:
     """There once a rank has nothing to do with its peers any more."""
     return scratch / f"trained-{local_rank}"

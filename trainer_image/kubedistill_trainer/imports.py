@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"
 """PyTorch reads it at each use of `torch.compile`."""
+
+_LATE = "transformers."
 
 
 @contextmanager
@@ -42,3 +47,30 @@ def uncompiled() -> Iterator[None]:
         del os.environ[_NO_COMPILER]
         if before is not None:
             os.environ[_NO_COMPILER] = before
+
+
+def tell_late_imports(file: Path) -> None:
+    """Write the names of transformers' modules that are there, one a line.
+
+    Which they are depends on the model, which a rank knows once it has read the inputs: a third of a
+    second, which ranks that are started again need not spend.
+    """
+    names = sorted(name for name in sys.modules if name.startswith(_LATE))
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text("\n".join(names))
+    partial.rename(file)
+
+
+def import_as_told(file: Path) -> bool:
+    """Import what `tell_late_imports` has written; whether there was something."""
+    try:
+        names = file.read_text().split()
+    except OSError:
+        return False
+    with quiet_collector():
+        for name in names:
+            # The file is a rank's, which may write what it likes.
+            if name.startswith(_LATE):
+                with suppress(ImportError):
+                    importlib.import_module(name)
+    return True

@@ -42,10 +42,16 @@ def main() -> None:
 
 
 def import_all() -> None:
-    """What takes the time of a start. The engine would import it late, with the collector at work."""
+    """What takes the time of a start. The engine would import it late, with the collector at work.
+
+    The model's architecture is not known yet: see `imports.tell_late_imports`.
+    """
     import deepspeed  # noqa: F401
 
     import kubedistill_trainer.run  # noqa: F401
+    from kubedistill_trainer.store.connection import load_descriptions
+
+    load_descriptions()
 
 
 def run(local_rank: int) -> NoReturn:

@@ -24,12 +24,13 @@ from kubedistill_api.exit_codes import ExitCode, policy
 from kubedistill_api.runspec import Outcome
 from pydantic import ValidationError
 
-from kubedistill_trainer.context import Restart, joined_file, trained_file
+from kubedistill_trainer.context import Restart, imported_file, joined_file, trained_file
+from kubedistill_trainer.imports import import_as_told
 from kubedistill_trainer.rank import outcome_file
 
 _log = logging.getLogger(__name__)
 _PEERS_END_SECONDS = 15.0
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.02
 _JOIN_SECONDS = 60.0
 """Within which restarted ranks meet: pods of which one is gone do not wait for it longer."""
 _LEAST_TELLING = (ExitCode.PEER_LOST, ExitCode.UNKNOWN)
@@ -123,6 +124,7 @@ class Ranks:
         self._began = self._started_at = time.monotonic()
         self._restarts_at: list[float] = []
         self._reason = ""
+        self._imported = False
         self.asked_to_stop = False
 
     def start(self) -> None:
@@ -179,6 +181,9 @@ class Ranks:
                         deadline = min(deadline, time.monotonic() + _PEERS_END_SECONDS)
             if time.monotonic() > deadline or self._apart():
                 self._signal(signal.SIGKILL)
+            # While the ranks train, and not when the next ones are to be forked.
+            if self.fork is not None and not self._imported:
+                self._imported = import_as_told(imported_file(self._scratch, 0))
             time.sleep(_POLL_SECONDS)
         return list(ended.values())
 

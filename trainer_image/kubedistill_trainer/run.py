@@ -19,11 +19,12 @@ from kubedistill_api.status import Metric, WeakestSlice
 
 from kubedistill_trainer import exporter
 from kubedistill_trainer.checkpoint import Checkpointer
-from kubedistill_trainer.context import Context, joined_file, trained_file
+from kubedistill_trainer.context import Context, imported_file, joined_file, trained_file
 from kubedistill_trainer.data.dataset import Dataset, learns_text, load_dataset
 from kubedistill_trainer.data.order import micro_batch_size
 from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.failures import RunFailure, refuse
+from kubedistill_trainer.imports import tell_late_imports
 from kubedistill_trainer.losses import FeatureMatcher
 from kubedistill_trainer.methods.engine import join_gang, wrap
 from kubedistill_trainer.methods.held_out import NotComparable, held_out_teacher
@@ -107,6 +108,7 @@ def run_student(
     loop = Loop(
         context, dataset, engine, teacher, checkpointer, board, interruption, group, measured
     )
+    tell_late_imports(imported_file(context.scratch, local_rank))
     try:
         loop.run()
         trained_file(context.scratch, local_rank).touch()

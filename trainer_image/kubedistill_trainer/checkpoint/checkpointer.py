@@ -117,7 +117,6 @@ class Checkpointer:
         assert self._flight is None, "finish the save before it"
         flight = Flight(step)
         folder = self._scratch / "save"
-        self._gang.gather(lambda: snapshot.empty(folder))
         taken: list[snapshot.Snapshot] = []
 
         def take() -> None:

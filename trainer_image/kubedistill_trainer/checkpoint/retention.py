@@ -49,10 +49,9 @@ def retire(store: Store, log: CommitLog, commits: Sequence[CommitEntry]) -> None
         return
     data = [commit.record.data for commit in free]
     log.append(Retire, sequences=[commit.sequence for commit in free], data=data)
-    for commit in free:
-        # Again: who pinned before RETIRE was there has been told that the shards stay.
-        if not pins.is_pinned(store, commit.sequence):
-            _delete_below(store, commit.record.data)
+    # Again: who pinned before RETIRE was there has been told that the shards stay.
+    still_free = [commit.record for commit in free if not pins.is_pinned(store, commit.sequence)]
+    store.delete(f"{commit.data}/{shard.path}" for commit in still_free for shard in commit.shards)
 
 
 def collect(store: Store, log: CommitLog, fence: int) -> list[str]:

@@ -45,11 +45,12 @@ def take(engine: Any, folder: Path, rank: int, memory: HostMemory) -> Snapshot:
     """This rank's part of the engine's state. Collective over all ranks.
 
     Under ZeRO the parts are: every rank its optimizer partition; rank 0 the module (stages 1 and
-    2), or every rank its own part of it (stage 3). `folder` is empty and takes what finds no room in
+    2), or every rank its own part of it (stage 3). `folder` is emptied and takes what finds no room in
     memory. What goes wrong on this rank's disk or in its memory is raised after the collectives, so
     that a rank that fails leaves no peer waiting.
     """
     stage = _Stage(folder, memory)
+    remove(folder)
     stage.makedirs(str(folder / TAG))
     usual, engine.checkpoint_engine = engine.checkpoint_engine, stage
     # A script for people, which DeepSpeed writes to the disk of rank 0 whether there is room or not.

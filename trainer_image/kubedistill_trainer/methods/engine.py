@@ -58,6 +58,8 @@ def deepspeed_config(training: Training, ranks: int, micro_batch: int) -> dict[s
         # torch's AdamW steps on the CPU as well; DeepSpeed's own is compiled when it is first used.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31 - 1,
+        # Each save would compare the ranks' tags first, which are the same constant.
+        "checkpoint": {"tag_validation": "Ignore"},
     }
 
 

@@ -130,6 +130,17 @@ class Connection:
 _descriptions: Any = botocore.loaders.create_loader()
 
 
+def load_descriptions() -> None:
+    """Parse what the first client of a process would parse; nothing is sent, no credentials asked for.
+
+    For a process whose forks each make a client.
+    """
+    for kind in ("service-2", "endpoint-rule-set-1"):
+        _descriptions.load_service_model("s3", kind)
+    for name in ("endpoints", "partitions", "_retry", "sdk-default-configuration"):
+        _descriptions.load_data(name)
+
+
 class _Backoff(standard.ExponentialBackoff):
     """botocore's waits, with draws of our own: it takes them from Python's global generator, which
     belongs to training, and uploads run beside it."""
