@@ -53,12 +53,13 @@ def tell_late_imports(file: Path) -> None:
     """Write the names of transformers' modules that are there, one a line.
 
     Which they are depends on the model, which a rank knows once it has read the inputs: a third of a
-    second, which ranks that are started again need not spend.
+    second, which ranks that are started again need not spend. Where there is no room, they spend it.
     """
     names = sorted(name for name in sys.modules if name.startswith(_LATE))
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_text("\n".join(names))
-    partial.rename(file)
+    with suppress(OSError):
+        partial.write_text("\n".join(names))
+        partial.rename(file)
 
 
 def import_as_told(file: Path) -> bool:
