@@ -68,7 +68,9 @@ def _sick(row: int) -> Any:
     return model
 
 
-def spec_of(trainer: Trainer, access: S3Access, stage: int, policy: str) -> DistillationJobSpec:
+def spec_of(
+    trainer: Trainer, access: S3Access, stage: int, policy: str, precision: str = "FP32"
+) -> DistillationJobSpec:
     return trainer.spec(
         fineTune={},
         student={"model": {"uri": f"s3://{access.bucket}/models/sick"}},
@@ -77,6 +79,7 @@ def spec_of(trainer: Trainer, access: S3Access, stage: int, policy: str) -> Dist
             "maxSteps": STEPS,
             "epochs": 1,
             "onNonFiniteLoss": policy,
+            "precision": precision,
             "deepSpeed": {"zeroStage": stage},
         },
         checkpoint={"interval": 2},
@@ -155,7 +158,7 @@ def test_by_default_it_stops_and_keeps_its_commits(
     access: S3Access, sick_model: ResolvedModel, tmp_path: Path
 ) -> None:
     trainer = Trainer(tmp_path, access)
-    spec = spec_of(trainer, access, 1, "Stop")
+    spec = spec_of(trainer, access, 1, "Stop", "BF16")
     result = trainer.run("student", spec, name="sick-stop", student=sick_model)
     assert set(result.codes) == {ExitCode.NON_FINITE_LOSS}, result.log
     for outcome in result.outcomes:

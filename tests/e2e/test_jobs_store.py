@@ -1,0 +1,133 @@
+"""Jobs whose store is taken away and given back: told, charged, tried again, and then gone on with.
+
+What a gang of several ranks says at its end is in test_store_lost.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from devcluster.s3 import S3Access
+from operator_kit import wait_for
+
+from e2e.kit import SLOW_SECONDS, Team
+from e2e.team_keys import TeamKeys
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2 * SLOW_SECONDS)]
+STEPS = 1500
+"""Long enough to be struck on the way."""
+
+
+@dataclass
+class Bucket:
+    """A bucket that can be taken away and brought back as it was."""
+
+    access: S3Access
+
+    def __post_init__(self) -> None:
+        self._content: dict[str, bytes] = {}
+        self._client = self.access.client()
+        self._client.create_bucket(Bucket=self.access.bucket)
+
+    def take_away(self) -> None:
+        """Nobody writes meanwhile: whoever would is frozen."""
+        name = self.access.bucket
+        for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=name):
+            for item in page.get("Contents", []):
+                body = self._client.get_object(Bucket=name, Key=item["Key"])["Body"].read()
+                self._content[item["Key"]] = body
+        self._client.delete_bucket(Bucket=name)
+
+    def bring_back(self) -> None:
+        self._client.create_bucket(Bucket=self.access.bucket)
+        for key, body in self._content.items():
+            self._client.put_object(Bucket=self.access.bucket, Key=key, Body=body)
+
+
+@pytest.fixture(scope="module")
+def bucket(team: Team) -> Bucket:
+    return Bucket(replace(team.handle.s3, bucket=f"of-{team.namespace}"))
+
+
+@pytest.fixture(scope="module")
+def keys(team: Team) -> TeamKeys:
+    found = TeamKeys(team.handle.s3, f"of-{team.namespace}")
+    access = found.access()
+    team.secret("own", access.access_key, access.secret_key)
+    return found
+
+
+@pytest.fixture(scope="module")
+def struck(team: Team, bucket: Bucket, keys: TeamKeys) -> Iterator[None]:
+    """Two jobs that run beside each other; each loses its store after a commit."""
+    one = {"training": {"maxSteps": STEPS, "epochs": 1000}, "workers": {"nodes": 1}}
+    team.apply(
+        team.tuned("no-bucket", storage={"uri": f"s3://{bucket.access.bucket}/runs"}, **one),
+        team.tuned("no-keys", storage={"secretRef": {"name": "own"}}, **one),
+    )
+    team.steps("no-keys", 2)
+    keys.revoke()
+    team.steps("no-bucket", 2)
+    pod = team.pod("no-bucket", 0)
+    team.handle.faults.freeze(team.namespace, pod)
+    bucket.take_away()
+    team.handle.faults.thaw(team.namespace, pod)
+    yield
+
+
+def check_told(team: Team, name: str, *words: str) -> dict[str, Any]:
+    """Wait until a second attempt is charged; the status, which says what is wrong and since when."""
+
+    def charged_twice() -> bool:
+        ended = [a for a in team.status(name)["attempts"] if a.get("endTime")]
+        return len(ended) >= 2
+
+    wait_for(charged_twice, f"{name} is not tried again", SLOW_SECONDS)
+    status = team.status(name)
+    for attempt in status["attempts"][:2]:
+        assert (attempt["reason"], attempt["charged"]) == ("StorageUnavailable", True)
+        assert [word for word in words if word not in attempt["message"]] == [], attempt["message"]
+    assert status["failures"] >= 1
+    condition = team.condition(name, "CheckpointCurrent")
+    assert (condition["status"], condition["reason"]) == ("False", "SaveFailed"), status
+    assert words[0] in condition["message"]
+    assert f"step {status['checkpoint']['step']} is committed" in condition["message"]
+    whole = team.condition(name)
+    assert whole["status"] == "Unknown"
+    assert whole["reason"] in ("Restarting", "Starting"), whole
+    return status
+
+
+def check_goes_on(
+    team: Team, name: str, before: dict[str, Any], give_back: Callable[[], None]
+) -> None:
+    give_back()
+    status = team.ends(name, "Completed")
+    assert status["attempts"][-1]["resumedFromStep"] >= before["checkpoint"]["step"]
+    assert team.condition(name, "CheckpointCurrent")["reason"] == "Committed"
+    assert status["failures"] == 0
+
+
+def test_a_bucket_that_was_away(team: Team, struck: None, bucket: Bucket) -> None:
+    name = bucket.access.bucket
+    status = check_told(team, "no-bucket", f"bucket {name!r} does not exist", "create it")
+    check_goes_on(team, "no-bucket", status, bucket.bring_back)
+
+
+def test_keys_that_were_revoked_and_replaced(team: Team, struck: None, keys: TeamKeys) -> None:
+    status = check_told(team, "no-keys", "refuses these credentials", "Secret 'own'", "may ")
+    told = json.dumps(status) + team.kubectl("get", "events", "-o", "json")
+    access = keys.access()
+    assert access.access_key not in told
+    assert access.secret_key not in told
+
+    def replace_keys() -> None:
+        fresh = TeamKeys(team.handle.s3, f"new-{team.namespace}").access()
+        team.kubectl("delete", "secret", "own")
+        team.secret("own", fresh.access_key, fresh.secret_key)
+
+    check_goes_on(team, "no-keys", status, replace_keys)
