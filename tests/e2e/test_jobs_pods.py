@@ -108,4 +108,4 @@ def test_a_node_lost_for_good_leaves_one_pod_of_two(
 def _pod_of(team: Team, name: str, attempt: int) -> str:
     """Of an attempt with one pod."""
     folders = (team.handle.logs / team.namespace).glob(f"{name}-a{attempt}-0-*")
-    return next(folder.name for folder in folders)
+    return str(next(folder.name for folder in folders))
