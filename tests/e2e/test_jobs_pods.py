@@ -16,7 +16,7 @@ from e2e.kit import SLOW_SECONDS, Team
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2 * SLOW_SECONDS)]
 SECOND_NODE = "dev-node-2"
-STEPS = {"training": {"maxSteps": 300}}
+STEPS: dict[str, Any] = {"training": {"maxSteps": 200}, "checkpoint": {"interval": 5}}
 """Long enough to be struck on the way."""
 
 
@@ -42,9 +42,10 @@ def second_node(devcluster: DevCluster) -> Iterator[str]:
 def calm(team: Team, second_node: str) -> str:
     """The name of a job that nothing happens to; two others run beside it."""
     spread = {"minNodes": 1, "template": apart("fewer")}
+    staying = {"template": {"spec": {"nodeSelector": {"kubernetes.io/hostname": "dev-node"}}}}
     team.apply(
-        team.tuned("calm", **STEPS),
-        team.tuned("hurried", **STEPS),
+        team.tuned("calm", workers=staying, **STEPS),
+        team.tuned("hurried", workers=staying, **STEPS),
         team.tuned("fewer", workers=spread, **STEPS),
     )
     return "calm"
@@ -88,6 +89,10 @@ def test_a_node_lost_for_good_leaves_one_pod_of_two(
     devcluster.lose_node(second_node)
     # What whoever takes a node away does with its pods, or the control plane minutes later.
     team.kubectl("delete", "pod", there, "--grace-period=0", "--force")
+    wait_for(
+        lambda: "with 1 of 2 pods (workers.minNodes)" in team.condition("fewer")["message"],
+        "it does not say that it goes on with one pod", SLOW_SECONDS,
+    )  # fmt: skip
     status = team.ends("fewer", "Completed")
     attempts = status["attempts"]
     short = next(a for a in attempts if a["reason"] == "Unschedulable")

@@ -18,7 +18,7 @@ from e2e.kit import SLOW_SECONDS, Team
 from e2e.team_keys import TeamKeys
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2 * SLOW_SECONDS)]
-STEPS = 1500
+STEPS = 400
 """Long enough to be struck on the way."""
 
 
@@ -64,7 +64,9 @@ def keys(team: Team) -> TeamKeys:
 @pytest.fixture(scope="module")
 def struck(team: Team, bucket: Bucket, keys: TeamKeys) -> Iterator[None]:
     """Two jobs that run beside each other; each loses its store after a commit."""
-    one = {"training": {"maxSteps": STEPS, "epochs": 1000}, "workers": {"nodes": 1}}
+    one = {
+        "training": {"maxSteps": STEPS}, "workers": {"nodes": 1}, "checkpoint": {"interval": 5},
+    }  # fmt: skip
     team.apply(
         team.tuned("no-bucket", storage={"uri": f"s3://{bucket.access.bucket}/runs"}, **one),
         team.tuned("no-keys", storage={"secretRef": {"name": "own"}}, **one),
