@@ -66,6 +66,8 @@ def struck(team: Team, bucket: Bucket, keys: TeamKeys) -> Iterator[None]:
     """Two jobs that run beside each other; each loses its store after a commit."""
     one = {
         "training": {"maxSteps": STEPS}, "workers": {"nodes": 1}, "checkpoint": {"interval": 5},
+        # It is not the limit that is tried here, however slow the machine.
+        "backoffLimit": 50,
     }  # fmt: skip
     team.apply(
         team.tuned("no-bucket", storage={"uri": f"s3://{bucket.access.bucket}/runs"}, **one),
