@@ -6,7 +6,6 @@ What a gang of several ranks says at its end is in test_store_lost.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,8 +61,9 @@ def keys(team: Team) -> TeamKeys:
 
 
 @pytest.fixture(scope="module")
-def struck(team: Team, bucket: Bucket, keys: TeamKeys) -> Iterator[None]:
-    """Two jobs that run beside each other; each loses its store after a commit."""
+def told(team: Team, bucket: Bucket, keys: TeamKeys) -> dict[str, dict[str, Any]]:
+    """Statuses of two jobs that run beside each other and lose their stores after a commit, as they
+    are when each was tried again in vain. The stores are given back then."""
     one = {
         "training": {"maxSteps": STEPS}, "workers": {"nodes": 1}, "checkpoint": {"interval": 5},
         # It is not the limit that is tried here, however slow the machine.
@@ -80,58 +80,61 @@ def struck(team: Team, bucket: Bucket, keys: TeamKeys) -> Iterator[None]:
     team.handle.faults.freeze(team.namespace, pod)
     bucket.take_away()
     team.handle.faults.thaw(team.namespace, pod)
-    yield
+    found = {name: tried_in_vain(team, name) for name in ("no-bucket", "no-keys")}
+    bucket.bring_back()
+    fresh = TeamKeys(team.handle.s3, f"new-{team.namespace}").access()
+    team.kubectl("delete", "secret", "own")
+    team.secret("own", fresh.access_key, fresh.secret_key)
+    return found
 
 
-def check_told(team: Team, name: str, *words: str) -> dict[str, Any]:
-    """Wait until a second attempt is charged; the status, which says what is wrong and since when."""
+def tried_in_vain(team: Team, name: str) -> dict[str, Any]:
+    """The status once two attempts have ended."""
 
-    def charged_twice() -> bool:
-        ended = [a for a in team.status(name)["attempts"] if a.get("endTime")]
-        return len(ended) >= 2
+    def ended_twice() -> dict[str, Any] | None:
+        status = team.status(name)
+        ended = [a for a in status.get("attempts") or [] if a.get("endTime")]
+        return status if len(ended) >= 2 else None
 
-    wait_for(charged_twice, f"{name} is not tried again", SLOW_SECONDS)
-    status = team.status(name)
+    return dict(wait_for(ended_twice, f"{name} is not tried again", SLOW_SECONDS))
+
+
+def check_told(status: dict[str, Any], *words: str) -> None:
+    """What is wrong is said by each attempt and in the conditions, and the job goes on trying."""
     for attempt in status["attempts"][:2]:
         assert (attempt["reason"], attempt["charged"]) == ("StorageUnavailable", True)
         assert [word for word in words if word not in attempt["message"]] == [], attempt["message"]
     assert status["failures"] >= 1
-    condition = team.condition(name, "CheckpointCurrent")
-    assert (condition["status"], condition["reason"]) == ("False", "SaveFailed"), status
-    assert words[0] in condition["message"]
-    assert f"step {status['checkpoint']['step']} is committed" in condition["message"]
-    whole = team.condition(name)
-    assert whole["status"] == "Unknown"
-    assert whole["reason"] in ("Restarting", "Starting"), whole
-    return status
+    conditions = {condition["type"]: condition for condition in status["conditions"]}
+    current, whole = conditions["CheckpointCurrent"], conditions["Succeeded"]
+    assert (current["status"], current["reason"]) == ("False", "SaveFailed"), status
+    assert words[0] in current["message"]
+    assert f"step {status['checkpoint']['step']} is committed" in current["message"]
+    assert (whole["status"], whole["reason"]) == ("Unknown", "Restarting"), whole
 
 
-def check_goes_on(
-    team: Team, name: str, before: dict[str, Any], give_back: Callable[[], None]
-) -> None:
-    give_back()
+def check_goes_on(team: Team, name: str, before: dict[str, Any]) -> None:
     status = team.ends(name, "Completed")
     assert status["attempts"][-1]["resumedFromStep"] >= before["checkpoint"]["step"]
     assert team.condition(name, "CheckpointCurrent")["reason"] == "Committed"
     assert status["failures"] == 0
 
 
-def test_a_bucket_that_was_away(team: Team, struck: None, bucket: Bucket) -> None:
-    name = bucket.access.bucket
-    status = check_told(team, "no-bucket", f"bucket {name!r} does not exist", "create it")
-    check_goes_on(team, "no-bucket", status, bucket.bring_back)
+def test_a_bucket_that_was_away(
+    team: Team, bucket: Bucket, told: dict[str, dict[str, Any]]
+) -> None:
+    status = told["no-bucket"]
+    check_told(status, f"bucket {bucket.access.bucket!r} does not exist", "create it")
+    check_goes_on(team, "no-bucket", status)
 
 
-def test_keys_that_were_revoked_and_replaced(team: Team, struck: None, keys: TeamKeys) -> None:
-    status = check_told(team, "no-keys", "refuses these credentials", "Secret 'own'", "may ")
-    told = json.dumps(status) + team.kubectl("get", "events", "-o", "json")
+def test_keys_that_were_revoked_and_replaced(
+    team: Team, keys: TeamKeys, told: dict[str, dict[str, Any]]
+) -> None:
+    status = told["no-keys"]
+    check_told(status, "refuses these credentials", "Secret 'own'", "may ")
+    text = json.dumps(status) + team.kubectl("get", "events", "-o", "json")
     access = keys.access()
-    assert access.access_key not in told
-    assert access.secret_key not in told
-
-    def replace_keys() -> None:
-        fresh = TeamKeys(team.handle.s3, f"new-{team.namespace}").access()
-        team.kubectl("delete", "secret", "own")
-        team.secret("own", fresh.access_key, fresh.secret_key)
-
-    check_goes_on(team, "no-keys", status, replace_keys)
+    assert access.access_key not in text
+    assert access.secret_key not in text
+    check_goes_on(team, "no-keys", status)
