@@ -74,6 +74,18 @@ class DevCluster:
         self.control_plane.stop()
         self.s3.stop()
 
+    def add_node(self, name: str) -> None:
+        """One more node, ready when this returns."""
+        self.nodes[name] = self._node(name)
+        self.nodes[name].start()
+        wait_until(self._nodes_ready, f"node {name}", 60)
+
+    def lose_node(self, name: str) -> None:
+        """For good: its power fails, and it is taken off the cluster's list, as a cloud does it."""
+        self.handle.node(name).lose(kill=True)
+        self.nodes.pop(name).kill()
+        self.handle.api.delete(f"/api/v1/nodes/{name}", {})
+
     def pids(self) -> list[int]:
         """Of all background processes, in the order in which they are to be ended."""
         parts = reversed(list(self.control_plane.parts.values()))

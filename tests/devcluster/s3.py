@@ -62,7 +62,7 @@ class S3Server:
             "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false",
             "-admin.ui=false", "-webdav=false", f"-s3.port={self._port}",
             "-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.config={config}",
-            f"-bucket={bucket}", 
+            f"-bucket={bucket}", "-s3.iam.readOnly=false", "-s3.autoCreateBucket=false",
             *(f"-{part}.port={port}" for part, port in self._ports.items()),
         ]  # fmt: skip
         # It has nothing to flush that the tests need, and takes long to end when asked politely.

@@ -69,6 +69,8 @@ class Trainer:
     def __init__(self, folder: Path, s3: S3Access) -> None:
         self._folder = folder
         self._s3 = s3
+        self.exporters: list[int] = []
+        """Ports of /progress and /metrics of the pods that were started last."""
 
     def spec(self, **parts: Any) -> DistillationJobSpec:
         """A small job; `parts` are merged over its own (RFC 7386)."""
@@ -103,6 +105,7 @@ class Trainer:
             rendezvous=rendezvous if role == "student" else None,
         )  # fmt: skip
         folders = [self._folder / f"{name}-{role}-{attempt}-{i}" for i in range(nodes)]
+        self.exporters = [free_port() for _ in folders]
         processes = [self._start(role, run, folder, i) for i, folder in enumerate(folders)]
         try:
             if strike is not None:
@@ -126,7 +129,7 @@ class Trainer:
             "OMP_NUM_THREADS": "1", "JOB_COMPLETION_INDEX": str(index),
             "KUBEDISTILL_RUN_SPEC": str(folder / "run.json"), "KUBEDISTILL_SCRATCH": str(folder),
             "KUBEDISTILL_TERMINATION_MESSAGE": str(folder / "message"),
-            "KUBEDISTILL_EXPORTER_PORT": str(free_port()), "POD_IP": "127.0.0.1",
+            "KUBEDISTILL_EXPORTER_PORT": str(self.exporters[index]), "POD_IP": "127.0.0.1",
             "AWS_ACCESS_KEY_ID": self._s3.access_key, "AWS_SECRET_ACCESS_KEY": self._s3.secret_key,
         }  # fmt: skip
         with (folder / "log").open("wb") as log:

@@ -25,7 +25,11 @@ def start_operator(account: Path, log: Path) -> Operator:
     """An operator whose trainers run on the CPU."""
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return Operator(
-        account, log, trainer_env=json.dumps(environment), termination_grace_seconds="60"
+        account,
+        log,
+        trainer_env=json.dumps(environment),
+        termination_grace_seconds="60",
+        elastic_wait_seconds="4",
     )
 
 

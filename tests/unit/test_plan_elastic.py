@@ -171,6 +171,15 @@ def test_a_smaller_gang_asks_for_all_again_only_after_a_while() -> None:
     assert (later.number, later.nodes) == (3, 0)
 
 
+def test_a_smaller_gang_says_how_many_of_its_pods_there_are() -> None:
+    late = at(short(), WAIT)
+    gone = after(late, batch_jobs={}, pods=(), deleted_batch_jobs=frozenset({"small-a1"}))
+    pods = tuple(running(f"p{index}", index=index, attempt=2) for index in range(3))
+    plan = settled(after(gone, batch_jobs=gang_job(2), pods=pods, rank0=report(attempt=2)))
+    assert state(plan) == ("Unknown", reasons.TRAINING)
+    assert message(plan) == "attempt 2 with 3 of 4 pods (workers.minNodes)"
+
+
 def test_min_nodes_above_nodes_is_refused_with_its_path() -> None:
     plan = settled(observed(spec=spec(workers={"nodes": 2, "minNodes": 3})))
     assert state(plan) == ("False", reasons.INVALID_SPEC)

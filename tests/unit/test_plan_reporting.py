@@ -78,6 +78,16 @@ def test_a_problem_before_the_first_commit_clears_too() -> None:
     assert state(plan, CURRENT) == ("Unknown", reasons.NO_CHECKPOINT_YET)
 
 
+def test_a_problem_stays_until_the_next_ranks_have_met_the_store() -> None:
+    seen = started(pods=(running("p"),), rank0=report(checkpoint=COMMIT))
+    failing = after(seen, rank0=report(checkpoint=COMMIT, save_problem="no bucket"))
+    plan = settled(after(failing, rank0=report(phase="Starting")))
+    assert state(plan, CURRENT) == ("False", reasons.SAVE_FAILED)
+    assert "no bucket; step 30 is committed" in message(plan, CURRENT)
+    plan = settled(after(failing, rank0=report(resumed_from_step=30)))
+    assert state(plan, CURRENT) == ("True", reasons.COMMITTED)
+
+
 def test_stragglers_and_skipped_steps_are_told_when_they_come_and_change() -> None:
     seen = started(pods=(running("p"),), rank0=report(straggler="rank 3: 1.4 times the median"))
     plan = settled(seen)

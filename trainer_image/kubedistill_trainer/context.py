@@ -52,7 +52,11 @@ class Context:
             storage = self.run.spec.storage
             limits = Limits.from_environment(upload_bytes_per_second=upload_bytes_per_second)
             self._stores[uri] = Store(
-                uri, endpoint=storage.endpoint, region=storage.region, limits=limits
+                uri,
+                endpoint=storage.endpoint,
+                region=storage.region,
+                limits=limits,
+                secret=storage.secret_ref.name if storage.secret_ref else "",
             )
         return self._stores[uri]
 

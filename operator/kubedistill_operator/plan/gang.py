@@ -289,6 +289,8 @@ def _going(step: Pass, attempt: Attempt, batch_job: BatchJobView, pods: list[Pod
         return
     state = reasons.EVALUATING if report.phase in PHASES_AFTER_TRAINING else reasons.TRAINING
     text = f"attempt {attempt.number}"
+    if nodes < step.spec.workers.nodes:
+        text += f" with {nodes} of {step.spec.workers.nodes} pods (workers.minNodes)"
     if attempt.resumed_from_step or report.resumed_from_step:
         text += f", resumed from step {report.resumed_from_step or attempt.resumed_from_step:,}"
     if draft.set(reasons.RUNNING, "True", state, text) and attempt.last_step == 0:

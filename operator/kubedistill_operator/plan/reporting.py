@@ -16,6 +16,9 @@ _FIGURES = 3
 _SKIPPED_KEPT = 64
 _STRAGGLER_LENGTH = 256
 _PROBLEMS = (reasons.CHECKPOINT_REJECTED, reasons.SAVE_FAILED, reasons.GRACE_TOO_SHORT)
+_BEFORE_THE_STORE = ("Starting", "Generating")
+Standing = tuple[Status, str, str]
+"""Status, reason and message of a condition."""
 
 
 def rounded(value: float | None) -> float | None:
@@ -76,8 +79,12 @@ def apply_report(draft: Draft, attempt: Attempt, report: ProgressReport) -> None
     if report.checkpoint is not None:
         _take_checkpoint(draft, report.checkpoint)
     standing = checkpoint_standing(report, draft.status.checkpoint)
-    if standing is None and draft.conditions[reasons.CHECKPOINT_CURRENT].reason in _PROBLEMS:
-        standing = ("Unknown", reasons.NO_CHECKPOINT_YET, "nothing is committed yet")
+    if draft.conditions[reasons.CHECKPOINT_CURRENT].reason in _PROBLEMS:
+        nothing: Standing = ("Unknown", reasons.NO_CHECKPOINT_YET, "nothing is committed yet")
+        standing = standing or nothing
+        if report.phase in _BEFORE_THE_STORE and standing[1] not in _PROBLEMS:
+            # Ranks that have not met the store yet do not know that it is well again.
+            standing = None
     if standing is not None:
         changed = draft.set(reasons.CHECKPOINT_CURRENT, *standing)
         if changed and standing[1] in _PROBLEMS:
@@ -86,10 +93,8 @@ def apply_report(draft: Draft, attempt: Attempt, report: ProgressReport) -> None
         apply_stream(draft, report.teacher_stream)
 
 
-def checkpoint_standing(
-    report: ProgressReport, newest: CheckpointStatus | None
-) -> tuple[Status, str, str] | None:
-    """Status, reason and message of CheckpointCurrent; None where there is nothing to say.
+def checkpoint_standing(report: ProgressReport, newest: CheckpointStatus | None) -> Standing | None:
+    """Of CheckpointCurrent; None where there is nothing to say.
 
     A commit that is there does not hide that the next one will not come.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -86,13 +87,15 @@ class Divergence:
 FORWARD_KL = Divergence()
 
 
-@dataclass(frozen=True)
-class LossParts:
+class LossParts(NamedTuple):
     """total = w · soft + (1 − w) · hard (+ features); `total` alone carries gradients.
 
     soft: T² · Σ D / normaliser; hard: Σ cross-entropy / normaliser. Neither is multiplied by its
     weight. A part whose weight is 0 costs a pass over the logits that nobody asked for: it is not
     computed, and is NaN.
+
+    A tuple, because ZeRO-3 looks for a module's results in tuples, lists and dicts: it gathers the
+    weights that the backward pass of that module needs when the gradient of such a result comes.
     """
 
     total: Tensor

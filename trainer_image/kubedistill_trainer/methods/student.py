@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from kubedistill_api.objective import Objective
@@ -85,7 +84,7 @@ class StudentWithLoss(nn.Module):
         if self.features is None or not isinstance(teacher, TeacherHidden):
             return parts
         extra = self.features(layers, teacher.layers, labels.flatten(), normalizer)
-        return replace(parts, total=parts.total + extra, features=extra.detach())
+        return parts._replace(total=parts.total + extra, features=extra.detach())
 
     def _logits(self, hidden_NH: Tensor) -> Tensor:
         logits = hidden_NH @ self.head[: self._vocab_size].T

@@ -19,7 +19,7 @@ from botocore.exceptions import IncompleteReadError
 from kubedistill_trainer.store.connection import MIB, Connection, Limits
 from kubedistill_trainer.store.errors import NotFound, StoreError
 from kubedistill_trainer.store.metrics import BYTES
-from kubedistill_trainer.store.translate import BROKEN_BODY, translated
+from kubedistill_trainer.store.translate import BROKEN_BODY, Server, translated
 from kubedistill_trainer.store.uri import S3Uri, check_endpoint, check_key
 
 if TYPE_CHECKING:
@@ -67,10 +67,15 @@ class Store:
         endpoint: str = "",
         region: str = "us-east-1",
         limits: Limits | None = None,
+        secret: str = "",
     ) -> None:
-        """`uri` is s3://bucket/prefix; `endpoint` is empty for AWS. Nothing is sent yet."""
+        """`uri` is s3://bucket/prefix; `endpoint` is empty for AWS. Nothing is sent yet.
+
+        `secret` names the Secret that the keys come from, for messages; empty where none is known.
+        """
         self._at = S3Uri.parse(uri)
-        self._connection = Connection(check_endpoint(endpoint), region, limits or Limits())
+        server = Server(check_endpoint(endpoint), secret)
+        self._connection = Connection(server, region, limits or Limits())
 
     @property
     def uri(self) -> str:
@@ -89,7 +94,7 @@ class Store:
     @property
     def endpoint(self) -> str:
         """Empty for AWS."""
-        return self._connection.endpoint
+        return self._connection.server.endpoint
 
     @property
     def limits(self) -> Limits:
@@ -126,7 +131,7 @@ class Store:
         be the caller's own, written by an attempt whose answer was lost.
         """
         condition: dict[str, Any] = {"IfNoneMatch": "*"} if only_if_absent else {}
-        with translated("put", self.uri_of(key), self.endpoint):
+        with translated("put", self.uri_of(key), self._connection.server):
             self._connection.client.put_object(
                 Bucket=self.bucket, Key=self._full(key), Body=data, **condition
             )
@@ -135,7 +140,7 @@ class Store:
     def head(self, key: str) -> ObjectInfo | None:
         """Size and time of an object, or None. A missing bucket also gives None (S3 says 404)."""
         try:
-            with translated("head", self.uri_of(key), self.endpoint):
+            with translated("head", self.uri_of(key), self._connection.server):
                 answer = self._connection.client.head_object(
                     Bucket=self.bucket, Key=self._full(key)
                 )
@@ -149,7 +154,7 @@ class Store:
         """Objects whose key starts with `prefix`, sorted by key."""
         whole = f"{self.prefix}/" if self.prefix else ""
         found: list[ObjectInfo] = []
-        with translated("list", self.uri_of(prefix), self.endpoint):
+        with translated("list", self.uri_of(prefix), self._connection.server):
             pages = self._connection.client.get_paginator("list_objects_v2").paginate(
                 Bucket=self.bucket, Prefix=whole + prefix
             )
@@ -170,7 +175,7 @@ class Store:
         """Delete objects; one that is not there is no error."""
         remaining = iter(keys)
         while batch := _list_of(islice(remaining, _DELETE_BATCH)):
-            with translated("delete", self.uri_of(batch[0]), self.endpoint):
+            with translated("delete", self.uri_of(batch[0]), self._connection.server):
                 answer = self._connection.client.delete_objects(
                     Bucket=self.bucket,
                     Delete={"Objects": [{"Key": self._full(key)} for key in batch], "Quiet": True},
@@ -180,13 +185,13 @@ class Store:
                     "delete",
                     f"s3://{self.bucket}/{failure.get('Key', '?')}",
                     f"refused ({failure.get('Code')}: {failure.get('Message')}); "
-                    "check that the keys in storage.secretRef may delete here",
+                    f"check that {self._connection.server.keys} may delete here",
                 )
 
     def uploads(self, prefix: str = "") -> tuple[Upload, ...]:
         """Unfinished multipart uploads of keys that start with `prefix`; their parts cost money."""
         whole = f"{self.prefix}/" if self.prefix else ""
-        with translated("list uploads", self.uri_of(prefix), self.endpoint):
+        with translated("list uploads", self.uri_of(prefix), self._connection.server):
             pages = self._connection.client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self.bucket, Prefix=whole + prefix
             )
@@ -198,7 +203,10 @@ class Store:
 
     def abort_upload(self, upload: Upload) -> None:
         """End a multipart upload and free its parts; one that is over already is no error."""
-        with suppress(NotFound), translated("abort", self.uri_of(upload.key), self.endpoint):
+        with (
+            suppress(NotFound),
+            translated("abort", self.uri_of(upload.key), self._connection.server),
+        ):
             self._connection.client.abort_multipart_upload(
                 Bucket=self.bucket, Key=self._full(upload.key), UploadId=upload.id
             )
@@ -224,7 +232,7 @@ class Store:
         `size_bytes` is about what it gives, for the deadline. Raises what `source.read` raises.
         """
         with (
-            translated("upload", self.uri_of(key), self.endpoint),
+            translated("upload", self.uri_of(key), self._connection.server),
             self._connection.transfer_within(size_bytes) as futures,
         ):
             futures.append(self._connection.transfers.upload(source, self.bucket, self._full(key)))
@@ -265,7 +273,7 @@ class Store:
     def _fetch(self, key: str, byte_range: str | None) -> bytes:
         """GET, body included. botocore retries the request only, so a broken body is ours."""
         span: dict[str, Any] = {"Range": byte_range} if byte_range else {}
-        with translated("get", self.uri_of(key), self.endpoint):
+        with translated("get", self.uri_of(key), self._connection.server):
             for attempt in range(1, self.limits.attempts + 1):
                 answer = self._connection.client.get_object(
                     Bucket=self.bucket, Key=self._full(key), **span

@@ -19,7 +19,7 @@ from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
 from botocore.retries import standard
 
-from kubedistill_trainer.store.translate import count_failures, jitter, retry_more
+from kubedistill_trainer.store.translate import Server, count_failures, jitter, retry_more
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -80,15 +80,15 @@ class Limits:
 class Connection:
     """One endpoint and one set of credentials. Thread-safe."""
 
-    def __init__(self, endpoint: str, region: str, limits: Limits) -> None:
-        self.endpoint = endpoint
+    def __init__(self, server: Server, region: str, limits: Limits) -> None:
+        self.server = server
         self.region = region
         self.limits = limits
         self.client: S3Client = _session().client(
             "s3",
-            endpoint_url=endpoint or None,
+            endpoint_url=server.endpoint or None,
             region_name=region,
-            config=_config(endpoint, limits),
+            config=_config(server.endpoint, limits),
         )
         events: Any = self.client.meta.events  # its stubs say that hooks return nothing
         # First, because botocore's own handler answers "no" to what it does not know.

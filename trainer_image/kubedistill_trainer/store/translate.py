@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from boto3.exceptions import Boto3Error, RetriesExceededError
@@ -71,13 +72,34 @@ def count_failures(
         ERRORS.labels(operation, code).inc()
 
 
+@dataclass(frozen=True)
+class Server:
+    """Who is asked, and with which keys: for messages, so never the keys themselves."""
+
+    endpoint: str = ""
+    """Empty for AWS."""
+    secret: str = ""
+    """Name of the Secret with the keys; empty where none is known."""
+
+    @property
+    def name(self) -> str:
+        return self.endpoint or "AWS"
+
+    @property
+    def keys(self) -> str:
+        """Where a person finds the keys."""
+        if self.secret:
+            return f"the keys in Secret {self.secret!r} (storage.secretRef)"
+        return "the keys in storage.secretRef"
+
+
 @contextmanager
-def translated(operation: str, uri: str, endpoint: str) -> Iterator[None]:
+def translated(operation: str, uri: str, server: Server) -> Iterator[None]:
     """Raise this package's error for whatever boto3 raises inside the block."""
     try:
         yield
     except ClientError as error:
-        raise _of_answer(error, operation, uri, endpoint or "AWS") from error
+        raise _of_answer(error, operation, uri, server) from error
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise errors.CredentialsMissing(
             operation,
@@ -96,7 +118,7 @@ def translated(operation: str, uri: str, endpoint: str) -> Iterator[None]:
         raise errors.StoreUnavailable(
             operation,
             uri,
-            f"no usable answer from {endpoint or 'AWS'} ({_first_cause(error)}); "
+            f"no usable answer from {server.name} ({_first_cause(error)}); "
             "check storage.endpoint, the network and the store's health",
         ) from error
 
@@ -110,8 +132,9 @@ def _first_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _of_answer(error: ClientError, operation: str, uri: str, endpoint: str) -> errors.StoreError:
+def _of_answer(error: ClientError, operation: str, uri: str, server: Server) -> errors.StoreError:
     """The error for an answer that S3 did give."""
+    endpoint = server.name
     code = error.response.get("Error", {}).get("Code", "")
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     said = error.response.get("Error", {}).get("Message", "") or "no message"
@@ -130,8 +153,8 @@ def _of_answer(error: ClientError, operation: str, uri: str, endpoint: str) -> e
         return errors.AccessDenied(
             operation,
             uri,
-            f"{endpoint} refuses these credentials ({code}: {said}); check the keys in "
-            f"storage.secretRef and that they may {operation} here",
+            f"{endpoint} refuses these credentials ({code}: {said}); check {server.keys} and that "
+            f"they may {operation} here",
         )
     if code == "NotImplemented" or status == 501:
         return errors.UnsupportedStore(
