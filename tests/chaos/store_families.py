@@ -49,7 +49,7 @@ def store_families(bench: StoreBench) -> list[Family]:
         Family("store-kill", len(kills[1]), partial(_kill, bench, 1, kills[1], 1)),
         Family("store-kill-zero2", parts[2], partial(_kill, bench, 2, kills[2], _PART)),
         Family("store-kill-zero3", parts[3], partial(_kill, bench, 3, kills[3], _PART)),
-        Family("store-fault", 3 * len(targets(bench, 1)), partial(_one_fault, bench)),
+        Family("store-fault", 2 * len(targets(bench, 1)), partial(_one_fault, bench)),
         Family("store-weather", 40, partial(_weather, bench)),
         Family("store-zombie", 40, partial(_zombie, bench)),
         Family("store-term", 40, partial(_term, bench)),

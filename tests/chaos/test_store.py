@@ -55,8 +55,34 @@ def test_harmed_bytes_are_seen_and_an_older_commit_is_used(store_bench: StoreBen
     assert cases(store_bench, "store-damage", 0, 2, 4) == []
 
 
-def test_little_memory_harms_no_commit(store_bench: StoreBench) -> None:
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("store-stall", 1),
+        ("store-conflict", 4),
+        ("store-late", 0),
+        ("store-refused", 3),
+        ("store-clock", 0),
+    ],
+)
+def test_a_service_in_trouble_changes_nothing(
+    store_bench: StoreBench, name: str, index: int
+) -> None:
+    assert cases(store_bench, name, index) == []
+
+
+def test_a_rank_without_memory_harms_no_commit(store_bench: StoreBench) -> None:
     assert cases(store_bench, "store-memory", 0) == []
+
+
+def test_a_full_disk_is_told_and_harms_no_commit(store_bench: StoreBench) -> None:
+    assert cases(store_bench, "store-overflow", 1) == []
+
+
+def test_half_an_export_is_not_taken_for_a_model(store_bench: StoreBench) -> None:
+    """Its config.json came before its weights."""
+    [config] = [call for call in store_bench.calm(1).of(0) if call.path.endswith("/config.json")]
+    assert cases(store_bench, "store-kill", 2 * config.number) == []
 
 
 def test_a_zombie_whose_uploads_were_collected_is_fenced(store_bench: StoreBench) -> None:

@@ -169,6 +169,7 @@ def main() -> None:
         importlib.import_module(name)
     if sys.argv[1] == "trainer":
         _warm_store()
+        _warm_export()
     threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
     if threads != 1:
         raise SystemExit(f"{threads} threads after the imports: a fork would lose all but one")
@@ -203,6 +204,13 @@ def _warm_store() -> None:
     Store("s3://warm/up", endpoint="http://127.0.0.1:1")
     for key in keys:
         del os.environ[key]
+
+
+def _warm_export() -> None:
+    """transformers compiles hundreds of patterns for the first model that a process exports."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")
 
 
 def _run(asked: dict[str, Any]) -> None:
