@@ -13,7 +13,7 @@ from kubedistill_api.exit_codes import ExitCode
 from chaos.faults import PASS, At, Call, Fault, Kind
 from chaos.figures import Family, Run
 from chaos.store_bench import StoreBench, promised_step
-from chaos.store_judge import disturbed, expect_declared, name_of, targets
+from chaos.store_judge import began, disturbed, expect_declared, name_of, targets
 from chaos.store_run import RANKS, rank_name
 from chaos.store_service import service_families
 
@@ -170,7 +170,7 @@ def _term(bench: StoreBench, run: Run, draw: random.Random) -> None:
         # A rank whose grace is over does not wait for its peers, who then lose it.
         allowed |= {int(ExitCode.PEER_LOST)}
     for code, log in zip(ended.codes, ended.logs, strict=True):
-        if code == -Signals.SIGTERM and not _began(log):
+        if code == -Signals.SIGTERM and not began(log):
             # Nothing to commit yet: it ends as any process does, and its peer may lose it.
             allowed |= {-int(Signals.SIGTERM), int(ExitCode.PEER_LOST)}
     if not set(ended.codes) <= allowed:
@@ -179,11 +179,6 @@ def _term(bench: StoreBench, run: Run, draw: random.Random) -> None:
         run.violations.append(f"ranks {ended.left_alone} went on after SIGTERM: {ended.tail}")
     run.violations += bench.check(name_of(run))
     bench.conclude(run, name_of(run), 2, 1, promised_step(ended))
-
-
-def _began(log: str) -> bool:
-    """Whether a rank has trained, by its log."""
-    return any(f'"event": "{event}"' in log for event in ("step", "committed"))
 
 
 def _expect_same(bench: StoreBench, run: Run, zero: int, script: _Checked | _Weather) -> None:

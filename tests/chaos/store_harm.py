@@ -17,6 +17,7 @@ from chaos.damage import KINDS, commits, damage
 from chaos.faults import At, Fault, Kind, calm
 from chaos.figures import Family, Run
 from chaos.store_bench import StoreBench, promised_step, resumed_step
+from chaos.store_judge import began
 from chaos.store_run import RANKS, STEPS, Ended, rank_name
 from chaos.zygote import Forked
 
@@ -177,9 +178,9 @@ def _memory(bench: StoreBench, run: Run, draw: random.Random) -> None:
     run.told["codes"] = [ended.codes]
     run.faults.append(f"rank {rank} has {size // _MIB} MiB of memory")
     peer = ended.codes[1 - rank]
-    # A peer that is done already has lost nobody, and one that waits to meet the others knows nobody.
+    # A peer that is done already has lost nobody, and one that has not begun may wait to meet it.
     fit = {int(ExitCode.PEER_LOST)} | ({0} if promised_step(ended) == STEPS else set())
-    if ended.left_alone == [1 - rank] and not ended.joined[1 - rank]:
+    if ended.left_alone == [1 - rank] and not began(ended.logs[1 - rank]):
         fit.add(-int(Signals.SIGKILL))
     if not killed or ended.codes[rank] != -Signals.SIGKILL or peer not in fit:
         run.violations.append(

@@ -51,10 +51,22 @@ def undisturbed(bench: StoreBench, run: Run, number: int, promised: int) -> int:
 
 
 def expect_declared(run: Run, ended: Ended, killed: Collection[int] = ()) -> None:
-    """Who was not killed has ended with a code that says why."""
+    """Who was not killed has ended with a code that says why, and by itself once it has trained.
+
+    Before that it may wait for its peer in a rendezvous, which says nothing of the dead: the pod ends
+    with the attempt.
+    """
+    for rank in ended.left_alone:
+        if began(ended.logs[rank]):
+            run.violations.append(f"rank {rank} did not notice its peer's end: {ended.tail}")
     for rank, code in enumerate(ended.codes):
         if rank not in killed and code not in DECLARED:
             run.violations.append(f"rank {rank} ended with {code}: {ended.logs[rank][-1500:]}")
+
+
+def began(log: str) -> bool:
+    """Whether a rank has trained, by its log."""
+    return any(f'"event": "{event}"' in log for event in ("step", "committed"))
 
 
 def expect_unharmed(run: Run, ended: Ended) -> None:

@@ -16,6 +16,7 @@ from chaos.store_bench import StoreBench, promised_step
 from chaos.store_judge import (
     Again,
     From,
+    began,
     disturbed,
     expect_declared,
     expect_unharmed,
@@ -189,7 +190,7 @@ def _expect_unavailable(run: Run, ended: Ended, words: tuple[str, ...]) -> None:
     """Who met the fault ends by it and says so; its peer with it, or before it with success."""
     unavailable = int(ExitCode.STORAGE_UNAVAILABLE)
     fit = {0, unavailable, int(ExitCode.PEER_LOST)}
-    if ended.left_alone:
+    if not any(began(ended.logs[rank]) for rank in ended.left_alone):
         fit.add(-int(Signals.SIGKILL))
     if unavailable not in ended.codes or not set(ended.codes) <= fit:
         run.violations.append(f"ended with {ended.codes}: {ended.tail}")

@@ -6,8 +6,9 @@ import hashlib
 
 import pytest
 from e2e.gang import Trainer, model_of
+from kubedistill_api.exit_codes import ExitCode
 
-from chaos.faults import Kind
+from chaos.faults import At, Fault, Kind
 from chaos.figures import Run, run_case
 from chaos.store_bench import StoreBench
 from chaos.store_families import store_families, wake_late
@@ -83,6 +84,15 @@ def test_half_an_export_is_not_taken_for_a_model(store_bench: StoreBench) -> Non
     """Its config.json came before its weights."""
     [config] = [call for call in store_bench.calm(1).of(0) if call.path.endswith("/config.json")]
     assert cases(store_bench, "store-kill", 2 * config.number) == []
+
+
+def test_a_peer_that_dies_while_it_loads_is_noticed(store_bench: StoreBench) -> None:
+    """DeepSpeed waited for it in the making of a group, which takes half an hour to give up."""
+    [_, config, *_] = [call for call in store_bench.calm(1).of(1) if "/tokenizer/" in call.path]
+    script = At("rank-1", config.number, Fault(Kind.SIGNAL_BEFORE))
+    with store_bench.attempt("peer-dies", 1, 1, script) as attempt:
+        ended = attempt.wait()
+    assert (ended.codes, ended.left_alone) == ([int(ExitCode.PEER_LOST), -9], []), ended.tail
 
 
 def test_a_zombie_whose_uploads_were_collected_is_fenced(store_bench: StoreBench) -> None:
