@@ -179,7 +179,9 @@ def _refused(bench: StoreBench, run: Run, draw: random.Random) -> None:
     ended = disturbed(bench, run, 1, script, attempt)
     if script.count:
         run.faults.append(f"{script.count} × {fault} from {script.first}")
-        _expect_unavailable(run, ended, ("refuses these credentials", "does not exist"))
+        _expect_unavailable(
+            run, ended, ("refuses these credentials", "does not exist", "the clock")
+        )
     else:
         run.told["not met"] = "the call was not made"
     run.violations += bench.check(name)

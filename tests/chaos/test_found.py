@@ -74,6 +74,16 @@ def test_half_an_exported_model_is_no_model(
     assert folder.read_config(whole, "spec.student.model") == {"model_type": "llama"}
 
 
+def test_a_clock_that_is_off_is_not_blamed_on_the_keys(
+    proxy: S3Proxy,
+    s3: S3Server,  # noqa: F811
+) -> None:
+    store = through(proxy, s3)
+    proxy.begin(At("a", 0, Fault(Kind.ANSWER, 403, "RequestTimeTooSkewed")))
+    with pytest.raises(AccessDenied, match=r"clock of this machine.*NTP"):
+        store.put("x", b"x")
+
+
 def test_a_full_disk_changes_no_exit_code(tmp_path: Path) -> None:
     """The outcome could not be written, and the rank ended as one with an unknown error."""
     (tmp_path / "outcome-0.json").symlink_to("/dev/full")

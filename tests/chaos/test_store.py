@@ -39,17 +39,27 @@ def test_a_forked_run_is_an_ordinary_run(store_bench: StoreBench) -> None:
 
 
 def test_killed_at_any_call_the_next_attempt_goes_on(store_bench: StoreBench) -> None:
-    # The record of a commit, a clean-up, an upload; before and after.
-    assert cases(store_bench, "store-kill", 25, 41, 78, 131) == []
+    # An upload, the record of a commit, a clean-up; before and after.
+    assert cases(store_bench, "store-kill", 25, 41, 78) == []
 
 
 def test_single_faults_are_absorbed_or_told(store_bench: StoreBench) -> None:
-    assert cases(store_bench, "store-fault", *range(3, 200, 60)) == []
+    assert cases(store_bench, "store-fault", 3, 63, 123) == []
 
 
-@pytest.mark.parametrize("name", ["store-weather", "store-outage", "store-term", "store-zombie"])
-def test_seeded_trouble_changes_nothing(store_bench: StoreBench, name: str) -> None:
-    assert cases(store_bench, name, 1, 2) == []
+@pytest.mark.parametrize(
+    ("name", "indices"),
+    [
+        ("store-weather", [1]),
+        ("store-outage", [1]),
+        ("store-term", [1, 2]),
+        ("store-zombie", [1, 2]),
+    ],
+)
+def test_seeded_trouble_changes_nothing(
+    store_bench: StoreBench, name: str, indices: list[int]
+) -> None:
+    assert cases(store_bench, name, *indices) == []
 
 
 def test_harmed_bytes_are_seen_and_an_older_commit_is_used(store_bench: StoreBench) -> None:
