@@ -74,6 +74,25 @@ def test_half_an_exported_model_is_no_model(
     assert folder.read_config(whole, "spec.student.model") == {"model_type": "llama"}
 
 
+@pytest.mark.parametrize(
+    ("accepted", "code"),
+    [(False, ExitCode.UNREADABLE_INPUT), (True, ExitCode.STORAGE_UNAVAILABLE)],
+)
+def test_inputs_in_a_bucket_that_vanishes_may_come_back(
+    proxy: S3Proxy,
+    s3: S3Server,  # noqa: F811
+    accepted: bool,
+    code: ExitCode,
+) -> None:
+    """The job ended for good, as if its inputs could never be read."""
+    store = through(proxy, s3)
+    proxy.begin(At("a", 0, Fault(Kind.ANSWER, 404, "NoSuchBucket")))
+    with pytest.raises(InputsRefused) as caught:
+        folder.read_config(store, "spec.student.model")
+    found, told = outcome.of_exception(caught.value, accepted=accepted)
+    assert (found, bool(told.problems)) == (code, not accepted)
+
+
 def test_a_clock_that_is_off_is_not_blamed_on_the_keys(
     proxy: S3Proxy,
     s3: S3Server,  # noqa: F811
