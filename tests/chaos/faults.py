@@ -31,7 +31,9 @@ class Kind(StrEnum):
     DELAY = "delay"
     """The request is held for a while, and then goes on."""
     SKEW = "clock skew"
-    """The answer's Date is another."""
+    """The server's clock is another: the times in headers and lists are moved."""
+    LATE = "late"
+    """The connection is reset at once, and the request is applied some time after that."""
     SIGNAL_BEFORE = "signal before"
     """The client gets a signal, and the request never got there unless the client goes on."""
     SIGNAL_AFTER = "signal after"
@@ -40,7 +42,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault. `seconds` is of STALL, DELAY and SKEW, `status` and `code` of ANSWER."""
+    """One fault. `seconds` is of STALL, DELAY, LATE and SKEW, `status` and `code` of ANSWER."""
 
     kind: Kind = Kind.PASS
     status: int = 0
@@ -73,6 +75,8 @@ class Call:
     method: str
     target: str
     """Path and query."""
+    conditional: bool = False
+    """Whether it has an If-None-Match."""
 
     @property
     def path(self) -> str:

@@ -37,6 +37,7 @@ class Proxy(ABC):
         self._counts: dict[str, int] = {}
         self._ports: dict[str, int] = {}
         self._serving: set[asyncio.Task[None]] = set()
+        self._late: set[asyncio.Task[None]] = set()
         self._released = asyncio.Event()
         self.stopped = threading.Event()
         """Set when a client was given SIGSTOP, and holds a call open."""
@@ -85,6 +86,14 @@ class Proxy(ABC):
         """What a stopped client had asked goes on, as it does when the client wakes."""
         self._loop.call_soon_threadsafe(self._released.set)
 
+    def settle(self) -> None:
+        """Wait for all requests that are applied late."""
+
+        async def landed() -> None:
+            await asyncio.gather(*self._late)
+
+        asyncio.run_coroutine_threadsafe(landed(), self._loop).result(60)
+
     def count(self, client: str) -> int:
         """Calls of a client so far."""
         return self._counts.get(client, 0)
@@ -112,7 +121,8 @@ class Proxy(ABC):
         request = await wire.read_request(reader, writer)
         number = self._counts.get(client, 0)
         self._counts[client] = number + 1
-        call = Call(number, client, request.method, request.target)
+        conditional = bool(request.header("If-None-Match"))
+        call = Call(number, client, request.method, request.target, conditional)
         fault = self.scripts.get(client, self.script)(call)
         return await self._serve(call, fault, request, (reader, writer))
 
@@ -147,6 +157,11 @@ class Proxy(ABC):
             return self._error(call, fault)
         if fault.kind == Kind.RESET_BEFORE:
             return None
+        if fault.kind == Kind.LATE:
+            task = self._loop.create_task(self._apply_late(request, fault.seconds))
+            self._late.add(task)
+            task.add_done_callback(self._late.discard)
+            return None
         if fault.kind == Kind.DELAY:
             await asyncio.sleep(fault.seconds)
         if fault.kind == Kind.SIGNAL_BEFORE:
@@ -168,9 +183,17 @@ class Proxy(ABC):
         if fault.kind == Kind.GARBLE and reply.body:
             return replace(reply, body=_garbled(reply.body))
         if fault.kind == Kind.SKEW:
-            moved = datetime.now(UTC) + timedelta(seconds=fault.seconds)
-            return reply.with_header("Date", format_datetime(moved, usegmt=True))
+            return self._skewed(reply, fault.seconds)
         return reply
+
+    def _skewed(self, reply: wire.Message, seconds: float) -> wire.Message:
+        """An answer of a server whose clock is ahead by so much."""
+        moved = datetime.now(UTC) + timedelta(seconds=seconds)
+        return reply.with_header("Date", format_datetime(moved, usegmt=True))
+
+    async def _apply_late(self, request: wire.Message, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        await self._forward(request)
 
     async def _strike(self, call: Call, fault: Fault) -> None:
         self.signaller(call.client, fault.signal)

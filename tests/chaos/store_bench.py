@@ -15,6 +15,7 @@ from signal import Signals
 from types import TracebackType
 from typing import Any
 
+from devcluster.node.limits import MemoryLimit
 from devcluster.s3 import S3Server
 from e2e.gang import put_inputs
 from kubedistill_api.exit_codes import ExitCode
@@ -27,6 +28,9 @@ from chaos.s3_proxy import S3Proxy
 from chaos.store_run import RANKS, Attempt, Ended, Gang, rank_name, spec_of
 from chaos.zygote import Zygote
 
+_CGROUPS = "kubedistill-chaos"
+_USUAL_PEAK_BYTES = 70 << 20
+"""Where this machine does not count it."""
 DECLARED = {int(code) for code in ExitCode} - {int(ExitCode.UNKNOWN)}
 """Exit codes that say why."""
 
@@ -36,6 +40,8 @@ class Calm:
     """A run without any fault."""
 
     weights: str
+    model: dict[str, bytes]
+    """Files of the finished model, those apart that tell of this very run."""
     calls: list[Call]
 
     def of(self, rank: int) -> list[Call]:
@@ -48,6 +54,7 @@ class StoreBench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stack = contextlib.ExitStack()
+        self._peaks: dict[int, int] = {}
 
     def __enter__(self) -> StoreBench:
         server = S3Server(self.folder / "s3")
@@ -68,11 +75,6 @@ class StoreBench:
     ) -> None:
         self._stack.close()
 
-    def zygote_bytes(self) -> int:
-        """The address space that a fork begins with."""
-        pages = int(Path(f"/proc/{self.zygote.pid}/statm").read_text().split()[0])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-
     def spec(self, zero: int = 1) -> DistillationJobSpec:
         return spec_of(self.s3, training={"deepSpeed": {"zeroStage": zero}})
 
@@ -89,8 +91,30 @@ class StoreBench:
             if ended.codes != [0] * RANKS:
                 raise RuntimeError(f"the calm run ended with {ended.codes}:\n{ended.tail}")
             calls = [entry.call for entry in self.proxy.log]
-            self._calm[zero] = Calm(self.gang.weights(name), calls)
+            [folder] = self.gang.models(name).values()
+            self._calm[zero] = Calm(self.gang.weights(name), _of_model(folder), calls)
         return self._calm[zero]
+
+    @contextlib.contextmanager
+    def memory_limit(self, name: str, limit_bytes: float) -> Iterator[MemoryLimit]:
+        """A memory limit for one rank, to be joined when it is forked."""
+        limit = MemoryLimit(f"{_CGROUPS}-{os.getpid()}-{name}", limit_bytes)
+        try:
+            yield limit
+        finally:
+            limit.remove()
+
+    def peak_bytes(self, rank: int) -> int:
+        """The most memory that a rank of a calm run takes beside what the zygote has; measured once."""
+        if rank not in self._peaks:
+            name = f"peak-{rank}"
+            with (
+                self.memory_limit(name, 4 << 30) as limit,
+                self.attempt(name, 1, 1, calm, groups={rank: limit.groups}) as attempt,
+            ):
+                attempt.wait()
+                self._peaks[rank] = _peak_bytes(limit)
+        return self._peaks[rank]
 
     @contextlib.contextmanager
     def attempt(
@@ -152,6 +176,7 @@ class StoreBench:
         weights = self.gang.weights(name)
         if weights != self.calm(zero).weights:
             run.wrong.append(f"weights {weights or 'missing'}, calm run {self.calm(zero).weights}")
+        run.violations += self.check_models(name, zero)
         if self.check(name, collected=True):
             # What was written in the very second of a FENCE is younger than it to the store's clock.
             self._whole(run, name, number + 1, zero)
@@ -180,6 +205,15 @@ class StoreBench:
         )
         return list(found.violations)
 
+    def check_models(self, name: str, zero: int) -> list[str]:
+        """Folders of a job that can be taken for a model, and are not the calm run's."""
+        calm_model = self.calm(zero).model
+        return [
+            f"model {digest} has a config.json, and beside it only {sorted(folder)}"
+            for digest, folder in self.gang.models(name).items()
+            if "config.json" in folder and _of_model(folder) != calm_model
+        ]
+
     def log_of(self, name: str) -> dict[str, bytes]:
         """The commit log as it is, by key."""
         return dict(self.gang.objects(f"{self.gang.prefix(name)}/log/"))
@@ -200,6 +234,20 @@ class StoreBench:
         if ended.codes != [0] * RANKS:
             run.violations.append(f"attempt {number} ended with {ended.codes}: {ended.tail}")
         return ended
+
+
+def _peak_bytes(limit: MemoryLimit) -> int:
+    """The most that the processes under a limit have taken."""
+    for group in limit.groups:
+        for name in ("memory.max_usage_in_bytes", "memory.peak"):
+            with contextlib.suppress(OSError):
+                return int(Path(group).with_name(name).read_text())
+    return _USUAL_PEAK_BYTES
+
+
+def _of_model(folder: dict[str, bytes]) -> dict[str, bytes]:
+    reports = ("MODEL_CARD.md", "report.html", "report.json")
+    return {name: body for name, body in folder.items() if name not in reports}
 
 
 def events(ended: Ended, text: str) -> list[dict[str, Any]]:

@@ -10,15 +10,20 @@ from functools import partial
 from pathlib import Path
 from signal import Signals
 
+from devcluster.node.limits import MemoryLimit
 from kubedistill_api.exit_codes import ExitCode
 
 from chaos.damage import KINDS, commits, damage
 from chaos.faults import At, Fault, Kind, calm
 from chaos.figures import Family, Run
 from chaos.store_bench import StoreBench, promised_step, resumed_step
-from chaos.store_run import RANKS, rank_name
+from chaos.store_judge import began
+from chaos.store_run import RANKS, STEPS, Ended, rank_name
+from chaos.zygote import Forked
 
 _MIB = 1 << 20
+_TOO_LITTLE = 64 * _MIB
+"""Memory that leaves no room for a snapshot."""
 _HANG_SECONDS = 30.0
 """A whole run takes one or two."""
 
@@ -27,8 +32,9 @@ def harm_families(bench: StoreBench) -> list[Family]:
     """All of them."""
     return [
         Family("store-damage", 36, partial(_damage, bench)),
-        Family("store-disk", 6, partial(_disk, bench)),
-        Family("store-memory", 4, partial(_memory, bench)),
+        Family("store-disk", 18, partial(_disk, bench)),
+        Family("store-overflow", 8, partial(_overflow, bench)),
+        Family("store-memory", 12, partial(_memory, bench)),
     ]
 
 
@@ -80,43 +86,106 @@ def _small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
 
 
 def _disk(bench: StoreBench, run: Run, draw: random.Random) -> None:
-    """One rank's scratch is too small, from the first save on or from a later one."""
+    """One rank's scratch is too small: for its markers, its snapshots, its export, or not at all."""
     name = f"{run.family}-{run.index}"
-    rank = run.index % RANKS
-    size = draw.choice((64, 128, 192)) * 1024
+    # Where memory is not short, only rank 0 needs its disk: for the export.
+    rank, short = (0, False) if run.index < 6 else (run.index % RANKS, True)
+    size = (4, 8, 16, 32, 64, 128)[run.index % 6] * 1024
     with (
         _small_disk(bench.folder / f"{name}-disk", size) as disk,
-        bench.attempt(name, 1, 1, calm, scratch={rank: disk}) as attempt,
+        bench.attempt(
+            name,
+            1,
+            1,
+            calm,
+            scratch={rank: disk},
+            memory_limit_bytes=_TOO_LITTLE if short else None,
+        ) as attempt,
     ):
         ended = attempt.wait(_HANG_SECONDS)
     run.lives += 1
     run.told["codes"] = [ended.codes]
-    if ended.left_alone:
-        run.violations.append(f"ranks {ended.left_alone} hang: {ended.tail}")
-    run.faults.append(f"rank {rank} has {size} bytes of disk")
-    told = "".join(ended.logs)
+    run.faults.append(f"rank {rank} has {size} bytes of disk{' and no memory' * short}")
     if ended.codes == [0] * RANKS:
         run.told["not met"] = "the disk was big enough"
-    elif "No space left" not in told and "bytes free" not in told:
-        run.violations.append(f"nobody says that the disk is full: {ended.tail}")
+    else:
+        _expect_told(run, ended, rank)
     run.violations += bench.check(name)
     bench.conclude(run, name, 2, 1, promised_step(ended))
 
 
-def _memory(bench: StoreBench, run: Run, draw: random.Random) -> None:
-    """The address space ends somewhere between what the zygote has and what a run takes."""
+def _expect_told(run: Run, ended: Ended, rank: int) -> None:
+    """No rank hangs; one says in its outcome that its disk is full; its peer ends with it."""
+    told = [outcome.message for outcome in ended.outcomes if outcome is not None]
+    if ended.left_alone:
+        run.violations.append(f"ranks {ended.left_alone} hang: {ended.tail}")
+    if not any("No space left" in text or "bytes free" in text for text in told):
+        run.violations.append(
+            f"ended with {ended.codes}, and no outcome says that the disk is full: {told} {ended.tail}"
+        )
+    if ended.codes[rank] <= 0:
+        run.violations.append(f"rank {rank} ended with {ended.codes[rank]}: {ended.tail}")
+
+
+def _overflow(bench: StoreBench, run: Run, draw: random.Random) -> None:
+    """Memory is short, so that snapshots go to disk; and of one rank's disk only their folder is full.
+
+    Three saves in a row fail, which ends the attempt.
+    """
     name = f"{run.family}-{run.index}"
-    limit = bench.zygote_bytes() + draw.randint(50, 900) * _MIB
-    with bench.attempt(name, 1, 1, calm, limits={"AS": limit}) as attempt:
+    rank = run.index % RANKS
+    size = (4, 8, 16, 24)[run.index // RANKS % 4] * 1024
+    folder = bench.folder / f"{name}-scratch"
+    with (
+        _small_disk(folder / f"checkpoint-{rank}", size),
+        bench.attempt(
+            name, 1, 1, calm, scratch={rank: folder}, memory_limit_bytes=_TOO_LITTLE
+        ) as attempt,
+    ):
         ended = attempt.wait(_HANG_SECONDS)
     run.lives += 1
     run.told["codes"] = [ended.codes]
-    run.faults.append(f"address space of {limit // _MIB} MiB")
-    expected = {
-        0, int(ExitCode.OUT_OF_MEMORY), int(ExitCode.PEER_LOST), -int(Signals.SIGKILL),
-        -int(Signals.SIGABRT), -int(Signals.SIGSEGV), int(ExitCode.UNKNOWN),
-    }  # fmt: skip
-    if not set(ended.codes) <= expected:
-        run.violations.append(f"ended with {ended.codes}: {ended.tail}")
+    run.faults.append(f"rank {rank} has {size} bytes of disk for snapshots, and no memory")
+    _expect_told(run, ended, rank)
+    run.violations += bench.check(name)
+    bench.conclude(run, name, 2, 1, promised_step(ended))
+
+
+def _watch(victim: Forked, limit: MemoryLimit) -> bool:
+    """Until the rank has ended; whether it reached its limit. Where the kernel counts nothing, we do."""
+    reached = False
+    while victim.running:
+        if limit.exceeded(victim.pid):
+            reached = True
+            victim.signal(Signals.SIGKILL)
+        with contextlib.suppress(TimeoutError):
+            victim.wait(0.05)
+    return reached or limit.exceeded(None)
+
+
+def _memory(bench: StoreBench, run: Run, draw: random.Random) -> None:
+    """A rank reaches its memory limit, and the kernel kills it: its peer says that it is gone."""
+    name = f"{run.family}-{run.index}"
+    rank = run.index % RANKS
+    size = int(bench.peak_bytes(rank) * draw.uniform(0.1, 0.95))
+    with (
+        bench.memory_limit(name, size) as limit,
+        bench.attempt(name, 1, 1, calm, groups={rank: limit.groups}) as attempt,
+    ):
+        killed = _watch(attempt.ranks[rank], limit)
+        ended = attempt.wait(_HANG_SECONDS)
+    run.lives += 1
+    run.told["codes"] = [ended.codes]
+    run.faults.append(f"rank {rank} has {size // _MIB} MiB of memory")
+    peer = ended.codes[1 - rank]
+    # A peer that is done already has lost nobody, and one that has not begun may wait to meet it.
+    fit = {int(ExitCode.PEER_LOST)} | ({0} if promised_step(ended) == STEPS else set())
+    if ended.left_alone == [1 - rank] and not began(ended.logs[1 - rank]):
+        fit.add(-int(Signals.SIGKILL))
+    if not killed or ended.codes[rank] != -Signals.SIGKILL or peer not in fit:
+        run.violations.append(
+            f"ended with {ended.codes}, over the limit: {killed}, left alone: {ended.left_alone}: "
+            f"{ended.tail}"
+        )
     run.violations += bench.check(name)
     bench.conclude(run, name, 2, 1, promised_step(ended))

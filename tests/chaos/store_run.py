@@ -17,13 +17,14 @@ from e2e.gang import llama, small_spec
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import Outcome, Rendezvous, RunSpec
 from kubedistill_operator.plan.compose import merge_patch
+from pydantic import ValidationError
 
 from chaos.s3_proxy import S3Proxy
 from chaos.zygote import Forked, Zygote
 
 RANKS = 2
 STEPS = 8
-_PEER_SECONDS = 4.0
+_PEER_SECONDS = 8.0
 """A rank whose peer is gone gets this long; then its pod goes, as the Job controller sees to it."""
 _RUN_SECONDS = 180.0
 _NAMESPACE = "chaos"
@@ -54,7 +55,7 @@ class Ended:
 
     codes: list[int]
     outcomes: list[Outcome | None]
-    """None of a rank that left none: it was killed."""
+    """None of a rank that left none: it was killed, or its disk was full."""
     logs: list[str]
     seconds: float
     left_alone: list[int] = field(default_factory=list)
@@ -114,8 +115,9 @@ class Attempt:
 
 
 def _outcome(folder: Path) -> Outcome | None:
-    path = folder / "outcome-0.json"
-    return Outcome.model_validate_json(path.read_text()) if path.exists() else None
+    with contextlib.suppress(OSError, ValidationError):
+        return Outcome.model_validate_json((folder / "outcome-0.json").read_text())
+    return None
 
 
 class Gang:
@@ -136,11 +138,14 @@ class Gang:
         via: str = "rank",
         grace_seconds: int = 30,
         scratch: Mapping[int, Path] | None = None,
-        limits: Mapping[str, int] | None = None,
+        groups: Mapping[int, Sequence[str]] | None = None,
+        memory_limit_bytes: int | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> Attempt:
         """All ranks of an attempt. `via` other than rank: clients that no script knows.
 
-        `scratch` gives a rank another disk, `limits` all of them those of setrlimit.
+        `scratch` gives a rank another disk, `groups` has it join cgroups; `memory_limit_bytes` is
+        what all of them take for their containers' limit, and `env` is added to their own.
         """
         rendezvous = Rendezvous(host="127.0.0.1", port=free_port(), nodes=RANKS)
         # Where the store is reached changes nothing in what is learnt.
@@ -155,15 +160,18 @@ class Gang:
                 namespace=_NAMESPACE, name=name, uid=f"uid-{name}", role="student",
                 attempt=attempt, fence=attempt, inputs_digest=digest,
                 spec=spec.model_copy(update={"storage": storage}), rendezvous=rendezvous,
-                termination_grace_seconds=grace_seconds,
+                termination_grace_seconds=grace_seconds, memory_limit_bytes=memory_limit_bytes,
             )  # fmt: skip
             (folder / "run.json").write_text(run.model_dump_json(by_alias=True))
             disk = (scratch or {}).get(rank, folder)
-            env = self._environment(folder, disk, rank)
-            log = folder / "log"
-            ranks.append(
-                self._zygote.fork("kubedistill_trainer.rank", "0", env=env, log=log, limits=limits)
+            forked = self._zygote.fork(
+                "kubedistill_trainer.rank",
+                "0",
+                env=self._environment(folder, disk, rank) | dict(env or {}),
+                log=folder / "log",
+                groups=(groups or {}).get(rank, ()),
             )
+            ranks.append(forked)
             folders.append(folder)
             disks.append(disk)
         return Attempt(ranks, folders, disks)
@@ -185,11 +193,19 @@ class Gang:
     def weights(self, name: str) -> str:
         """SHA-256 of the weights that a job exported; empty where there are none, or several."""
         found = {
-            hashlib.sha256(body).hexdigest()
-            for key, body in self.objects(f"runs/{_NAMESPACE}/{name}/model/")
-            if key.endswith("model.safetensors")
+            hashlib.sha256(folder["model.safetensors"]).hexdigest()
+            for folder in self.models(name).values()
+            if "model.safetensors" in folder
         }
         return found.pop() if len(found) == 1 else ""
+
+    def models(self, name: str) -> dict[str, dict[str, bytes]]:
+        """What lies in the folders of a job's models, by folder and name."""
+        found: dict[str, dict[str, bytes]] = {}
+        for key, body in self.objects(f"runs/{_NAMESPACE}/{name}/model/"):
+            folder, _, file = key.rpartition("/")
+            found.setdefault(folder.rpartition("/")[2], {})[file] = body
+        return found
 
     def objects(self, prefix: str) -> Iterator[tuple[str, bytes]]:
         """Keys and bodies below a prefix, asked of the server itself."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_trainer import outcome
-from kubedistill_trainer.store import Store
+from kubedistill_trainer.failures import InputsRefused
+from kubedistill_trainer.models import folder
+from kubedistill_trainer.store import AccessDenied, Store
 from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
 
 from chaos.faults import At, Fault, Kind
@@ -48,6 +52,71 @@ def test_a_shard_that_is_garbled_on_its_way_is_not_taken(
     proxy.begin(At("a", 0, Fault(Kind.GARBLE_REQUEST)))
     store.upload_file("shard", tmp_path / "shard")
     assert store.get("shard") == (tmp_path / "shard").read_bytes()
+
+
+def test_half_an_exported_model_is_no_model(
+    proxy: S3Proxy,
+    s3: S3Server,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """config.json went first; who was pointed at the folder then took weights without a tokenizer."""
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "vocab.txt"):
+        (tmp_path / name).write_text('{"model_type": "llama"}')
+    for number in range(4):
+        proxy.begin(At("a", number, Fault(Kind.ANSWER, 403, "AccessDenied")))
+        store = through(proxy, s3).child(f"ended-at-{number}")
+        with pytest.raises(AccessDenied):
+            folder.upload(tmp_path, store)
+        [digest] = {info.key.split("/")[0] for info in store.list()} or {"none"}
+        with pytest.raises(InputsRefused, match=r"no config\.json"):
+            folder.read_config(store.child(digest), "spec.student.model")
+    _, whole = folder.upload(tmp_path, through(proxy, s3).child("whole"))
+    assert folder.read_config(whole, "spec.student.model") == {"model_type": "llama"}
+
+
+@pytest.mark.parametrize(
+    ("accepted", "code"),
+    [(False, ExitCode.UNREADABLE_INPUT), (True, ExitCode.STORAGE_UNAVAILABLE)],
+)
+def test_inputs_in_a_bucket_that_vanishes_may_come_back(
+    proxy: S3Proxy,
+    s3: S3Server,  # noqa: F811
+    accepted: bool,
+    code: ExitCode,
+) -> None:
+    """The job ended for good, as if its inputs could never be read."""
+    store = through(proxy, s3)
+    proxy.begin(At("a", 0, Fault(Kind.ANSWER, 404, "NoSuchBucket")))
+    with pytest.raises(InputsRefused) as caught:
+        folder.read_config(store, "spec.student.model")
+    found, told = outcome.of_exception(caught.value, accepted=accepted)
+    assert (found, bool(told.problems)) == (code, not accepted)
+
+
+def test_a_clock_that_is_off_is_not_blamed_on_the_keys(
+    proxy: S3Proxy,
+    s3: S3Server,  # noqa: F811
+) -> None:
+    store = through(proxy, s3)
+    proxy.begin(At("a", 0, Fault(Kind.ANSWER, 403, "RequestTimeTooSkewed")))
+    with pytest.raises(AccessDenied, match=r"clock of this machine.*NTP"):
+        store.put("x", b"x")
+
+
+def test_a_full_disk_changes_no_exit_code(tmp_path: Path) -> None:
+    """The outcome could not be written, and the rank ended as one with an unknown error."""
+    (tmp_path / "outcome-0.json").symlink_to("/dev/full")
+    script = (
+        "from pathlib import Path; from types import SimpleNamespace; "
+        "from kubedistill_trainer.failures import RunFailure; "
+        "from kubedistill_trainer.rank import leave\n"
+        "def work(): raise RunFailure(15, 'the store is away')\n"
+        f"leave(SimpleNamespace(scratch=Path({str(tmp_path)!r})), 0, work)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == ExitCode.STORAGE_UNAVAILABLE, ended.stderr
 
 
 @pytest.mark.parametrize(

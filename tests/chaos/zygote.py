@@ -13,7 +13,6 @@ import gc
 import importlib
 import json
 import os
-import resource
 import select
 import signal
 import socket
@@ -133,20 +132,17 @@ class Zygote:
         env: Mapping[str, str],
         log: Path,
         folder: Path = Path("/"),
-        limits: Mapping[str, int] | None = None,
         groups: Sequence[str] = (),
     ) -> Forked:
         """Run `argv[0]`, a module with a `main`, in a new process with exactly this environment.
 
-        It works in `folder`. `limits` are of setrlimit, by names such as AS; `groups` are files of
-        cgroups to join.
+        It works in `folder`. `groups` are files of cgroups to join.
         """
         answer = self.ask(
             argv=argv,
             env=dict(env),
             log=str(log),
             folder=str(folder),
-            limits=dict(limits or {}),
             groups=list(groups),
         )
         return Forked(self, int(answer["pid"]))
@@ -173,6 +169,7 @@ def main() -> None:
         importlib.import_module(name)
     if sys.argv[1] == "trainer":
         _warm_store()
+        _warm_export()
     threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
     if threads != 1:
         raise SystemExit(f"{threads} threads after the imports: a fork would lose all but one")
@@ -209,6 +206,13 @@ def _warm_store() -> None:
         del os.environ[key]
 
 
+def _warm_export() -> None:
+    """transformers compiles hundreds of patterns for the first model that a process exports."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")
+
+
 def _run(asked: dict[str, Any]) -> None:
     """In the child; never returns."""
     code = 1
@@ -222,8 +226,6 @@ def _run(asked: dict[str, Any]) -> None:
         os.closerange(3, 64)
         for group in asked["groups"]:
             Path(group).write_text(str(os.getpid()))
-        for name, value in asked["limits"].items():
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
         os.chdir(asked["folder"])
         os.environ.clear()
         os.environ.update(asked["env"])

@@ -50,10 +50,11 @@ def of_exception(error: BaseException, *, accepted: bool = False) -> tuple[ExitC
     `accepted`: a preflight has found the store to work. Keys and buckets that are refused since then
     may come back, and the run with them.
     """
-    if isinstance(error, RunFailure):
+    cause = error.__cause__ if isinstance(error, RunFailure) else error
+    if accepted and isinstance(cause, _MAY_COME_BACK):
+        code, message, problems = ExitCode.STORAGE_UNAVAILABLE, str(cause), []
+    elif isinstance(error, RunFailure):
         code, message, problems = error.code, error.message, error.problems
-    elif accepted and isinstance(error, _MAY_COME_BACK):
-        code, message, problems = ExitCode.STORAGE_UNAVAILABLE, str(error), []
     else:
         code, message, problems = _code_of(error), f"{type(error).__name__}: {error}", []
         if isinstance(error, StoreError):

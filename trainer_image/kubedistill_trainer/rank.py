@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +25,7 @@ from kubedistill_trainer.imports import quiet_collector
 from kubedistill_trainer.methods.interruption import Interruption
 
 _log = logging.getLogger(__name__)
+_OUTCOME_BYTES = 16 << 10
 
 
 def outcome_file(scratch: Path, local_rank: int) -> Path:
@@ -86,7 +88,13 @@ def leave(
     work: Callable[[], tuple[ExitCode, Outcome]],
     board: exporter.ProgressBoard | None = None,
 ) -> NoReturn:
-    """Do the work, leave its outcome for the launcher, and exit with its code."""
+    """Do the work, leave its outcome for the launcher, and exit with its code.
+
+    The outcome has its room on the disk from the beginning: where the disk is full, it says so.
+    """
+    room = context.scratch / f"outcome-{local_rank}.room"
+    with suppress(OSError):
+        room.write_bytes(bytes(_OUTCOME_BYTES))
     try:
         code, result = work()
     except BaseException as error:
@@ -95,7 +103,11 @@ def leave(
             report = board.report.model_copy(update={"teacher_stream": None})
             result = result.model_copy(update={"progress": report})
         _log.error("run ended", exc_info=error, extra={"code": int(code)})
-    outcome_file(context.scratch, local_rank).write_text(result.model_dump_json(by_alias=True))
+    try:
+        room.unlink(missing_ok=True)
+        outcome_file(context.scratch, local_rank).write_text(result.model_dump_json(by_alias=True))
+    except OSError as error:  # the code still says what happened
+        _log.error("the outcome cannot be written", exc_info=error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(int(code))

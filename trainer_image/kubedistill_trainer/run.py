@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.objective import Objective
 from kubedistill_api.runspec import Outcome
@@ -98,6 +99,9 @@ def run_student(
     )
     if spec.training.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    # DeepSpeed makes groups of its own, and would wait half an hour for a rank that died while it
+    # loaded; this group has patience with a slow one, and notices a dead one at once.
+    dist.barrier(groups.uploads)
     engine = wrap(module, spec.training, context.world_size, micro)
     teacher = (
         TextTeacher(taught)

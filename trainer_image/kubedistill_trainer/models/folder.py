@@ -15,6 +15,7 @@ from kubedistill_trainer.store import NoSuchBucket, NotFound, Store
 _LOADED = (".json", ".safetensors", ".jinja", ".txt", ".model")
 """What a model is made of; all else in its folder is for people."""
 _NOT_IN_DIGEST = ("report.json",)
+_CONFIG = "config.json"
 
 
 def digest_of(files: Iterable[tuple[str, str]]) -> str:
@@ -39,16 +40,16 @@ def file_sha256(path: Path) -> str:
 def read_config(store: Store, field: str) -> dict[str, Any]:
     """config.json of a model folder. InputsRefused when there is none or it is not JSON."""
     try:
-        config = json.loads(store.get("config.json"))
+        config = json.loads(store.get(_CONFIG))
     except (NotFound, NoSuchBucket) as error:
         raise unreadable(
-            field, f"no config.json in {store.uri}", "give a folder in Hugging Face layout"
+            field, f"no {_CONFIG} in {store.uri}", "give a folder in Hugging Face layout"
         ) from error
     except ValueError as error:  # no JSON, or no text at all
-        raise unreadable(field, f"{store.uri_of('config.json')}: {error}", "give JSON") from error
+        raise unreadable(field, f"{store.uri_of(_CONFIG)}: {error}", "give JSON") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise unreadable(
-            field, f"no model_type in {store.uri_of('config.json')}", "give a Hugging Face config"
+            field, f"no model_type in {store.uri_of(_CONFIG)}", "give a Hugging Face config"
         )
     return config
 
@@ -77,10 +78,14 @@ def download(store: Store, target: Path, field: str, wanted_digest: str = "") ->
 
 
 def upload(source: Path, store: Store) -> tuple[str, Store]:
-    """Put the files of `source` under their digest below `store`; (digest, the folder's store)."""
+    """Put the files of `source` under their digest below `store`; (digest, the folder's store).
+
+    `config.json`, without which nobody takes a folder for a model, goes last: an upload that was
+    ended half-way leaves no half of a model to be read.
+    """
     files = sorted(path for path in source.iterdir() if path.is_file())
     digest = digest_of((path.name, file_sha256(path)) for path in files)
     folder = store.child(digest)
-    for path in files:
+    for path in sorted(files, key=lambda path: path.name == _CONFIG):
         folder.upload_file(path.name, path)
     return digest, folder

@@ -32,7 +32,6 @@ _DENIED = {
     "SignatureDoesNotMatch",
     "ExpiredToken",
     "InvalidToken",
-    "RequestTimeTooSkewed",
     "403",
     "401",
 }
@@ -149,6 +148,13 @@ def _of_answer(error: ClientError, operation: str, uri: str, server: Server) -> 
         return errors.PreconditionFailed(operation, uri, "the key is taken already")
     if code in ("NoSuchKey", "NoSuchUpload", "404") or status == 404:
         return errors.NotFound(operation, uri, f"no such object at {endpoint}")
+    if code == "RequestTimeTooSkewed":
+        return errors.AccessDenied(
+            operation,
+            uri,
+            f"the clock of this machine is too far from that of {endpoint} ({code}: {said}); set the "
+            "node's clock by NTP",
+        )
     if code in _DENIED or status in (401, 403):
         return errors.AccessDenied(
             operation,
