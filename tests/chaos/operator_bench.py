@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
@@ -61,7 +61,7 @@ def scenario(book: Path) -> list[dict[str, Any]]:
 
 
 class Watched:
-    """Watches a namespace's Jobs: no attempt may have two of them, no two gangs may run at once."""
+    """Watches a namespace's Jobs: none may be made twice, no two gangs may run at once."""
 
     def __init__(self, handle: Handle, namespace: str) -> None:
         self._stop = threading.Event()
@@ -85,13 +85,12 @@ class Watched:
             return
         meta = item["metadata"]
         name, labels = meta["name"], meta.get("labels") or {}
-        # A preflight whose pod was never seen is made again, and may be: it decides nothing twice.
-        if labels.get(names.LABEL_ROLE) != names.ROLE_STUDENT:
-            return
         if meta["uid"] not in self._uids[name]:
             self._uids[name].add(meta["uid"])
             if len(self._uids[name]) > 1:
                 self.broken.append(f"Job {name} was made {len(self._uids[name])} times")
+        if labels.get(names.LABEL_ROLE) != names.ROLE_STUDENT:
+            return
         live = self._live[labels[names.LABEL_JOB]]
         ended = {c["type"] for c in (item.get("status") or {}).get("conditions") or []}
         if kind == "DELETED" or meta.get("deletionTimestamp") or ended & {"Complete", "Failed"}:
@@ -124,6 +123,8 @@ class World:
         """An operator of this namespace alone; `client` is its name at the proxy."""
         client = client or self.namespace
         log = self.bench.folder / f"{self.namespace}-{len(self.lives)}.log"
+        # The fork makes it a moment later than it may be read here.
+        log.touch()
         env = self.bench.environment(client, self.namespace) | {
             f"KUBEDISTILL_{name.upper()}": value for name, value in settings.items()
         }
@@ -164,9 +165,21 @@ class World:
         )
         return len(found) == 4 and reported and all(_reason(one) == "Completed" for one in found)
 
+    def reasons(self) -> dict[str, str]:
+        """Name → reason of Succeeded."""
+        return {one["metadata"]["name"]: _reason(one) for one in self.objects()}
+
+    def until(self, what: Callable[[], Any], seconds: float = 120) -> None:
+        """TimeoutError with the state of things when it does not come."""
+        deadline = time.monotonic() + seconds
+        while not what():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not within {seconds:.0f} s: {self.story()}")
+            time.sleep(0.1)
+
     def story(self) -> str:
         """Why it is not done."""
-        states = {one["metadata"]["name"]: _reason(one) for one in self.objects()}
+        states = self.reasons()
         tail = self.lives[-1].log.read_text(errors="replace")[-1500:] if self.lives else ""
         return f"{states}\n{tail}"
 

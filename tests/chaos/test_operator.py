@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from chaos.api_proxy import Event, Seen
 from chaos.figures import Run, run_case
 from chaos.fuzz import fuzz_family
-from chaos.operator_bench import OperatorBench
+from chaos.operator_bench import OperatorBench, scenario
 from chaos.operator_families import operator_families
 
 pytestmark = pytest.mark.controlplane
@@ -30,6 +33,24 @@ def test_killed_after_each_of_its_writes(operator_bench: OperatorBench) -> None:
 
 def test_lies_of_watches_change_nothing(operator_bench: OperatorBench) -> None:
     assert case(operator_bench, "operator-watch", 3).faults
+
+
+def test_a_preflight_runs_once_although_all_news_of_its_pod_are_lost(
+    operator_bench: OperatorBench,
+) -> None:
+    """It decided by the pods that it had seen, and asked again after a quarter of a minute."""
+
+    def lose(seen: Seen) -> Event:
+        lost = seen.path.endswith("/pods") and re.match("one-p[0-9a-f]{6}-", seen.name)
+        return Event.DROP if lost else Event.PASS
+
+    with operator_bench.world("unseen", watch=lose) as world:
+        # A new listing brings it too, so none comes.
+        world.start(resync_seconds="600", watch_inactivity_seconds="600")
+        world.apply(scenario(world.book)[0])
+        world.until(lambda: world.reasons() == {"one": "Completed"})
+        assert any(fate == Event.DROP for _, fate in operator_bench.proxy.events)
+        assert world.watched.broken == []
 
 
 def test_every_object_gets_a_verdict(operator_bench: OperatorBench) -> None:
