@@ -63,6 +63,7 @@ class Sight:
             if _owned(pod, metadata["uid"]):
                 labels = _own_labels(metadata["labels"])
                 await self._mark(PODS, self._cache.pods, pod, labels)
+        self._looked(metadata["namespace"], f"{metadata['name']}/ends")
 
     async def _vanished(self, raw: Raw, resource: Resource, kind: Kind) -> None:
         """What went without having been asked to go may only have lost a label."""
@@ -89,6 +90,7 @@ class Sight:
             if not self._due(owner.namespace, name):
                 return
             job = await self._get(BATCH_JOBS, owner.namespace, name)
+            self._looked(owner.namespace, name)
             owners = (job or {}).get("metadata", {}).get("ownerReferences") or []
             if job is None or not any(o["uid"] == owner.uid for o in owners):
                 return
@@ -105,13 +107,15 @@ class Sight:
             async for pod in self._cluster.list(PODS, owner.namespace, selector):
                 if not _has(pod, labels):
                     await self._mark(PODS, self._cache.pods, pod, labels)
+            self._looked(owner.namespace, f"{name}/pods")
 
     def _due(self, namespace: str, name: str) -> bool:
-        now, key = self._clock(), (namespace, name)
-        if now - self._looked_at.get(key, float("-inf")) < _AGAIN_SECONDS:
-            return False
-        self._looked_at[key] = now
-        return True
+        last = self._looked_at.get((namespace, name), float("-inf"))
+        return self._clock() - last >= _AGAIN_SECONDS
+
+    def _looked(self, namespace: str, name: str) -> None:
+        """Only now: a look that failed must be taken again before anything is decided without it."""
+        self._looked_at[namespace, name] = self._clock()
 
     async def _get(self, resource: Resource, namespace: str, name: str) -> Raw | None:
         try:

@@ -14,7 +14,7 @@ from operator_kit import job, template
 
 from chaos.figures import Family, Run
 from chaos.operator_bench import OperatorBench, World
-from chaos.operator_families import DECLARED
+from chaos.operator_judge import DECLARED
 from chaos.schema import edited, edits, spec_schema
 
 _JOBS = "/apis/kubedistill.dev/v1alpha1/namespaces/{}/distillationjobs"

@@ -24,7 +24,7 @@ from chaos.api_proxy import ApiProxy, WatchScript
 from chaos.faults import Script, calm
 from chaos.zygote import KUBECONFIG, Forked, Zygote
 
-_GROUP = "/apis/kubedistill.dev/v1alpha1"
+GROUP = "/apis/kubedistill.dev/v1alpha1"
 _PARTS = {
     "jobs": "/apis/batch/v1",
     "pods": "/api/v1",
@@ -61,7 +61,7 @@ def scenario(book: Path) -> list[dict[str, Any]]:
 
 
 class Watched:
-    """Watches a namespace's Jobs: none may be made twice, no two gangs may run at once."""
+    """Watches a namespace's Jobs: how often each is made, and that no two gangs run at once."""
 
     def __init__(self, handle: Handle, namespace: str) -> None:
         self._stop = threading.Event()
@@ -78,6 +78,14 @@ class Watched:
         """Not awaited: the thread sees it with the next event."""
         self._stop.set()
 
+    def made_too_often(self, allowed: Callable[[str], int]) -> list[str]:
+        """A sentence for each Job that was made more often than `allowed` says of its name."""
+        return [
+            f"Job {name} was made {len(uids)} times"
+            for name, uids in self._uids.items()
+            if len(uids) > allowed(name)
+        ]
+
     def _on_change(self, kind: str, item: dict[str, Any]) -> None:
         if kind == "SYNC":
             for one in item["items"]:
@@ -85,10 +93,7 @@ class Watched:
             return
         meta = item["metadata"]
         name, labels = meta["name"], meta.get("labels") or {}
-        if meta["uid"] not in self._uids[name]:
-            self._uids[name].add(meta["uid"])
-            if len(self._uids[name]) > 1:
-                self.broken.append(f"Job {name} was made {len(self._uids[name])} times")
+        self._uids[name].add(meta["uid"])
         if labels.get(names.LABEL_ROLE) != names.ROLE_STUDENT:
             return
         live = self._live[labels[names.LABEL_JOB]]
@@ -144,10 +149,10 @@ class World:
         api = self.bench.handle.api
         for one in objects:
             plural = f"{one['kind'].lower()}s"
-            api.post(f"{_GROUP}/namespaces/{self.namespace}/{plural}", one)
+            api.post(f"{GROUP}/namespaces/{self.namespace}/{plural}", one)
 
     def found(self, plural: str) -> list[dict[str, Any]]:
-        prefix = _PARTS.get(plural, _GROUP)
+        prefix = _PARTS.get(plural, GROUP)
         found = self.bench.handle.api.get(f"{prefix}/namespaces/{self.namespace}/{plural}")
         return list(found["items"])
 
@@ -155,15 +160,17 @@ class World:
         """All of ours."""
         return self.found("distillationjobs") + self.found("distillationchains")
 
-    def done(self) -> bool:
-        """Whether the scenario's objects have succeeded, the chain's jobs and reports included."""
+    def done(self, objects: int) -> bool:
+        """Whether so many objects have succeeded, the chain's jobs and reports included."""
         found = self.objects()
         reported = all(
             stage.get("report") in (None, "", "Written")
             for one in found
             for stage in (one.get("status") or {}).get("stages") or []
         )
-        return len(found) == 4 and reported and all(_reason(one) == "Completed" for one in found)
+        return (
+            len(found) == objects and reported and all(_reason(one) == "Completed" for one in found)
+        )
 
     def reasons(self) -> dict[str, str]:
         """Name → reason of Succeeded."""
@@ -187,7 +194,7 @@ class World:
         """Delete our objects; what is left of their parts once the collector has had its time."""
         api = self.bench.handle.api
         for plural in ("distillationchains", "distillationjobs"):
-            api.delete(f"{_GROUP}/namespaces/{self.namespace}/{plural}", {})
+            api.delete(f"{GROUP}/namespaces/{self.namespace}/{plural}", {})
         deadline = time.monotonic() + 60
         while left := self._left():
             if time.monotonic() > deadline:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import random
-import re
-import threading
 import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from signal import Signals
-from typing import Any
 
 from chaos.api_proxy import Event, Seen, is_write
-from chaos.faults import PASS, Call, Fault, Kind, Script, calm
+from chaos.faults import PASS, Call, Fault, Kind, calm
 from chaos.figures import Family, Run
 from chaos.operator_bench import OperatorBench, World, scenario
+from chaos.operator_judge import AT_ONCE, Judge
 
 _ERRORS = (
     Fault(Kind.ANSWER, 409),
@@ -30,19 +25,11 @@ _ERRORS = (
     Fault(Kind.DELAY, seconds=1),
 )
 _EVENTS = (Event.DROP, Event.DOUBLE, Event.LATE, Event.SWAP, Event.CUT, Event.GONE)
-DECLARED = re.compile(
-    r"^(kubedistill_operator\.cluster\.\w+|aiohttp\.[\w.]+|kopf[\w.]*\.\w+|TimeoutError|"
-    r"asyncio\.[\w.]*TimeoutError|Connection\w*Error|OSError)\b"
-)
-"""Last line of a traceback that tells of the API server."""
-AT_ONCE = 4
-"""Worlds at the same time: most of a case is waiting for pods, leases and the collector."""
-_CASE_SECONDS = 240.0
 
 
 def operator_families(bench: OperatorBench) -> list[Family]:
     """All of them."""
-    judge = Judge(bench)
+    judge = Judge(bench, scenario, 4)
     return [
         Family("operator-kill", 36, partial(_kill, judge), AT_ONCE),
         Family("operator-http", 24, partial(_http, judge), AT_ONCE),
@@ -52,99 +39,6 @@ def operator_families(bench: OperatorBench) -> list[Family]:
         # Every world feels it.
         Family("operator-api-restart", 4, partial(_restart, judge)),
     ]
-
-
-class Judge:
-    """Runs the scenario in a new namespace, and compares its end with the calm one."""
-
-    def __init__(self, bench: OperatorBench) -> None:
-        self.bench = bench
-        self._lock = threading.Lock()
-
-    @property
-    def calm(self) -> dict[str, Any]:
-        """The end of a run without faults, made by whoever asks first."""
-        with self._lock:
-            return self._calm
-
-    @functools.cached_property
-    def _calm(self) -> dict[str, Any]:
-        run = Run("operator-calm", 0, "")
-        with self.bench.world("calm") as world:
-            world.start()
-            world.apply(*scenario(world.book))
-            self._until_done(run, world, lambda: None)
-            state = world.state()
-        if run.violations:
-            raise RuntimeError(f"the calm run: {run.violations}")
-        return state
-
-    def judge(
-        self,
-        run: Run,
-        script: Script,
-        *,
-        watch: Callable[[Seen], Event] | None = None,
-        each: Callable[[World], None] | None = None,
-        errors: bool = False,
-    ) -> None:
-        """The scenario under a script. `each` is called again and again while it runs.
-
-        With `errors` the log may hold tracebacks that tell of the API server.
-        """
-        expected = self.calm
-        with self.bench.world(run.family, script, watch) as world:
-            begun = len(self.bench.proxy.events)
-            world.start()
-            world.apply(*scenario(world.book))
-            self._until_done(run, world, partial(each, world) if each else lambda: None)
-            self.bench.proxy.scripts[world.namespace] = calm
-            self.bench.proxy.watches.pop(world.namespace, None)
-            if not run.violations:
-                self._settled(run, world, expected)
-                run.violations += [f"left behind: {name}" for name in world.delete()]
-            run.violations += world.watched.broken
-            for last in world.tracebacks():
-                if not errors or not DECLARED.match(last):
-                    run.violations.append(f"in the log: {last}"[:300])
-            run.lives += len(world.lives)
-            mine = (e for e in self.bench.proxy.log if e.call.client == world.namespace)
-            run.faults += [
-                f"{e.fault} {e.call.method} {e.call.path}" for e in mine if e.fault != PASS
-            ]
-            told = self.bench.proxy.events[begun:]
-            run.faults += [f"{fate} {seen.kind} {seen.path}" for seen, fate in told
-                           if seen.client == world.namespace]  # fmt: skip
-
-    def _until_done(self, run: Run, world: World, each: Callable[[], None]) -> None:
-        deadline = time.monotonic() + _CASE_SECONDS
-        while not world.done():
-            if time.monotonic() > deadline:
-                run.violations.append(f"stuck after {_CASE_SECONDS:.0f} s: {world.story()}")
-                return
-            each()
-            if not world.lives[-1].process.running:
-                world.start()
-            time.sleep(0.05)
-
-    def _settled(self, run: Run, world: World, expected: dict[str, Any]) -> None:
-        """The last words may come after the success: the end state is waited for, not taken."""
-        if not world.lives[-1].process.running:
-            world.start()
-        deadline = time.monotonic() + 30
-        while (state := world.state()) != expected:
-            if time.monotonic() > deadline:
-                run.wrong += list(_differences(expected, state))
-                return
-            time.sleep(0.2)
-
-
-def _differences(expected: Any, found: Any, path: str = "") -> Iterator[str]:
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for key in sorted({*expected, *found}):
-            yield from _differences(expected.get(key), found.get(key), f"{path}.{key}")
-    elif expected != found:
-        yield f"{path}: {json.dumps(found)[:300]}, calm run {json.dumps(expected)[:300]}"
 
 
 def _kill(judge: Judge, run: Run, draw: random.Random) -> None:
