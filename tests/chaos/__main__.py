@@ -17,6 +17,7 @@ from chaos.figures import Family, Run, run_case
 from chaos.fuzz import fuzz_family
 from chaos.operator_bench import OperatorBench
 from chaos.operator_families import operator_families
+from chaos.operator_node import lost_families, node_families
 from chaos.store_bench import StoreBench
 from chaos.store_families import store_families
 from chaos.store_harm import harm_families
@@ -34,8 +35,9 @@ def families(chosen: str, folder: Path) -> Iterator[list[Family]]:
             bench = stack.enter_context(StoreBench(folder / "store"))
             found += store_families(bench) + harm_families(bench)
         if not chosen or chosen.startswith("operator"):
-            operators = stack.enter_context(OperatorBench(folder / "operator"))
-            found += [*operator_families(operators), fuzz_family(operators, FUZZED)]
+            operators = stack.enter_context(OperatorBench(folder / "operator", nodes=2))
+            found += [*operator_families(operators), *node_families(operators)]
+            found += [fuzz_family(operators, FUZZED), *lost_families(operators)]
         yield [family for family in found if family.name.startswith(chosen)]
 
 

@@ -31,6 +31,8 @@ _PARTS = {
     "services": "/api/v1",
     "configmaps": "/api/v1",
 }
+TOLERATION_SECONDS = 5
+"""From when a node is known to be lost until its pods are given up."""
 _OWN = {"kube-root-ca.crt"}
 """What Kubernetes itself puts into a namespace."""
 _CHANGING = {
@@ -262,8 +264,9 @@ def _clean(value: Any) -> Any:
 class OperatorBench:
     """Use it as a context manager."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, nodes: int = 1) -> None:
         self.folder = folder
+        self._nodes = nodes
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> OperatorBench:
@@ -273,7 +276,9 @@ class OperatorBench:
         self.book = self.folder / "book"
         self.book.mkdir(exist_ok=True)
         self.book.chmod(0o777)
-        self.cluster = DevCluster(self.folder / "cluster")
+        self.cluster = DevCluster(
+            self.folder / "cluster", nodes=self._nodes, toleration_seconds=TOLERATION_SECONDS
+        )
         self.handle = self._stack.enter_context(self.cluster)
         account = install_role(self.handle, self.folder)
         authority = self.cluster.control_plane.authority.path

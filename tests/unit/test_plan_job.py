@@ -242,6 +242,17 @@ def test_a_preflight_whose_words_are_gone_with_its_pod_is_asked_again(
     assert isinstance(settled(seen).actions[0], DeleteBatchJob)
 
 
+def test_a_failed_preflight_is_judged_when_the_end_of_its_pod_is_known() -> None:
+    """The Job's end may be seen before the pod's: an eviction was taken for an error, and counted."""
+    failed = {"failed": True, "failing": True, "finished_at": NOW}
+    still = PodView("p", names.ROLE_PREFLIGHT, 1, phase="Running")
+    plan = settled(preflight_seen(failed, still))
+    assert (plan.actions, plan.requeue_after, plan.status.failures) == ((), 2.0, 0)
+    evicted = ended("p", 143, role=names.ROLE_PREFLIGHT, disrupted=True, gone=True)
+    plan = settled(preflight_seen(failed, evicted))
+    assert (state(plan), plan.status.failures) == (("Unknown", reasons.DISRUPTED), 0)
+
+
 def test_logits_of_an_endpoint_are_learnt_where_it_is_said_how() -> None:
     plan = settled(observed(spec=spec(**scored({}))))
     assert reason(plan) == reasons.VALIDATING

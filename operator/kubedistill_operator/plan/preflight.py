@@ -109,6 +109,9 @@ def _refused(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> None:
         return
     if not batch_job.failed:
         return
+    if any(p.active for p in pods):
+        draft.look_again(2.0)  # how it ended is on its way to us
+        return
     _try_again(step, batch_job, judge(pods, batch_job.failure_message))
 
 
