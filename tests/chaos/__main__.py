@@ -15,6 +15,8 @@ from pathlib import Path
 from chaos import figures
 from chaos.figures import Family, Run, run_case
 from chaos.fuzz import fuzz_family
+from chaos.gang_bench import GangBench
+from chaos.gang_node import gang_families
 from chaos.operator_bench import OperatorBench
 from chaos.operator_families import operator_families
 from chaos.operator_node import lost_families, node_families
@@ -38,6 +40,8 @@ def families(chosen: str, folder: Path) -> Iterator[list[Family]]:
             operators = stack.enter_context(OperatorBench(folder / "operator", nodes=2))
             found += [*operator_families(operators), *node_families(operators)]
             found += [fuzz_family(operators, FUZZED), *lost_families(operators)]
+        if not chosen or chosen.startswith("gang"):
+            found += gang_families(stack.enter_context(GangBench(folder / "gang")))
         yield [family for family in found if family.name.startswith(chosen)]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from devcluster.cluster import DevCluster
 from devcluster.fixtures import temporary_namespace
 from devcluster.handle import Handle
+from devcluster.node.api import Api
 from kubedistill_api import names
 from operator_kit import install_role, job, template
 
@@ -198,19 +199,11 @@ class World:
         for plural in ("distillationchains", "distillationjobs"):
             api.delete(f"{GROUP}/namespaces/{self.namespace}/{plural}", {})
         deadline = time.monotonic() + 60
-        while left := self._left():
+        while left := children(api, self.namespace):
             if time.monotonic() > deadline:
                 return left
             time.sleep(0.2)
         return []
-
-    def _left(self) -> list[str]:
-        return [
-            f"{plural}/{one['metadata']['name']}"
-            for plural in _PARTS
-            for one in self.found(plural)
-            if one["metadata"]["name"] not in _OWN
-        ]
 
     def state(self) -> dict[str, Any]:
         """What there is in the end, without what differs between two calm runs."""
@@ -244,6 +237,16 @@ class World:
                 elif line.startswith("Traceback"):
                     found.append(f"{life.log.name}: a traceback outside of the log")
         return found
+
+
+def children(api: Api, namespace: str) -> list[str]:
+    """Kind and name of what there is in a namespace, beside our objects and what Kubernetes puts in."""
+    return [
+        f"{plural}/{one['metadata']['name']}"
+        for plural, prefix in _PARTS.items()
+        for one in api.get(f"{prefix}/namespaces/{namespace}/{plural}")["items"]
+        if one["metadata"]["name"] not in _OWN
+    ]
 
 
 def _reason(one: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from chaos.operator_bench import OperatorBench, World
 from chaos.operator_judge import AT_ONCE, Judge, State
 
 _NAME = "one"
-_STEPS = 40
+_STEPS = 70
 _ATTEMPT = re.compile(rf"\b{_NAME}-a(\d+)\b")
 
 
@@ -65,7 +65,7 @@ class _Struck:
 
     def _next(self) -> None:
         # A gang's process that has begun to train handles SIGTERM; rank 0 is whose silence counts.
-        self._step = self._draw.randint(1, _STEPS - 15)
+        self._step = self._draw.randint(1, _STEPS - 45)
         frozen = bool(self.left) and self.left[0].fault == "frozen"
         self._index = 0 if frozen else self._draw.randint(0, 1)
 
