@@ -210,7 +210,7 @@ class World:
         found: dict[str, Any] = {}
         for one in self.objects():
             found[f"{one['kind']}/{one['metadata']['name']}"] = {
-                "spec": one["spec"], "status": _clean(one.get("status") or {}),
+                "spec": one["spec"], "status": cleaned(one.get("status") or {}),
             }  # fmt: skip
         for one in self.found("jobs"):
             status = one.get("status") or {}
@@ -256,11 +256,12 @@ def _reason(one: dict[str, Any]) -> str:
     return ""
 
 
-def _clean(value: Any) -> Any:
+def cleaned(value: Any) -> Any:
+    """A status without its times and rates."""
     if isinstance(value, dict):
-        return {key: _clean(part) for key, part in value.items() if key not in _CHANGING}
+        return {key: cleaned(part) for key, part in value.items() if key not in _CHANGING}
     if isinstance(value, list):
-        return [_clean(part) for part in value]
+        return [cleaned(part) for part in value]
     return value
 
 

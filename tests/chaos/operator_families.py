@@ -7,6 +7,8 @@ import time
 from functools import partial
 from signal import Signals
 
+from devcluster.node.api import ApiError
+
 from chaos.api_proxy import Event, Seen, is_write
 from chaos.faults import PASS, Call, Fault, Kind, calm
 from chaos.figures import Family, Run
@@ -133,8 +135,17 @@ def _restart(judge: Judge, run: Run, draw: random.Random) -> None:
         if not run.faults and time.monotonic() > at:
             run.faults.append(f"{part} restarted")
             world.bench.cluster.control_plane.restart(part)
+            # It is ready before it serves what CRDs define.
+            world.bench.handle.wait("our objects are served", lambda: _served(world))
 
     judge.judge(run, calm, each=each, errors=True)
+
+
+def _served(world: World) -> bool:
+    try:
+        return bool(world.objects())
+    except ApiError:
+        return False
 
 
 def _pause(judge: Judge, run: Run, draw: random.Random) -> None:

@@ -118,3 +118,4 @@ def test_every_object_gets_a_verdict(operator_bench: OperatorBench) -> None:
     assert run.bad == [], run.bad
     assert run.told["accepted"] >= 3, run.told
     assert run.told["refused"] >= 3, run.told
+    assert run.told["edited and repaired"] >= 24 / 3, run.told
