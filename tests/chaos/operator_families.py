@@ -12,7 +12,7 @@ from devcluster.node.api import ApiError
 from chaos.api_proxy import Event, Seen, is_write
 from chaos.faults import PASS, Call, Fault, Kind, calm
 from chaos.figures import Family, Run
-from chaos.operator_bench import OperatorBench, World, scenario
+from chaos.operator_bench import CHANGING_LEADERS, OperatorBench, World, scenario
 from chaos.operator_judge import AT_ONCE, Judge
 
 _ERRORS = (
@@ -138,7 +138,7 @@ def _restart(judge: Judge, run: Run, draw: random.Random) -> None:
             # It is ready before it serves what CRDs define.
             world.bench.handle.wait("our objects are served", lambda: _served(world))
 
-    judge.judge(run, calm, each=each, errors=True)
+    judge.judge(run, calm, each=each, errors=True, settings=CHANGING_LEADERS)
 
 
 def _served(world: World) -> bool:
@@ -157,7 +157,7 @@ def _pause(judge: Judge, run: Run, draw: random.Random) -> None:
         if not script.stopped:
             return
         if len(world.lives) == 1:
-            world.start(identity="second")
+            world.start(identity="second", **CHANGING_LEADERS)
         elif not woken and '"leading"' in world.lives[1].log.read_text():
             world.lives[0].process.signal(Signals.SIGCONT)
             world.bench.proxy.wake(world.namespace)
@@ -166,7 +166,7 @@ def _pause(judge: Judge, run: Run, draw: random.Random) -> None:
             if code != 1:
                 run.violations.append(f"the woken leader ended with {code}, expected 1")
 
-    judge.judge(run, script, each=each, errors=True)
+    judge.judge(run, script, each=each, errors=True, settings=CHANGING_LEADERS)
     if not woken:
         run.told["not met"] = "the scenario ended before the write, or before the other one led"
 
@@ -192,7 +192,7 @@ def _two(judge: Judge, run: Run, draw: random.Random) -> None:
 
     def each(world: World) -> None:
         while len([life for life in world.lives if life.process.running]) < 2:
-            world.start(identity=f"one-of-two-{len(world.lives)}")
+            world.start(identity=f"one-of-two-{len(world.lives)}", **CHANGING_LEADERS)
         if len(run.faults) < 2 and time.monotonic() > at[0]:
             at[0] = time.monotonic() + draw.uniform(8, 12)
             for life in world.lives:
@@ -201,4 +201,4 @@ def _two(judge: Judge, run: Run, draw: random.Random) -> None:
                     run.faults.append("SIGKILL of the leader")
                     break
 
-    judge.judge(run, calm, each=each)
+    judge.judge(run, calm, each=each, settings=CHANGING_LEADERS)

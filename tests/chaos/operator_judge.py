@@ -7,9 +7,10 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from chaos import faults
@@ -54,7 +55,7 @@ class Judge:
         with self.bench.world("calm") as world:
             world.start()
             world.apply(*self._scenario(world.book))
-            self._until_done(run, world, lambda: None)
+            self._until_done(run, world, lambda: None, world.start)
             state = world.state()
         if run.violations:
             raise RuntimeError(f"the calm run: {run.violations}")
@@ -68,24 +69,29 @@ class Judge:
         watch: Callable[[Seen], Event] | None = None,
         each: Callable[[World], None] | None = None,
         errors: bool = False,
+        settings: Mapping[str, str] = MappingProxyType({}),
         normal: Callable[[State], State] = lambda state: state,
         made: Callable[[str], int] = lambda name: 1,
         found: Callable[[World], Iterable[str]] = lambda world: (),
     ) -> None:
         """The scenario under a script. `each` is called again and again while it runs.
 
-        With `errors` the log may hold tracebacks that tell of the API server. `normal` takes out of
+        `settings` are of its operators. With `errors` the log
+        may hold tracebacks that tell of the API server. `normal` takes out of
         an end state what the faults honestly add to it, `made` says how often a Job of that name is
         made, `found` says what else is wrong with the end.
         """
         expected = normal(self.calm)
         with self.bench.world(run.family, script, watch) as world:
-            world.start()
+            world.start(**settings)
             world.apply(*self._scenario(world.book))
-            self._until_done(run, world, partial(each, world) if each else lambda: None)
+            begin = partial(world.start, **settings)
+            self._until_done(run, world, partial(each, world) if each else lambda: None, begin)
             self.bench.proxy.scripts[world.namespace] = faults.calm
             self.bench.proxy.watches.pop(world.namespace, None)
             if not run.violations:
+                if not world.lives[-1].process.running:
+                    begin()
                 self._settled(run, world, expected, normal)
                 run.violations += found(world)
                 run.violations += [f"left behind: {name}" for name in world.delete()]
@@ -96,7 +102,9 @@ class Judge:
             run.lives += len(world.lives)
             run.faults += _met(self.bench, world.namespace)
 
-    def _until_done(self, run: Run, world: World, each: Callable[[], None]) -> None:
+    def _until_done(
+        self, run: Run, world: World, each: Callable[[], None], begin: Callable[[], Any]
+    ) -> None:
         deadline = time.monotonic() + CASE_SECONDS
         while not world.done(self._objects):
             if time.monotonic() > deadline:
@@ -104,15 +112,13 @@ class Judge:
                 return
             each()
             if not world.lives[-1].process.running:
-                world.start()
+                begin()
             time.sleep(0.05)
 
     def _settled(
         self, run: Run, world: World, expected: State, normal: Callable[[State], State]
     ) -> None:
         """The last words may come after the success: the end state is waited for, not taken."""
-        if not world.lives[-1].process.running:
-            world.start()
         deadline = time.monotonic() + _SETTLED_SECONDS
         while (state := normal(world.state())) != expected:
             if time.monotonic() > deadline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from chaos.operator_judge import AT_ONCE, Judge, State
 
 _NAME = "one"
 _STEPS = 70
+_BEGIN_SECONDS = 0.7
 _ATTEMPT = re.compile(rf"\b{_NAME}-a(\d+)\b")
 
 
@@ -27,8 +29,9 @@ def scenario(book: Path) -> list[dict[str, Any]]:
     """A job with a preflight and a teacher that live long enough to be struck, and a gang of two."""
     # The gang begins when the teacher has ended: its retry must not race with the gang's end.
     pods = template(
-        book, STEPS=str(_STEPS), STEP_SECONDS="0.1", PREFLIGHT_SECONDS="1.5", TEACHER_QUIET="1"
-    )
+        book, STEPS=str(_STEPS), STEP_SECONDS="0.1", PREFLIGHT_SECONDS="3", TEACHER_SECONDS="3",
+        TEACHER_QUIET="1",
+    )  # fmt: skip
     workers = {"nodes": 2, "gpusPerNode": 0, "template": pods}
     spec = {"workers": workers, "checkpoint": {"interval": 5}, "stallTimeoutSeconds": 10}
     return [job(_NAME, pods, **spec)]
@@ -46,7 +49,13 @@ def _node(judge: Judge, run: Run, draw: random.Random) -> None:
     if run.index >= len(STRIKES):
         plan.append(draw.choice([strike for strike in STRIKES if strike.role == STUDENT]))
     struck = _Struck(plan, draw)
-    judge.judge(run, each=struck.each, normal=normal, made=partial(_made, plan), found=struck.found)
+    judge.judge(
+        run,
+        each=struck.each,
+        normal=normal,
+        made=partial(_made, plan),
+        found=struck.found,
+    )
     run.faults += struck.faults
     if struck.left:
         run.told["not met"] = "; ".join(map(str, struck.left))
@@ -59,6 +68,7 @@ class _Struck:
         self.left = list(plan)
         self.done: list[Strike] = []
         self.faults: list[str] = []
+        self._seen: dict[str, float] = {}
         self._draw = draw
         self._striker: Striker | None = None
         self._next()
@@ -100,7 +110,9 @@ class _Struck:
             attempt = labels.get(names.LABEL_ATTEMPT)
             of_it = role != STUDENT or (int(index) == self._index and attempt == str(number))
             if labels[names.LABEL_ROLE] == role and of_it and _runs(pod):
-                return pod
+                # A process has no handlers as it begins, and no signal gets through to it.
+                begun = self._seen.setdefault(pod["metadata"]["name"], time.monotonic())
+                return pod if time.monotonic() - begun > _BEGIN_SECONDS else None
         return None
 
     def found(self, world: World) -> Iterator[str]:
