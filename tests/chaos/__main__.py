@@ -19,7 +19,8 @@ from chaos.gang_bench import GangBench
 from chaos.gang_node import gang_families
 from chaos.operator_bench import OperatorBench
 from chaos.operator_families import operator_families
-from chaos.operator_node import lost_families, node_families
+from chaos.operator_lost import lost_families
+from chaos.operator_node import node_families
 from chaos.store_bench import StoreBench
 from chaos.store_families import store_families
 from chaos.store_harm import harm_families

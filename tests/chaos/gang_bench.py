@@ -46,7 +46,7 @@ class GangWorld:
         self.team.apply(
             self.team.tuned(
                 NAME,
-                training={"maxSteps": 150},
+                training={"maxSteps": 80},
                 stallTimeoutSeconds=15,
                 workers={"template": {"spec": {"terminationGracePeriodSeconds": 10}}},
             )

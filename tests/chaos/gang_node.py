@@ -83,7 +83,7 @@ class _Struck:
     def __init__(self, world: GangWorld, case: Case, draw: random.Random) -> None:
         self._world = world
         self._case = case
-        self._step = draw.randint(4, 60)
+        self._step = draw.randint(4, 30)
         self._index = draw.randint(0, 1) if case.index is None else case.index
         self.faults: list[str] = []
         self._node = self._pod = ""

@@ -15,26 +15,26 @@ from kubedistill_operator.plan.views import TRY_ANNOTATION
 from operator_kit import job, template
 
 from chaos.figures import Family, Run
-from chaos.node_strikes import PREFLIGHT, STRIKES, STUDENT, TEACHER, Strike, Striker, true_ends
+from chaos.node_strikes import PREFLIGHT, STRIKES, STUDENT, Strike, Striker, true_ends
 from chaos.operator_bench import OperatorBench, World
 from chaos.operator_judge import AT_ONCE, Judge, State
 
-_NAME = "one"
+NAME = "one"
 _STEPS = 70
 _BEGIN_SECONDS = 0.7
-_ATTEMPT = re.compile(rf"\b{_NAME}-a(\d+)\b")
+_ATTEMPT = re.compile(rf"\b{NAME}-a(\d+)\b")
 
 
-def scenario(book: Path) -> list[dict[str, Any]]:
+def scenario(book: Path, steps: int = _STEPS) -> list[dict[str, Any]]:
     """A job with a preflight and a teacher that live long enough to be struck, and a gang of two."""
     # The gang begins when the teacher has ended: its retry must not race with the gang's end.
     pods = template(
-        book, STEPS=str(_STEPS), STEP_SECONDS="0.1", PREFLIGHT_SECONDS="3", TEACHER_SECONDS="3",
+        book, STEPS=str(steps), STEP_SECONDS="0.1", PREFLIGHT_SECONDS="3", TEACHER_SECONDS="3",
         TEACHER_QUIET="1",
     )  # fmt: skip
     workers = {"nodes": 2, "gpusPerNode": 0, "template": pods}
     spec = {"workers": workers, "checkpoint": {"interval": 5}, "stallTimeoutSeconds": 10}
-    return [job(_NAME, pods, **spec)]
+    return [job(NAME, pods, **spec)]
 
 
 def node_families(bench: OperatorBench) -> list[Family]:
@@ -142,7 +142,7 @@ def _made(plan: list[Strike], name: str) -> int:
     """A preflight that was struck is made anew under its name; nothing else is."""
     lasting = ("frozen for a while",)
     struck = sum(s.role == PREFLIGHT and s.fault not in lasting for s in plan)
-    return 1 + struck * bool(re.fullmatch(rf"{_NAME}-p[0-9a-f]{{6}}", name))
+    return 1 + struck * bool(re.fullmatch(rf"{NAME}-p[0-9a-f]{{6}}", name))
 
 
 def normal(state: State) -> State:
@@ -162,9 +162,9 @@ def normal(state: State) -> State:
         _renamed(key, newest): count
         for key, count in state.get("pods", {}).items()
         # Failed pods of the gang that ended, and of a teacher whose Job tried again.
-        if not (_old(key, newest) or key == f"{names.teacher_name(_NAME)} Failed")
+        if not (_old(key, newest) or key == f"{names.teacher_name(NAME)} Failed")
     }
-    whole = f"DistillationJob/{_NAME}"
+    whole = f"DistillationJob/{NAME}"
     status = dict(state.get(whole, {}).get("status", {}))
     last = (status.pop("attempts", None) or [{}])[-1]
     for key in ("fence", "restarts", "failures"):
@@ -180,7 +180,7 @@ def _old(key: str, newest: int) -> bool:
 
 
 def _renamed(text: str, newest: int) -> str:
-    return text.replace(f"{_NAME}-a{newest}", f"{_NAME}-a*")
+    return text.replace(f"{NAME}-a{newest}", f"{NAME}-a*")
 
 
 def _unnumbered(status: dict[str, Any]) -> dict[str, Any]:
@@ -192,11 +192,3 @@ def _unnumbered(status: dict[str, Any]) -> dict[str, Any]:
         for c in status.get("conditions", [])
     ]
     return status | {"conditions": conditions}
-
-
-def lost_families(bench: OperatorBench) -> list[Family]:
-    """A whole node."""
-    return []
-
-
-__all__ = ["TEACHER", "lost_families", "node_families", "normal", "scenario"]
