@@ -16,7 +16,7 @@ End = tuple[str, bool]
 """The reason of an attempt's end, and whether it is charged."""
 _KILLED: frozenset[End] = frozenset({(reasons.ERROR, True)})
 _ASKED: frozenset[End] = frozenset({(reasons.GRACEFUL_CHECKPOINT, False)})
-_DISRUPTED: frozenset[End] = frozenset({(reasons.DISRUPTED, False)})
+DISRUPTED: frozenset[End] = frozenset({(reasons.DISRUPTED, False)})
 _STALLED: frozenset[End] = frozenset({(reasons.STALLED, True)})
 
 
@@ -37,8 +37,8 @@ class Strike:
 STRIKES = (
     Strike("killed", STUDENT, _KILLED),
     Strike("frozen", STUDENT, _STALLED),
-    Strike("evicted", STUDENT, _DISRUPTED),
-    Strike("pressed out", STUDENT, _DISRUPTED),
+    Strike("evicted", STUDENT, DISRUPTED),
+    Strike("pressed out", STUDENT, DISRUPTED),
     # In the end it cannot be told from a pod whose grace ran out: its peers committed, or it counts.
     Strike("deleted by force", STUDENT, _KILLED | _ASKED),
     Strike("deleted", STUDENT, _ASKED),

@@ -121,16 +121,19 @@ class _Struck:
         yield from true_ends(attempts, [s for s in self.done if s.role == STUDENT])
         if status.get("fence") != len(attempts) or status.get("restarts", 0) != len(attempts) - 1:
             yield f"fence {status.get('fence')}, restarts {status.get('restarts')} after {attempts}"
+        charged = sum(bool(attempt.get("charged")) for attempt in attempts)
+        if status.get("failures", 0) > charged:
+            yield f"failures {status['failures']} after {charged} that count"
         resumed = [attempt.get("resumedFromStep", 0) for attempt in attempts]
         if resumed != sorted(resumed):
             yield f"a commit was lost: resumed from {resumed}"
-        charged = sum(strike.charged for strike in self.done if strike.role == PREFLIGHT)
+        tries = 1 + sum(strike.charged for strike in self.done if strike.role == PREFLIGHT)
         [tried] = [
             one["metadata"]["annotations"][TRY_ANNOTATION]
             for one in world.found("jobs")
             if one["metadata"]["labels"][names.LABEL_ROLE] == PREFLIGHT
         ]
-        if int(tried) != 1 + charged:
+        if int(tried) != tries:
             yield f"the preflight's try is {tried} after {list(map(str, self.done))}"
 
 

@@ -11,8 +11,10 @@ from chaos.api_proxy import Event, Seen
 from chaos.faults import PASS, Call, Entry, Fault, Kind
 from chaos.figures import Run, run_case
 from chaos.fuzz import fuzz_family
+from chaos.node_strikes import DISRUPTED, STRIKES, STUDENT, Strike
 from chaos.operator_bench import GROUP, OperatorBench, scenario
 from chaos.operator_families import operator_families
+from chaos.operator_node import node_families
 
 pytestmark = pytest.mark.controlplane
 SEED = 5
@@ -20,7 +22,8 @@ SEED = 5
 
 def case(bench: OperatorBench, name: str, index: int) -> Run:
     """One case of a family."""
-    [family] = [family for family in operator_families(bench) if family.name == name]
+    families = [*operator_families(bench), *node_families(bench)]
+    [family] = [family for family in families if family.name == name]
     run = run_case(family, index, SEED)
     assert run.bad == [], run.bad
     return run
@@ -35,6 +38,15 @@ def test_killed_after_each_of_its_writes(operator_bench: OperatorBench) -> None:
 
 def test_lies_of_watches_change_nothing(operator_bench: OperatorBench) -> None:
     assert case(operator_bench, "operator-watch", 3).faults
+
+
+def test_a_pod_that_its_node_presses_out_and_one_of_the_next_attempt(
+    operator_bench: OperatorBench,
+) -> None:
+    """Two attempts, each told to have ended by what ended it."""
+    pressed_out = STRIKES.index(Strike("pressed out", STUDENT, DISRUPTED))
+    run = case(operator_bench, "operator-node", len(STRIKES) + pressed_out)
+    assert len(run.faults) == 2, run.told
 
 
 def test_a_preflight_runs_once_although_all_news_of_its_pod_are_lost(
