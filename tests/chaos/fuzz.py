@@ -94,7 +94,7 @@ class _Fuzz:
         run.told |= dict.fromkeys(("accepted", "refused", "edited and repaired", "by the clock"), 0)
 
     def go(self, objects: int, number: int) -> None:
-        for batch in _batches(max(1, objects // _BATCH), number):
+        for batch in _batches(-(-objects // _BATCH), number):
             self._batch(batch)
 
     def _batch(self, batch: list[Any]) -> None:
