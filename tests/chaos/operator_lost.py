@@ -14,10 +14,11 @@ from kubedistill_api import names, reasons
 from chaos.figures import Family, Run
 from chaos.node_strikes import STUDENT, End
 from chaos.operator_bench import OperatorBench, World
-from chaos.operator_judge import Judge
+from chaos.operator_judge import Judge, State
 from chaos.operator_node import NAME, normal, scenario
 
-_STEPS = 300
+_STEPS = 600
+"""A minute: Kubernetes takes half of it to give up a node's pods."""
 _MOMENT_SECONDS = 6.0
 _STALLED, _DISRUPTED = (reasons.STALLED, True), (reasons.DISRUPTED, False)
 
@@ -32,12 +33,12 @@ class Loss:
     name: str
     ends: frozenset[End]
     index: int | None = None
-    """Of the pod whose node it is; None: drawn."""
+    """Of the pod whose node it is; None: drawn. A stand-in that is rank 0 does not miss its peer."""
 
 
 LOSSES = (
     # A node that has power again says at once how its containers ended.
-    Loss("without power", frozenset({_STALLED, _DISRUPTED, (reasons.ERROR, True)})),
+    Loss("without power", frozenset({_STALLED, _DISRUPTED, (reasons.ERROR, True)}), 0),
     Loss("cut off with rank 0, which wakes late", frozenset({_STALLED, _DISRUPTED}), 0),
     Loss("silent", frozenset({_DISRUPTED})),
     Loss("silent for a moment", frozenset()),
@@ -47,16 +48,23 @@ LOSSES = (
 def lost_families(bench: OperatorBench) -> list[Family]:
     """A node is lost for all worlds on it: one case after the other."""
     judge = Judge(bench, partial(scenario, steps=_STEPS), 1)
-    return [Family("operator-node-lost", 6, partial(_lost, judge))]
+    return [Family("operator-node-lost", len(LOSSES), partial(_lost, judge))]
 
 
 def _lost(judge: Judge, run: Run, draw: random.Random) -> None:
     struck = _Lost(LOSSES[run.index % len(LOSSES)], draw)
     try:
-        judge.judge(run, each=struck.each, normal=normal, found=struck.found)
+        judge.judge(run, each=struck.each, normal=_normal, found=struck.found)
     finally:
         struck.end(judge.bench)
     run.faults += struck.faults
+
+
+def _normal(state: State) -> State:
+    """Beside what attempts add: pods that have ended, which go with the node that they ran on."""
+    result = normal(state)
+    pods = {key: n for key, n in result["pods"].items() if key.startswith(f"{NAME}-a*")}
+    return result | {"pods": pods}
 
 
 class _Lost:
