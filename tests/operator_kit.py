@@ -38,7 +38,13 @@ def serve():
     http.server.ThreadingHTTPServer((os.environ["POD_IP"], 9400), Handler).serve_forever()
 
 threading.Thread(target=serve, daemon=True).start()
+def interrupted(*a):
+    end(18, reason="Interrupted", message="asked to stop")
+
+if role in ("preflight", "teacher"):
+    signal.signal(signal.SIGTERM, interrupted)
 if role == "preflight":
+    time.sleep(float(os.environ.get("PREFLIGHT_SECONDS", "0")))
     if behaviour == "bad-data":
         end(13, reason="UnreadableInput", problems=[{"field": "spec.data.sources[0].uri",
             "found": "nothing at s3://data/x.jsonl", "expected": "upload the file"}])
@@ -49,7 +55,8 @@ if role == "teacher":
     if behaviour == "teacher-fails":
         end(13, reason="UnreadableInput", message="the teacher has no config.json")
     stream = {"uri": "s3://runs/streams/1", "payload": "Hidden", "tokens": 10, "bytes": 100}
-    report.update(phase="Generating", teacherStream=stream)
+    quiet = "TEACHER_QUIET" in os.environ
+    report.update(phase="Generating", **({} if quiet else {"teacherStream": stream}))
     time.sleep(float(os.environ.get("TEACHER_SECONDS", "1.5")))
     end(0, progress={"teacherStream": dict(stream, tokens=50, complete=True)})
 micro = run.get("microBatchSize") or run["spec"]["training"]["microBatchSize"]

@@ -80,6 +80,11 @@ class Reconciler:
             # Somebody wrote first: plan anew from what is there now.
             await self._refresh(key)
             result, again = "conflict", _SOON_SECONDS
+        except NotFound:
+            if not await self._deleted(key):
+                raise
+            # While this pass looked at it. Its watch brings that too, and takes it out.
+            result, again = "deleted", None
         finally:
             self._metrics.reconciles.labels(result).inc()
             self._metrics.duration.observe(time.monotonic() - started)
@@ -98,6 +103,13 @@ class Reconciler:
             self._cache.put_job(raw)
         else:
             kind.put(raw)
+
+    async def _deleted(self, key: Key) -> bool:
+        try:
+            raw = await self._cluster.get(self._kind(key)[1], key.namespace, key.name)
+        except NotFound:
+            return True
+        return bool(raw["metadata"].get("deletionTimestamp"))
 
     def _kind(self, key: Key) -> tuple[Kind, Resource]:
         if key.kind == JOB:

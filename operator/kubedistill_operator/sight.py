@@ -1,7 +1,7 @@
-"""Finds children that lost the labels by which we look for them, and puts the labels back.
+"""Finds children that are out of sight: they lost the labels by which we look, or news of them is lost.
 
 The watches select by label: what loses it looks deleted. Before an attempt is given up because its
-Job is gone, the API server is asked by name.
+Job is gone, the API server is asked by name; before a Job's end is judged, for the ends of its pods.
 """
 
 from __future__ import annotations
@@ -40,6 +40,30 @@ class Sight:
         attempts = (raw.get("status") or {}).get("attempts") or []
         if attempts and not attempts[-1].get("endTime"):
             await self._gang(raw, attempts[-1]["number"])
+        for job in self._cache.batch_jobs.group(*name_of(raw)):
+            if _to_be_judged(raw, job) and self._lacks_ends(job):
+                await self._ends(job)
+
+    def _lacks_ends(self, job: Raw) -> bool:
+        """Whether a Job's pods have ended and we do not know how: one watch may be behind another."""
+        metadata = job["metadata"]
+        group = metadata["namespace"], (metadata.get("labels") or {}).get(names.LABEL_JOB, "")
+        pods = [pod for pod in self._cache.pods.group(*group) if _owned(pod, metadata["uid"])]
+        gone = [pod for pod in self._cache.pods.gone(*group) if _owned(pod, metadata["uid"])]
+        return not (pods or gone) or any(
+            pod.get("status", {}).get("phase") not in ("Succeeded", "Failed") for pod in pods
+        )
+
+    async def _ends(self, job: Raw) -> None:
+        metadata = job["metadata"]
+        if not self._due(metadata["namespace"], f"{metadata['name']}/ends"):
+            return
+        selector = f"{_JOB_NAME_LABEL}={metadata['name']}"
+        async for pod in self._cluster.list(PODS, metadata["namespace"], selector):
+            if _owned(pod, metadata["uid"]):
+                labels = _own_labels(metadata["labels"])
+                await self._mark(PODS, self._cache.pods, pod, labels)
+        self._looked(metadata["namespace"], f"{metadata['name']}/ends")
 
     async def _vanished(self, raw: Raw, resource: Resource, kind: Kind) -> None:
         """What went without having been asked to go may only have lost a label."""
@@ -66,6 +90,7 @@ class Sight:
             if not self._due(owner.namespace, name):
                 return
             job = await self._get(BATCH_JOBS, owner.namespace, name)
+            self._looked(owner.namespace, name)
             owners = (job or {}).get("metadata", {}).get("ownerReferences") or []
             if job is None or not any(o["uid"] == owner.uid for o in owners):
                 return
@@ -82,13 +107,15 @@ class Sight:
             async for pod in self._cluster.list(PODS, owner.namespace, selector):
                 if not _has(pod, labels):
                     await self._mark(PODS, self._cache.pods, pod, labels)
+            self._looked(owner.namespace, f"{name}/pods")
 
     def _due(self, namespace: str, name: str) -> bool:
-        now, key = self._clock(), (namespace, name)
-        if now - self._looked_at.get(key, float("-inf")) < _AGAIN_SECONDS:
-            return False
-        self._looked_at[key] = now
-        return True
+        last = self._looked_at.get((namespace, name), float("-inf"))
+        return self._clock() - last >= _AGAIN_SECONDS
+
+    def _looked(self, namespace: str, name: str) -> None:
+        """Only now: a look that failed must be taken again before anything is decided without it."""
+        self._looked_at[namespace, name] = self._clock()
 
     async def _get(self, resource: Resource, namespace: str, name: str) -> Raw | None:
         try:
@@ -114,6 +141,29 @@ class Sight:
         prefix = names.attempt_name(name, 0)[:-1]
         for key in [k for k in self._looked_at if k[0] == namespace and k[1].startswith(prefix)]:
             del self._looked_at[key]
+
+
+def _to_be_judged(raw: Raw, job: Raw) -> bool:
+    """Whether a Job has ended, and what it means for the DistillationJob is not in its status yet."""
+    ended = {c["type"] for c in (job.get("status") or {}).get("conditions") or []
+             if c["status"] == "True"} & {"Complete", "Failed"}  # fmt: skip
+    labels, status = job["metadata"].get("labels") or {}, raw.get("status") or {}
+    if not ended or labels.get(names.LABEL_JOB_UID) != raw["metadata"]["uid"]:
+        return False
+    attempts = status.get("attempts") or [{}]
+    match labels.get(names.LABEL_ROLE):
+        case names.ROLE_PREFLIGHT:
+            return not status.get("startTime")
+        case names.ROLE_TEACHER:
+            return not (status.get("teacherStream") or {}).get("complete")
+        case names.ROLE_STUDENT:
+            newest = labels.get(names.LABEL_ATTEMPT) == str(attempts[-1].get("number"))
+            return newest and not attempts[-1].get("endTime")
+    return False
+
+
+def _owned(pod: Raw, uid: str) -> bool:
+    return any(owner["uid"] == uid for owner in pod["metadata"].get("ownerReferences") or [])
 
 
 def _has(raw: Raw, labels: dict[str, str]) -> bool:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from chaos import figures
 from chaos.figures import Family, Run, run_case
 from chaos.fuzz import fuzz_family
+from chaos.gang_bench import GangBench
+from chaos.gang_node import gang_families
 from chaos.operator_bench import OperatorBench
 from chaos.operator_families import operator_families
+from chaos.operator_lost import lost_families
+from chaos.operator_node import node_families
 from chaos.store_bench import StoreBench
 from chaos.store_families import store_families
 from chaos.store_harm import harm_families
@@ -32,8 +38,11 @@ def families(chosen: str, folder: Path) -> Iterator[list[Family]]:
             bench = stack.enter_context(StoreBench(folder / "store"))
             found += store_families(bench) + harm_families(bench)
         if not chosen or chosen.startswith("operator"):
-            operators = stack.enter_context(OperatorBench(folder / "operator"))
-            found += [*operator_families(operators), fuzz_family(operators, FUZZED)]
+            operators = stack.enter_context(OperatorBench(folder / "operator", nodes=2))
+            found += [*operator_families(operators), *node_families(operators)]
+            found += [fuzz_family(operators, FUZZED), *lost_families(operators)]
+        if not chosen or chosen.startswith("gang"):
+            found += gang_families(stack.enter_context(GangBench(folder / "gang")))
         yield [family for family in found if family.name.startswith(chosen)]
 
 
@@ -52,27 +61,50 @@ def main() -> None:
     ):
         if not chosen:
             raise SystemExit(f"no family begins with {given.family!r}")
-        for family in chosen:
-            _run(family, given, runs)
+        for at_once, group in itertools.groupby(chosen, lambda family: family.at_once):
+            cases = [(family, index) for family in group for index in _numbers(family, given)]
+            _run(cases, at_once, given, runs)
     print(figures.table(runs))
-    sys.exit(any(run.bad for run in runs))
+    whole = not (given.family or given.sample or given.case is not None)
+    short = whole and any(goal.reached < goal.least for goal in figures.goals(runs))
+    sys.exit(short or any(run.bad for run in runs))
 
 
-def _run(family: Family, given: argparse.Namespace, runs: list[Run]) -> None:
-    """Add a family's runs; what is known is on disk after each of them."""
-    numbers = list(range(family.count)) if given.case is None else [given.case]
-    if given.sample and given.case is None:
-        stride = max(1, family.count // given.sample)
-        numbers = numbers[given.seed % stride :: stride]
-    started, bad = time.monotonic(), 0
-    for done, index in enumerate(numbers, 1):
-        runs.append(run_case(family, index, given.seed))
+def _numbers(family: Family, given: argparse.Namespace) -> list[int]:
+    """Of the cases that were asked for."""
+    if given.case is not None:
+        return [given.case]
+    stride = max(1, family.count // given.sample) if given.sample else 1
+    return list(range(family.count))[given.seed % stride :: stride]
+
+
+def _run(
+    cases: list[tuple[Family, int]], at_once: int, given: argparse.Namespace, runs: list[Run]
+) -> None:
+    """Add the cases' runs; what is known is on disk after each of them."""
+    started = time.monotonic()
+    for done, run in enumerate(_ended(cases, at_once, given.seed), 1):
+        runs.append(run)
         figures.write(given.out, runs)
-        if runs[-1].bad:
-            bad += 1
-            print(figures.story(runs[-1]), file=sys.stderr)
+        if run.bad:
+            print(figures.story(run), file=sys.stderr)
         spent = time.monotonic() - started
-        print(f"{family.name}: {done} of {len(numbers)}, {bad} bad, {spent:.0f} s", file=sys.stderr)
+        print(
+            f"{run.seed}: {run.seconds:.0f} s, {len(run.bad)} bad; {done} of {len(cases)} cases "
+            f"in {spent:.0f} s",
+            file=sys.stderr,
+        )
+
+
+def _ended(cases: list[tuple[Family, int]], at_once: int, seed: int) -> Iterator[Run]:
+    """The cases' runs as they end. What a case does depends on its own seed only, not on others."""
+    if at_once == 1:
+        # In this thread: a part of the cluster that is started again ends with the thread it is of.
+        yield from (run_case(family, index, seed) for family, index in cases)
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(run_case, family, index, seed) for family, index in cases]
+        yield from (future.result() for future in as_completed(futures))
 
 
 if __name__ == "__main__":

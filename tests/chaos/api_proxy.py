@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from signal import Signals
 from urllib.parse import urlsplit
 
 from chaos import wire
@@ -47,6 +48,9 @@ class Seen:
     """Among all events of the client, from 0."""
     path: str
     kind: str
+    """ADDED, MODIFIED, DELETED, BOOKMARK or ERROR."""
+    name: str = ""
+    """Of the object that it tells of."""
 
 
 WatchScript = Callable[[Seen], Event]
@@ -83,6 +87,18 @@ class ApiProxy(Proxy):
         self.events: list[tuple[Seen, Event]] = []
         """What met a fault."""
         self._event_counts: dict[str, int] = {}
+        self._held: dict[str, asyncio.Event] = {}
+
+    def wake(self, client: str) -> None:
+        """What a stopped client had asked goes on, as it does when the client wakes."""
+        self._loop.call_soon_threadsafe(lambda: self._held.pop(client).set())
+
+    async def _strike(self, call: Call, fault: Fault) -> None:
+        """Clients here are of several worlds: each one's stop is its own."""
+        self.signaller(call.client, fault.signal)
+        if fault.signal == Signals.SIGSTOP:
+            self._held[call.client] = asyncio.Event()
+            await self._held[call.client].wait()
 
     async def _connect(self) -> Connection:
         return await asyncio.open_connection(*self._upstream, ssl=self._tls, limit=WATCH_BUFFER)
@@ -162,7 +178,9 @@ class ApiProxy(Proxy):
     def _fate(self, call: Call, line: bytes) -> Event:
         number = self._event_counts.get(call.client, 0)
         self._event_counts[call.client] = number + 1
-        seen = Seen(call.client, number, call.path, str(json.loads(line).get("type")))
+        told = json.loads(line)
+        name = str((told.get("object", {}).get("metadata") or {}).get("name", ""))
+        seen = Seen(call.client, number, call.path, str(told.get("type")), name)
         script = self.watches.get(call.client)
         fate = script(seen) if script else Event.PASS
         if fate != Event.PASS:

@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+OPERATOR, STORE, FUZZ = "operator", "store", "operator-fuzz"
+"""Beginnings of families' names, and a whole one."""
+
 
 @dataclass
 class Run:
@@ -44,6 +47,35 @@ class Family:
     name: str
     count: int
     run: Callable[[Run, random.Random], None]
+    at_once: int = 1
+    """Cases that may run at the same time. With 1, what a case does is felt by others: it runs alone,
+    in the thread that started the bench."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a whole run of the suite has to reach."""
+
+    name: str
+    least: int
+    reached: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reached:,} (goal: {self.least:,})"
+
+
+def goals(runs: Iterable[Run]) -> list[Goal]:
+    """A run of the operator is one process of it, from its start to its end."""
+    operator = stored = mutated = 0
+    for run in runs:
+        operator += run.lives * run.family.startswith(OPERATOR)
+        stored += len(run.faults) * run.family.startswith(STORE)
+        mutated += len(run.faults) * (run.family == FUZZ)
+    return [
+        Goal("operator runs", 1000, operator),
+        Goal("store faults", 500, stored),
+        Goal("mutated objects", 1000, mutated),
+    ]
 
 
 def run_case(family: Family, index: int, seed: int) -> Run:
@@ -96,7 +128,10 @@ def table(runs: Sequence[Run]) -> str:
                   for i, cell in enumerate(row))
         for row in map(list, rows)
     ]  # fmt: skip
-    return "\n".join([*lines, *(story(run) for run in runs if run.bad)])
+    reached = "; ".join(map(str, goals(runs)))
+    bad = sum(len(run.bad) for run in runs)
+    stories = [story(run) for run in runs if run.bad]
+    return "\n".join([*lines, *stories, f"{reached}; violations: {bad}"])
 
 
 def story(run: Run) -> str:
@@ -109,5 +144,6 @@ def story(run: Run) -> str:
 
 def write(path: Path, runs: Sequence[Run]) -> None:
     """All of it as JSON."""
-    content = {"families": totals(runs), "runs": [asdict(run) for run in runs]}
+    reached = {goal.name: goal.reached for goal in goals(runs)}
+    content = {"reached": reached, "families": totals(runs), "runs": [asdict(run) for run in runs]}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

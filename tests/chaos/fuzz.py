@@ -2,47 +2,89 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from devcluster.node.api import ApiError
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from operator_kit import job, template
+from operator_kit import ONLINE, job, template
 
-from chaos.figures import Family, Run
-from chaos.operator_bench import OperatorBench, World
-from chaos.operator_families import DECLARED
+from chaos.figures import FUZZ, Family, Run
+from chaos.operator_bench import OperatorBench, World, cleaned
+from chaos.operator_judge import AT_ONCE, differences
 from chaos.schema import edited, edits, spec_schema
 
 _JOBS = "/apis/kubedistill.dev/v1alpha1/namespaces/{}/distillationjobs"
+_CASES = 8
 _BATCH = 8
-_SECONDS = 60.0
+_SECONDS = 90.0
 _SAYS_WHY = {
     "SecretNotFound", "DependencyNotFound", "WaitingForDependency", "DependencyCycle",
     "DependencyFailed", "Suspended", "Queued", "Unschedulable", "ManagedElsewhere",
 }  # fmt: skip
 """Reasons for not being validated yet that tell the user what is waited for."""
+_STANDS = _SAYS_WHY | {"PodNotStarting", "CreationRefused"}
+"""Reasons with which an object may stay as it is."""
+_SOON_SECONDS = 300
+"""A shorter deadline ends a job by the clock, at any point of its life: two of them end differently."""
+_SLOW = re.compile(r"^([\w.]+\.)?\w*(Timeout\w*|ServerDisconnectedError)\b")
+"""Last line of a traceback that tells of a machine with too much to do."""
+_DRAWING = threading.Lock()
+"""Of hypothesis, whose state is the process's."""
+State = dict[str, Any]
 
 
 def fuzz_family(bench: OperatorBench, objects: int) -> Family:
-    """One run of so many objects."""
+    """So many objects, in cases that run side by side."""
+    cases = min(_CASES, max(1, objects // (2 * _BATCH)))
 
     def run_all(run: Run, draw: Any) -> None:
+        share = -(-objects // cases)
         with bench.world("fuzz") as world:
             world.start()
-            _Fuzz(run, world).go(objects, draw.getrandbits(32))
+            _Fuzz(run, world).go(share, draw.getrandbits(32))
             run.lives += len(world.lives)
-            # An object that is deleted while it is looked at ends a pass with a 404.
+            # The API server is well: even an object that goes while it is looked at is no error.
             run.violations += [
-                f"in the log: {last}"[:400]
-                for last in world.tracebacks()
-                if not DECLARED.match(last)
+                f"in the log: {last}"[:400] for last in world.tracebacks() if not _SLOW.match(last)
             ]
 
-    return Family("operator-fuzz", 1, run_all)
+    return Family(FUZZ, cases, run_all, AT_ONCE)
+
+
+@dataclass
+class _Object:
+    """A spec as it is to be, and an edit of it that is made and taken back."""
+
+    name: str
+    way: str
+    spec: State
+    second: list[Any]
+
+    @property
+    def first(self) -> State:
+        """What is created. A job that has started refuses edits, so most have not when they come."""
+        if self.way == "suspended":
+            return self.spec | {"suspend": True}
+        return self.changed if self.way == "mended" else self.spec
+
+    @property
+    def changed(self) -> State:
+        suspended = {"suspend": True} if self.way == "suspended" else {}
+        return edited(self.spec, self.second) | suspended
+
+
+_WAYS = ("suspended", "mended", "suspended", "mended", "suspended", "mended", "suspended", "ended")
+"""Half of the objects train to their end; of the others the preflight finds bad data, and an edit makes
+it look again. What the pods say is the same for an object and its twin."""
 
 
 class _Fuzz:
@@ -54,101 +96,130 @@ class _Fuzz:
         self._api = world.bench.handle.api
         self._count = 0
         self._path = _JOBS.format(world.namespace)
-        pods = template(world.book, STEPS="3", STEP_SECONDS="0.01")
-        self._base = job("x", pods)["spec"]
-        run.told |= {"accepted": 0, "refused": 0, "edits": 0, "edits refused": 0}
+        times = {"STEPS": "3", "STEP_SECONDS": "0.01", "TEACHER_SECONDS": "0.1"}
+        trains = job("x", template(world.book, **times))["spec"]
+        trains["teacher"] = ONLINE
+        ends = job("x", template(world.book, "bad-data"))["spec"]
+        self._bases = {way: trains if way == "suspended" else ends for way in _WAYS}
+        run.told |= dict.fromkeys(("accepted", "refused", "edited and repaired", "by the clock"), 0)
 
     def go(self, objects: int, number: int) -> None:
-        schema = spec_schema()
-        one = st.tuples(edits(schema), edits(schema))
-
-        @seed(number)
-        @settings(
-            max_examples=max(1, objects // _BATCH),
-            database=None,
-            deadline=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(st.lists(one, min_size=_BATCH, max_size=_BATCH))
-        def batches(batch: list[Any]) -> None:
+        for batch in _batches(-(-objects // _BATCH), number):
             self._batch(batch)
 
-        batches()
-
     def _batch(self, batch: list[Any]) -> None:
-        accepted: dict[str, tuple[dict[str, Any], list[Any]]] = {}
+        made = []
         for first, second in batch:
             self._count += 1
-            name = f"f{self._count}"
-            spec = edited(self._base, first)
-            if self._create(name, spec):
-                accepted[name] = spec, second
-        verdicts = {name: self._verdict(name, parts[0]) for name, parts in accepted.items()}
-        for name, (spec, second) in accepted.items():
-            self._edit_and_repair(name, spec, second, verdicts[name])
-        for name in accepted:
-            self._api.delete(f"{self._path}/{name}", {})
+            way = _WAYS[self._count % len(_WAYS)]
+            one = _Object(f"f{self._count}", way, edited(self._bases[way], first), second)
+            if self._create(one.name, one.first):
+                made.append(one)
+        for one in made:
+            self._verdict(one)
+        through = [one for one in made if self._edit_and_repair(one)]
+        # The same object, never edited. It may begin later: an end does not tell of its beginning.
+        twins = [one for one in through if self._create(_twin(one.name), one.spec, counted=False)]
+        for one in twins:
+            self._compare(one)
+        for one in made:
+            for name in (one.name, _twin(one.name)):
+                self._gone_or(partial(self._api.delete, f"{self._path}/{name}", {}))
 
-    def _create(self, name: str, spec: dict[str, Any]) -> bool:
-        self._run.faults.append(name)
-        body = job(name) | {"spec": spec}
+    def _create(self, name: str, spec: State, *, counted: bool = True) -> bool:
         try:
-            self._api.post(self._path, body)
+            self._api.post(self._path, job(name) | {"spec": spec})
         except (ApiError, ValueError) as error:
             # A 500 is a mistake in our schema or its rules, whatever was sent.
             if isinstance(error, ApiError) and error.code >= 500:
                 self._run.violations.append(f"{error}: {json.dumps(spec)[:500]}")
-            self._run.told["refused"] += 1
-            return False
-        self._run.told["accepted"] += 1
-        return True
+            if not counted:
+                self._run.wrong.append(f"{name}: what was repaired is refused when made: {error}")
+            accepted = False
+        else:
+            accepted = True
+        if counted:
+            self._run.faults.append(name)
+            self._run.told["accepted" if accepted else "refused"] += 1
+        return accepted
 
-    def _verdict(self, name: str, spec: dict[str, Any]) -> tuple[str, str]:
-        """(status, reason) of what the operator says of an object."""
+    def _status(self, name: str) -> State | None:
+        """None once it is deleted: ttlSecondsAfterFinished may be short."""
+        whole = self._gone_or(partial(self._api.get, f"{self._path}/{name}"))
+        return None if whole is None else whole.get("status") or {}
+
+    @staticmethod
+    def _gone_or(ask: Callable[[], State]) -> State | None:
+        try:
+            return ask()
+        except ApiError as error:
+            if error.code != 404:
+                raise
+            return None
+
+    def _verdict(self, one: _Object) -> None:
+        """Whether the operator says something of an object."""
         found: tuple[str, str] = ("", "")
 
         def said() -> bool:
             nonlocal found
-            status = self._api.get(f"{self._path}/{name}").get("status") or {}
-            conditions = {c["type"]: c for c in status.get("conditions") or []}
-            validated = conditions.get("Validated", {})
-            succeeded = conditions.get("Succeeded", {})
-            found = validated.get("status", ""), succeeded.get("reason", "")
+            status = self._status(one.name)
+            if status is None:
+                return True
+            found = _condition(status, "Validated")["status"], _condition(status)["reason"]
             return found[0] in ("True", "False") or found[1] in _SAYS_WHY
 
         if not _until(said):
             self._run.violations.append(
-                f"{name} has no verdict, but {found}: {self._difference(spec)}"
+                f"{one.name} has no verdict, but {found}: {self._difference(one)}"
             )
-        return found
 
-    def _edit_and_repair(
-        self, name: str, spec: dict[str, Any], second: list[Any], before: tuple[str, str]
-    ) -> None:
-        """After an edit and its repair all is as it was. A started job refuses edits."""
-        changed = edited(spec, second)
-        self._run.told["edits"] += 1
-        if not (self._put(name, changed) and self._put(name, spec)):
-            self._run.told["edits refused"] += 1
+    def _edit_and_repair(self, one: _Object) -> bool:
+        """Whether both were taken, and the edit was looked at in between."""
+        if one.way != "mended" and not self._seen(one, one.changed):
+            return False
+        if one.way == "suspended" and not self._seen(one, one.first):
+            return False
+        if not self._put(one.name, one.spec):
+            return False
+        self._run.told["edited and repaired"] += 1
+        return True
+
+    def _seen(self, one: _Object, spec: State) -> bool:
+        """Put a spec; False where it is refused. The operator has looked at it then."""
+        if not self._put(one.name, spec):
+            return False
+
+        def looked() -> bool:
+            whole = self._gone_or(partial(self._api.get, f"{self._path}/{one.name}"))
+            return whole is None or (
+                whole["metadata"]["generation"] == whole["status"].get("observedGeneration")
+            )
+
+        if not _until(looked):
+            self._run.violations.append(f"{one.name}: an edit is not looked at: {one.second}")
+        return True
+
+    def _compare(self, one: _Object) -> None:
+        """An edit and its repair leave no trace in the end."""
+        if (one.spec.get("activeDeadlineSeconds") or _SOON_SECONDS) < _SOON_SECONDS:
+            self._run.told["by the clock"] += 1
             return
-        # What had begun may have gone on meanwhile: only the verdict must be the same.
-        if before[0] in ("True", "False") and not _until(
-            lambda: self._validated(name) == before[0]
-        ):
+        states: list[State] = [{}, {}]
+
+        def same() -> bool:
+            statuses = [self._status(name) for name in (one.name, _twin(one.name))]
+            states[:] = [_end(status, one.name) for status in statuses]
+            return states[0] == states[1] and all(map(_stands, statuses))
+
+        if not _until(same) and states[0] != states[1]:
             self._run.wrong.append(
-                f"{name}: Validated {before[0]} became {self._validated(name)} after an edit and its "
-                f"repair: {self._difference(spec)}, edit {json.dumps(second)[:300]}"
+                f"{one.name} ({one.way}) is another one after an edit and its repair: "
+                f"{list(differences(states[1], states[0]))}; {self._difference(one)}, "
+                f"edit {json.dumps(one.second)[:300]}"
             )
 
-    def _validated(self, name: str) -> str:
-        status = self._api.get(f"{self._path}/{name}").get("status") or {}
-        for condition in status.get("conditions") or []:
-            if condition["type"] == "Validated":
-                return str(condition["status"])
-        return ""
-
-    def _put(self, name: str, spec: dict[str, Any]) -> bool:
+    def _put(self, name: str, spec: State) -> bool:
         for _ in range(20):
             try:
                 whole = self._api.get(f"{self._path}/{name}")
@@ -162,9 +233,59 @@ class _Fuzz:
             return True
         return False
 
-    def _difference(self, spec: dict[str, Any]) -> str:
-        parts = {key: part for key, part in spec.items() if part != self._base.get(key)}
+    def _difference(self, one: _Object) -> str:
+        base = self._bases[one.way]
+        parts = {key: part for key, part in one.spec.items() if part != base.get(key)}
         return json.dumps(parts)[:500]
+
+
+def _batches(count: int, number: int) -> list[list[Any]]:
+    """Pairs of edits: what makes an object another one than the base, and what is taken back."""
+    schema, found = spec_schema(), list[list[Any]]()
+    one = st.tuples(edits(schema), edits(schema))
+
+    @seed(number)
+    @settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.lists(one, min_size=_BATCH, max_size=_BATCH))
+    def collect(batch: list[Any]) -> None:
+        found.append(copy.deepcopy(batch))
+
+    with _DRAWING:
+        collect()
+    return found
+
+
+def _twin(name: str) -> str:
+    return f"{name}-twin"
+
+
+def _condition(status: State, kind: str = "Succeeded") -> State:
+    for condition in status.get("conditions") or []:
+        if condition["type"] == kind:
+            return dict(condition)
+    return {"status": "", "reason": ""}
+
+
+def _stands(status: State | None) -> bool:
+    """Whether an object will not change by itself, or not soon."""
+    if status is None:
+        return True
+    found = _condition(status)
+    return found["status"] in ("True", "False") or found["reason"] in _STANDS
+
+
+def _end(status: State | None, name: str) -> State:
+    """All of a status that does not differ between two objects with one spec."""
+    if status is None:
+        return {"deleted": True}
+    found: State = json.loads(json.dumps(cleaned(status)).replace(_twin(name), name))
+    return found
 
 
 def _until(said: Callable[[], bool]) -> bool:

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
@@ -17,6 +17,7 @@ from typing import Any
 from devcluster.cluster import DevCluster
 from devcluster.fixtures import temporary_namespace
 from devcluster.handle import Handle
+from devcluster.node.api import Api
 from kubedistill_api import names
 from operator_kit import install_role, job, template
 
@@ -24,13 +25,17 @@ from chaos.api_proxy import ApiProxy, WatchScript
 from chaos.faults import Script, calm
 from chaos.zygote import KUBECONFIG, Forked, Zygote
 
-_GROUP = "/apis/kubedistill.dev/v1alpha1"
+GROUP = "/apis/kubedistill.dev/v1alpha1"
 _PARTS = {
     "jobs": "/apis/batch/v1",
     "pods": "/api/v1",
     "services": "/api/v1",
     "configmaps": "/api/v1",
 }
+TOLERATION_SECONDS = 5
+"""From when a node is known to be lost until its pods are given up."""
+CHANGING_LEADERS = {"lease_seconds": "6", "lease_renew_seconds": "4"}
+"""Settings with which another operator takes over soon."""
 _OWN = {"kube-root-ca.crt"}
 """What Kubernetes itself puts into a namespace."""
 _CHANGING = {
@@ -61,7 +66,7 @@ def scenario(book: Path) -> list[dict[str, Any]]:
 
 
 class Watched:
-    """Watches a namespace's Jobs: no attempt may have two of them, no two gangs may run at once."""
+    """Watches a namespace's Jobs: how often each is made, and that no two gangs run at once."""
 
     def __init__(self, handle: Handle, namespace: str) -> None:
         self._stop = threading.Event()
@@ -78,6 +83,14 @@ class Watched:
         """Not awaited: the thread sees it with the next event."""
         self._stop.set()
 
+    def made_too_often(self, allowed: Callable[[str], int]) -> list[str]:
+        """A sentence for each Job that was made more often than `allowed` says of its name."""
+        return [
+            f"Job {name} was made {len(uids)} times"
+            for name, uids in self._uids.items()
+            if len(uids) > allowed(name)
+        ]
+
     def _on_change(self, kind: str, item: dict[str, Any]) -> None:
         if kind == "SYNC":
             for one in item["items"]:
@@ -85,13 +98,9 @@ class Watched:
             return
         meta = item["metadata"]
         name, labels = meta["name"], meta.get("labels") or {}
-        # A preflight whose pod was never seen is made again, and may be: it decides nothing twice.
+        self._uids[name].add(meta["uid"])
         if labels.get(names.LABEL_ROLE) != names.ROLE_STUDENT:
             return
-        if meta["uid"] not in self._uids[name]:
-            self._uids[name].add(meta["uid"])
-            if len(self._uids[name]) > 1:
-                self.broken.append(f"Job {name} was made {len(self._uids[name])} times")
         live = self._live[labels[names.LABEL_JOB]]
         ended = {c["type"] for c in (item.get("status") or {}).get("conditions") or []}
         if kind == "DELETED" or meta.get("deletionTimestamp") or ended & {"Complete", "Failed"}:
@@ -124,6 +133,8 @@ class World:
         """An operator of this namespace alone; `client` is its name at the proxy."""
         client = client or self.namespace
         log = self.bench.folder / f"{self.namespace}-{len(self.lives)}.log"
+        # The fork makes it a moment later than it may be read here.
+        log.touch()
         env = self.bench.environment(client, self.namespace) | {
             f"KUBEDISTILL_{name.upper()}": value for name, value in settings.items()
         }
@@ -143,10 +154,10 @@ class World:
         api = self.bench.handle.api
         for one in objects:
             plural = f"{one['kind'].lower()}s"
-            api.post(f"{_GROUP}/namespaces/{self.namespace}/{plural}", one)
+            api.post(f"{GROUP}/namespaces/{self.namespace}/{plural}", one)
 
     def found(self, plural: str) -> list[dict[str, Any]]:
-        prefix = _PARTS.get(plural, _GROUP)
+        prefix = _PARTS.get(plural, GROUP)
         found = self.bench.handle.api.get(f"{prefix}/namespaces/{self.namespace}/{plural}")
         return list(found["items"])
 
@@ -154,19 +165,33 @@ class World:
         """All of ours."""
         return self.found("distillationjobs") + self.found("distillationchains")
 
-    def done(self) -> bool:
-        """Whether the scenario's objects have succeeded, the chain's jobs and reports included."""
+    def done(self, objects: int) -> bool:
+        """Whether so many objects have succeeded, the chain's jobs and reports included."""
         found = self.objects()
         reported = all(
             stage.get("report") in (None, "", "Written")
             for one in found
             for stage in (one.get("status") or {}).get("stages") or []
         )
-        return len(found) == 4 and reported and all(_reason(one) == "Completed" for one in found)
+        return (
+            len(found) == objects and reported and all(_reason(one) == "Completed" for one in found)
+        )
+
+    def reasons(self) -> dict[str, str]:
+        """Name → reason of Succeeded."""
+        return {one["metadata"]["name"]: _reason(one) for one in self.objects()}
+
+    def until(self, what: Callable[[], Any], seconds: float = 120) -> None:
+        """TimeoutError with the state of things when it does not come."""
+        deadline = time.monotonic() + seconds
+        while not what():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not within {seconds:.0f} s: {self.story()}")
+            time.sleep(0.1)
 
     def story(self) -> str:
         """Why it is not done."""
-        states = {one["metadata"]["name"]: _reason(one) for one in self.objects()}
+        states = self.reasons()
         tail = self.lives[-1].log.read_text(errors="replace")[-1500:] if self.lives else ""
         return f"{states}\n{tail}"
 
@@ -174,28 +199,20 @@ class World:
         """Delete our objects; what is left of their parts once the collector has had its time."""
         api = self.bench.handle.api
         for plural in ("distillationchains", "distillationjobs"):
-            api.delete(f"{_GROUP}/namespaces/{self.namespace}/{plural}", {})
+            api.delete(f"{GROUP}/namespaces/{self.namespace}/{plural}", {})
         deadline = time.monotonic() + 60
-        while left := self._left():
+        while left := children(api, self.namespace):
             if time.monotonic() > deadline:
                 return left
             time.sleep(0.2)
         return []
-
-    def _left(self) -> list[str]:
-        return [
-            f"{plural}/{one['metadata']['name']}"
-            for plural in _PARTS
-            for one in self.found(plural)
-            if one["metadata"]["name"] not in _OWN
-        ]
 
     def state(self) -> dict[str, Any]:
         """What there is in the end, without what differs between two calm runs."""
         found: dict[str, Any] = {}
         for one in self.objects():
             found[f"{one['kind']}/{one['metadata']['name']}"] = {
-                "spec": one["spec"], "status": _clean(one.get("status") or {}),
+                "spec": one["spec"], "status": cleaned(one.get("status") or {}),
             }  # fmt: skip
         for one in self.found("jobs"):
             status = one.get("status") or {}
@@ -224,6 +241,16 @@ class World:
         return found
 
 
+def children(api: Api, namespace: str) -> list[str]:
+    """Kind and name of what there is in a namespace, beside our objects and what Kubernetes puts in."""
+    return [
+        f"{plural}/{one['metadata']['name']}"
+        for plural, prefix in _PARTS.items()
+        for one in api.get(f"{prefix}/namespaces/{namespace}/{plural}")["items"]
+        if one["metadata"]["name"] not in _OWN
+    ]
+
+
 def _reason(one: dict[str, Any]) -> str:
     for condition in (one.get("status") or {}).get("conditions") or []:
         if condition["type"] == "Succeeded":
@@ -231,19 +258,21 @@ def _reason(one: dict[str, Any]) -> str:
     return ""
 
 
-def _clean(value: Any) -> Any:
+def cleaned(value: Any) -> Any:
+    """A status without its times and rates."""
     if isinstance(value, dict):
-        return {key: _clean(part) for key, part in value.items() if key not in _CHANGING}
+        return {key: cleaned(part) for key, part in value.items() if key not in _CHANGING}
     if isinstance(value, list):
-        return [_clean(part) for part in value]
+        return [cleaned(part) for part in value]
     return value
 
 
 class OperatorBench:
     """Use it as a context manager."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, nodes: int = 1) -> None:
         self.folder = folder
+        self._nodes = nodes
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> OperatorBench:
@@ -253,7 +282,9 @@ class OperatorBench:
         self.book = self.folder / "book"
         self.book.mkdir(exist_ok=True)
         self.book.chmod(0o777)
-        self.cluster = DevCluster(self.folder / "cluster")
+        self.cluster = DevCluster(
+            self.folder / "cluster", nodes=self._nodes, toleration_seconds=TOLERATION_SECONDS
+        )
         self.handle = self._stack.enter_context(self.cluster)
         account = install_role(self.handle, self.folder)
         authority = self.cluster.control_plane.authority.path
@@ -309,7 +340,8 @@ class OperatorBench:
             "WATCH_NAMESPACES": namespace, "LEASE_NAME": namespace,
             # As in a pod whose container starts again: its Lease is its own still.
             "IDENTITY": client,
-            "LEASE_SECONDS": "6", "LEASE_RENEW_SECONDS": "4", "LEASE_RETRY_SECONDS": "1",
+            # The leader changes where that is the subject only, however busy the machine.
+            "LEASE_SECONDS": "60", "LEASE_RENEW_SECONDS": "50", "LEASE_RETRY_SECONDS": "1",
             "PROGRESS_POLL_SECONDS": "0.5", "BACKOFF_BASE_SECONDS": "0.5", "RESYNC_SECONDS": "15",
             "TERMINATION_GRACE_SECONDS": "5", "TERMINATION_MARGIN_SECONDS": "10",
             "API_TIMEOUT_SECONDS": "10", "WATCH_INACTIVITY_SECONDS": "20",

@@ -360,6 +360,16 @@ for number in itertools.count():
     assert kit.cluster.log(kit.namespace, "p") == after
 
 
+def test_a_pod_that_the_node_has_no_memory_for(kit: Kit) -> None:
+    kit.run("print('up', flush=True);" + SLEEP, pod={"terminationGracePeriodSeconds": 60})
+    kit.phase("Running")
+    kit.cluster.faults.evict(kit.namespace, "p")
+    failed = kit.phase("Failed")
+    assert failed["status"]["reason"] == "Evicted"
+    told = [c for c in failed["status"]["conditions"] if c["type"] == "DisruptionTarget"]
+    assert [(c["status"], c["reason"]) for c in told] == [("True", "TerminationByKubelet")]
+
+
 def test_lost_node_comes_back(kit: Kit) -> None:
     kit.run("print('up', flush=True);" + SLEEP, pod={"terminationGracePeriodSeconds": 1})
     kit.phase("Running")

@@ -30,6 +30,16 @@ LATER = NOW + timedelta(seconds=5)
         ([ended("a", 137, end_reason="OOMKilled"), ended("b", 17)], reasons.OUT_OF_MEMORY, True),
         ([ended("a", 1, finished_at=LATER), ended("b", 15)], reasons.STORAGE_UNAVAILABLE, True),
         ([ended("a", 17), ended("b", 17)], reasons.PEER_LOST, True),
+        # Nobody asked b to go: its kill is why a was asked to. Times are in whole seconds.
+        ([ended("a", 11), ended("b", 137, index=1)], reasons.ERROR, True),
+        ([ended("a", 11), ended("b", 137, index=1, finished_at=LATER)], reasons.ERROR, True),
+        # Both were asked to go, and the grace of b ran out.
+        (
+            [ended("a", 11), ended("b", 137, index=1, deleting=True)],
+            reasons.GRACEFUL_CHECKPOINT,
+            False,
+        ),
+        ([ended("a", 1, finished_at=LATER), ended("b", 137, deleting=True)], reasons.ERROR, True),
         ([ended("a", 137, disrupted=True), ended("b", 1)], reasons.DISRUPTED, False),
         ([running("a", gone=True), ended("b", 0)], reasons.ERROR, True),
         ([PodView("a", "student", phase="Failed", end_reason="NodeLost")], reasons.ERROR, True),

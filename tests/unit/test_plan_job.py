@@ -233,13 +233,24 @@ def test_a_preflight_that_says_nothing_is_tried_again_and_given_up() -> None:
     assert state(settled(last)) == ("False", reasons.BACKOFF_LIMIT_EXCEEDED)
 
 
-def test_a_preflight_whose_pod_was_never_seen_is_waited_for_before_it_is_asked_again() -> None:
+@pytest.mark.parametrize("gone", [None, PodView("p", names.ROLE_PREFLIGHT, 1, gone=True)])
+def test_a_preflight_whose_words_are_gone_with_its_pod_is_asked_again(
+    gone: PodView | None,
+) -> None:
     done = {"complete": True, "finished_at": NOW}
-    seen = after(preflight_seen(done, ended("p", 0, role=names.ROLE_PREFLIGHT)), pods=())
-    plan = plan_job(seen, TIMING)
-    assert (plan.actions, plan.requeue_after) == ((), 2.0)
-    later = plan_job(after(seen, seconds=15), TIMING)
-    assert isinstance(later.actions[0], DeleteBatchJob)
+    seen = preflight_seen(done, gone)
+    assert isinstance(settled(seen).actions[0], DeleteBatchJob)
+
+
+def test_a_failed_preflight_is_judged_when_the_end_of_its_pod_is_known() -> None:
+    """The Job's end may be seen before the pod's: an eviction was taken for an error, and counted."""
+    failed = {"failed": True, "failing": True, "finished_at": NOW}
+    still = PodView("p", names.ROLE_PREFLIGHT, 1, phase="Running")
+    plan = settled(preflight_seen(failed, still))
+    assert (plan.actions, plan.requeue_after, plan.status.failures) == ((), 2.0, 0)
+    evicted = ended("p", 143, role=names.ROLE_PREFLIGHT, disrupted=True, gone=True)
+    plan = settled(preflight_seen(failed, evicted))
+    assert (state(plan), plan.status.failures) == (("Unknown", reasons.DISRUPTED), 0)
 
 
 def test_logits_of_an_endpoint_are_learnt_where_it_is_said_how() -> None:

@@ -64,7 +64,8 @@ def judge_stopped(pods: Sequence[PodView], reason: str, message: str, *, charged
 
 def _rank(pod: PodView) -> tuple[bool, datetime, bool, int]:
     memory = pod.end_reason == "OOMKilled"
-    killed = pod.exit_code in (_SIGKILL, _SIGTERM) and not memory
+    # A pod that nobody had asked to go was killed by itself, and others were asked because of it.
+    killed = pod.exit_code in (_SIGKILL, _SIGTERM) and not memory and pod.deleting
     consequence = killed or pod.exit_code in _CONSEQUENCES
     # Times are in whole seconds: of two in one second the one that has a cause explains the other.
     vague = not memory and policy(pod.exit_code).reason == reasons.ERROR

@@ -26,8 +26,6 @@ from kubedistill_operator.plan.times import format_time
 from kubedistill_operator.plan.views import BatchJobView, PodView
 
 _CHECKS = "a small pod checks storage, data, tokenizer and sizes"
-_UNSEEN_SECONDS = 15.0
-"""Of a pod whose Job is done: until then its watch is late rather than its news lost."""
 _FINAL = (ExitCode.BAD_CONFIGURATION, ExitCode.UNREADABLE_INPUT)
 
 
@@ -67,11 +65,9 @@ def _accepted(step: Pass, inputs: Inputs, batch_job: BatchJobView, pods: list[Po
     draft = step.draft
     outcome = next((o for p in pods if (o := p.outcome())), None)
     if outcome is None or outcome.resolved is None:
-        since = (draft.now - (batch_job.finished_at or draft.now)).total_seconds()
-        if not pods and since < _UNSEEN_SECONDS:
-            draft.look_again(2.0)  # its pod is there, and news of it is late
-        elif not pods or all(p.gone for p in pods):
-            # Its pod was removed before its words were read: ask again.
+        if all(p.gone for p in pods):
+            # Its pod was removed before its words were read (news of it that are only late or lost
+            # were asked for before this plan): ask again.
             draft.act(DeleteBatchJob(batch_job.name))
         elif any(p.exit_code is None and not p.gone for p in pods):
             draft.look_again(2.0)  # its end is on its way to us
@@ -112,6 +108,9 @@ def _refused(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> None:
         draft.fail(reason, message)
         return
     if not batch_job.failed:
+        return
+    if any(p.active for p in pods):
+        draft.look_again(2.0)  # how it ended is on its way to us
         return
     _try_again(step, batch_job, judge(pods, batch_job.failure_message))
 

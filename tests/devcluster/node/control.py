@@ -57,6 +57,8 @@ def act(node: Node, request: dict[str, Any]) -> Any:
             node.lose(kill=bool(request.get("kill")))
         case "return":
             node.come_back()
+        case "evict":
+            node.worker_of(request["namespace"], request["pod"]).evict()
         case "delay":
             node.start_delay = float(request["seconds"])
         case "refuse":
@@ -91,6 +93,10 @@ class Faults:
 
     def thaw(self, namespace: str, pod: str, container: str | None = None) -> None:
         self.signal(namespace, pod, "SIGCONT", container)
+
+    def evict(self, namespace: str, pod: str) -> None:
+        """The node is short of memory: the pod gets a second, and is failed as a disruption."""
+        self._ask(action="evict", namespace=namespace, pod=pod)
 
     def lose(self, *, kill: bool = False) -> None:
         """Stop the lease and all reports: the network is cut or, with `kill`, the power fails."""

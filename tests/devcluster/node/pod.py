@@ -19,7 +19,7 @@ from devcluster.node.hooks import pre_stop
 from devcluster.node.image import Image, ImageMissing
 from devcluster.node.probes import Probes
 from devcluster.node.recipe import recipe
-from devcluster.node.status import ContainerState, pod_status
+from devcluster.node.status import EVICTED, ContainerState, pod_status
 from devcluster.node.volumes import Tokens, Volumes
 
 _log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ _RETRY_SECONDS = 0.5
 _BACKOFF_LIMIT_SECONDS = 30.0
 _FORGIVEN_AFTER_SECONDS = 60.0
 _REFRESH_SECONDS = 30.0
+_EVICTION_GRACE_SECONDS = 1.0
 Object = dict[str, Any]
 
 
@@ -69,6 +70,7 @@ class PodWorker(threading.Thread):
         self._sent: Object | None = None
         self._told: set[tuple[str, str]] = set()
         self._verdict: tuple[str, str] | None = None
+        self._grace_seconds: float | None = None
         spec = pod["spec"]
         self.policy = str(spec.get("restartPolicy", "Always"))
         self.init_states = [ContainerState(c, True) for c in spec.get("initContainers") or []]
@@ -95,6 +97,11 @@ class PodWorker(threading.Thread):
         for state in self._all:
             if state.run is not None and container in (None, state.name):
                 state.run.signal(number)
+
+    def evict(self) -> None:
+        """As a kubelet whose node is short of memory."""
+        self._grace_seconds = _EVICTION_GRACE_SECONDS
+        self._verdict = (EVICTED, "The node was low on resource: memory.")
 
     def is_running(self, container: str) -> bool:
         return any(s.run is not None for s in self._all if s.name == container)
@@ -263,6 +270,8 @@ class PodWorker(threading.Thread):
             given = self.pod["metadata"].get("deletionGracePeriodSeconds")
             if given is None:
                 given = self.pod["spec"].get("terminationGracePeriodSeconds", 30)
+            if self._grace_seconds is not None:
+                given = min(float(given), self._grace_seconds)
             return begun + float(given) - time.monotonic()
 
         self._terminate([s for s in self.states if s.run is not None], grace)

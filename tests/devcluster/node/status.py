@@ -8,6 +8,8 @@ from typing import Any
 from devcluster.node.container import Ended, Run, now
 from devcluster.node.probes import Probes
 
+EVICTED = "Evicted"
+"""Reason of a pod that its node had no room for."""
 UNKNOWN = {
     "exitCode": 137,
     "reason": "ContainerStatusUnknown",
@@ -145,7 +147,7 @@ def pod_status(
     ready, why = _readiness(now_phase, initialized, [*init, *main])
     default = "PodInitializing" if init else "ContainerCreating"
     own = {"PodReadyToStartContainers": sandbox and not final, "Initialized": initialized}
-    result = {
+    result: dict[str, Any] = {
         "phase": now_phase,
         "hostIP": current.get("hostIP"),
         "hostIPs": [{"ip": current.get("hostIP")}],
@@ -160,6 +162,9 @@ def pod_status(
     }
     if init:
         result["initContainerStatuses"] = [s.status(default, final=final) for s in init]
+    if verdict is not None and verdict[0] == EVICTED:
+        why = ("TerminationByKubelet", verdict[1])
+        result["conditions"].append(_condition(current, "DisruptionTarget", True, why))
     if verdict is not None:
         result |= {"reason": verdict[0], "message": verdict[1]}
     return result
