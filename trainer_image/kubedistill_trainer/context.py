@@ -99,6 +99,11 @@ def joined_file(scratch: Path, local_rank: int) -> Path:
     return scratch / f"joined-{local_rank}"
 
 
+def committed_file(scratch: Path, local_rank: int) -> Path:
+    """There once a rank has seen a commit of its own gang."""
+    return scratch / f"committed-{local_rank}"
+
+
 def imported_file(scratch: Path, local_rank: int) -> Path:
     """Where a rank names the modules that it has imported late, one a line."""
     return scratch / f"imported-{local_rank}"
