@@ -127,6 +127,10 @@ class Checkpointer:
 
         self._gang.gather(take)
         stall = time.monotonic() - flight.began
+        limits = self._store.limits
+        flight.limit_seconds = stall + sum(
+            limits.deadline_seconds(file.size_bytes) for file in taken[0].files
+        )
         if taken[0].on_disk_bytes:
             _log.warning(
                 "memory is short: a part of the snapshot went to disk while training waited",
