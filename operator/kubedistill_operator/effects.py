@@ -238,6 +238,7 @@ class Effects:
             attempt,
             template["spec"]["terminationGracePeriodSeconds"],
             restart.mean_seconds_between_failures(status.attempts),
+            restart.failures_seen(status.attempts),
         )
         name = names.attempt_name(owner.name, attempt.number)
         return template, run_specs.config_map(owner, name, run)

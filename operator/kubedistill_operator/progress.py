@@ -23,8 +23,8 @@ Target = tuple[str, str, str]
 def contact_of(report: ProgressReport, last: Contact | None, now: datetime) -> Contact:
     """An answer that came now, after another one of the same pod."""
     if last is None or _step(last.report) != _step(report):
-        return Contact(report, now, now)
-    return Contact(report, now, last.stepped_at)
+        return Contact(report, now, now, moved=last is not None)
+    return Contact(report, now, last.stepped_at, last.moved)
 
 
 def _step(report: ProgressReport) -> tuple[int, int, float | None]:

@@ -381,3 +381,14 @@ def test_death_at_any_call_leaves_the_old_or_the_new(
     assert restored_steps == sorted(restored_steps)
     assert {20, 30} == set(restored_steps)
     assert len(restored_steps) > 8, "uploads, HEADs, COMMIT, RETIRE, list and delete"
+
+
+def test_each_commit_is_told_once_it_is_in_the_log(store: Store, tmp_path: Path) -> None:
+    told: list[int] = []
+    saver = opened(store, tmp_path, 1, committed=lambda: told.append(len(commits(store))))
+    save(saver, 10, 20)
+    assert told == [1, 2]
+    store.put(slot_key(3), b"of another writer")
+    with pytest.raises(Fenced):
+        save(saver, 30)
+    assert told == [1, 2]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from botocore.awsrequest import AWSResponse
 from kubedistill_trainer.checkpoint import CommitLog, pins
 from kubedistill_trainer.checkpoint.__main__ import main
-from kubedistill_trainer.checkpoint.inspection import inspect
-from kubedistill_trainer.checkpoint.inspection_view import bytes_text
+from kubedistill_trainer.checkpoint.history import Entry, replay
+from kubedistill_trainer.checkpoint.inspection import Inspection, inspect
+from kubedistill_trainer.checkpoint.inspection_view import MOST_ROWS, as_json, bytes_text, show
 from kubedistill_trainer.checkpoint.log import slot_key
-from kubedistill_trainer.checkpoint.records import Fence, Reject, encode
+from kubedistill_trainer.checkpoint.records import Commit, Fence, Reject, encode
 from kubedistill_trainer.checkpoint.retention import retire
 from kubedistill_trainer.store import Store
-from run_kit import RUN, Run
+from rich.console import Console
+from run_kit import RUN, Run, described
 from s3_fixture import Faults, S3Server, s3  # noqa: F401  (s3 is a fixture)
 
 
@@ -281,3 +286,67 @@ def test_it_needs_no_torch() -> None:
 )  # fmt: skip
 def test_sizes(size_bytes: int, text: str) -> None:
     assert bytes_text(size_bytes) == text
+
+
+def test_another_jobs_run_is_not_taken_for_a_jobs(s3: S3Server, say: Say) -> None:  # noqa: F811
+    """`student-` begins `student-large-…` too."""
+    above = s3.store()
+    other = above.child("team/student-large-0c9f")
+    CommitLog(other, fence=1, run="team/student-large/0c9f").take_over()
+    code, _, err = say("inspect", f"{above.uri}/team/student")
+    assert code == 2
+    assert "holds nothing" in err
+    assert say("pin", f"{above.uri}/team/student", "0")[0] == 2
+    CommitLog(above.child("team/student-1d2e"), fence=1, run="team/student/1d2e").take_over()
+    code, _, err = say("inspect", f"{above.uri}/team/student")
+    assert code == 0
+    assert "team/student-1d2e" in err
+
+
+def test_keys_that_may_not_list_uploads_can_inspect_all_else(store: Store) -> None:
+    def refuse(request: Any, **_event: Any) -> AWSResponse:
+        body = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
+        raw = SimpleNamespace(stream=lambda *_: iter([body]))
+        return AWSResponse(request.url, 403, {}, raw)
+
+    client: Any = store._connection.client
+    client.meta.events.register("before-send.s3.ListMultipartUploads", refuse)
+    found = inspect(store)
+    assert found.findings == []
+    assert found.resume is not None
+    assert "refuses these credentials" in found.uploads_unknown
+    console = Console(width=100, record=True, file=io.StringIO())
+    show(found, console)
+    assert "not known: list uploads" in console.export_text()
+    assert "refuses" in as_json(found)["uploadsUnknown"]
+
+
+def test_a_log_of_years_is_shown_by_its_end() -> None:
+    """A table of 100,000 rows takes minutes and is read by nobody."""
+    fields: dict[str, Any] = {
+        "nonce": "0" * 32, "fence": 1, "attempt": "a", "trainer_version": "1", "time": "2026-01-01",
+    }  # fmt: skip
+    shards = [described("a", b"x")]
+    records = [
+        Fence(**fields),
+        *(
+            Commit(**fields, step=n, world_size=1, data=f"data/e1/s{n}/u", shards=shards, cursor={},
+                   config_digest="")
+            for n in range(1, 3 * MOST_ROWS)
+        ),
+    ]  # fmt: skip
+    slots = replay([Entry(n, record) for n, record in enumerate(records)])
+    problems = {n: f"shard {n} is missing" for n in range(10, len(records) - 1)}
+    found = Inspection("s3://b/p", RUN, False, slots, problems)
+    console = Console(width=100, record=True, file=io.StringIO())
+    show(found, console)
+    text = console.export_text()
+    assert "1,000 earlier slots are left out: --json has them" in text
+    assert len(text.splitlines()) < 2 * MOST_ROWS + 30
+    assert row(text, len(records) - 1)[-3:] == ["live,", "sizes", "right"]
+    assert "and 989 more: --json has them" in text
+    assert len(as_json(found)["slots"]) == len(records)
+    found.problems[len(records) - 1] = "shard is missing"
+    console = Console(width=100, record=True, file=io.StringIO())
+    show(found, console)
+    assert "nor 990 more: --json has them" in console.export_text()

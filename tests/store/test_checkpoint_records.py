@@ -130,6 +130,8 @@ def test_the_helper_signs_as_the_code_does() -> None:
         b"{}",
         b"\x80\x04\x95",
         b'{"fence": NaN}',
+        b'{"sha256": "", "fence": NaN}',
+        b'{"sha256": "", "version": 9, "fence": 1e999}',
         b"[" * 100_000,
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -192,3 +193,17 @@ def test_uploads_since_ones_own_fence_are_not_stale(store: Store) -> None:
     store.abort_upload(left)
     store.abort_upload(left)  # over already
     assert store.uploads() == ()
+
+
+@pytest.mark.parametrize("odd", ["a\u00a0b", "a b+c%2F", "//", "ä/"])
+def test_an_odd_key_does_not_stop_the_clean_up(store: Store, odd: str) -> None:
+    """Such as the marker of a folder that a tool left behind."""
+    opened(store, 1)
+    for prefix in ("data/e1/s1/u", "data/e1/s2/u"):
+        store.put(f"{prefix}/a", b"x")
+    client: Any = store._connection.client
+    key = f"{store.prefix}/data/e1/s1/u/{odd}"
+    client.put_object(Bucket=store.bucket, Key=key, Body=b"x")
+    time.sleep(1.1)  # the server's clock counts seconds
+    collect(store, opened(store, 2), 2)
+    assert [info.key for info in store.list("data/")] == []

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+from kubedistill_api.exit_codes import ExitCode
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.methods.history import LIMIT, History, Point
 from loop_kit import Commits, gang, loop  # noqa: F401
@@ -69,3 +70,10 @@ def test_a_commit_carries_the_history_into_the_next_attempt() -> None:
     resumed = loop(commits)
     resumed.run()
     assert resumed.history.points == calm.history.points
+
+
+@pytest.mark.usefixtures("gang")
+def test_who_stops_before_the_first_commit_does_not_claim_one() -> None:
+    with pytest.raises(RunFailure, match="too little to commit; nothing is committed") as caught:
+        loop(Commits(), stop_after=2).run()
+    assert caught.value.code is ExitCode.INTERRUPTED

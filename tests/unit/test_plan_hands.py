@@ -23,6 +23,7 @@ from kubedistill_operator.plan.actions import (
 from kubedistill_operator.plan.draft import Contact
 from kubedistill_operator.plan.job import plan_job
 from kubedistill_operator.plan.views import PodView, batch_job_view, pod_view
+from kubedistill_operator.progress import contact_of
 from test_plan_gang import MODEL, report
 from test_plan_job import preflight_seen
 from test_plan_kit import (
@@ -203,6 +204,23 @@ def test_clocks_of_nodes_may_be_an_hour_apart() -> None:
     still = Contact(ahead.report, NOW + timedelta(seconds=1000), NOW + timedelta(seconds=3))
     seen = started(pods=(running("p"),), rank0=replace(still, reached_at=NOW))
     plan = settled(after(seen, seconds=1000, rank0=still))
+    assert plan.status.attempts[0].reason == reasons.STALLED
+
+
+def test_a_sign_of_life_between_steps_counts() -> None:
+    """Of a gang that waits for its last upload: the status does not change with it."""
+    first = report()
+    seen = started(pods=(running("p"),), rank0=first)
+    later = NOW + timedelta(seconds=990)
+    alive = contact_of(
+        report(last_step_time=NOW.timestamp() + 990).report,
+        contact_of(first.report, None, NOW),
+        later,
+    )
+    assert alive.moved
+    assert settled(after(seen, seconds=1000, rank0=alive)).actions == ()
+    silent = contact_of(alive.report, alive, NOW + timedelta(seconds=2000))
+    plan = settled(after(seen, seconds=2000, rank0=silent))
     assert plan.status.attempts[0].reason == reasons.STALLED
 
 

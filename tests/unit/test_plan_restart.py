@@ -76,6 +76,12 @@ def test_mean_seconds_between_failures(attempts: list[Attempt], expected: float 
     assert restart.mean_seconds_between_failures(attempts) == expected
 
 
+def test_ranks_that_were_killed_in_their_pods_are_failures_too() -> None:
+    struck = attempt(1, 0, 1000, ERROR, True).model_copy(update={"rank_restarts": 9})
+    assert restart.failures_seen([struck]) == 10
+    assert restart.mean_seconds_between_failures([struck]) == 100
+
+
 FREE = reasons.GRACEFUL_CHECKPOINT
 
 
@@ -248,6 +254,18 @@ def test_suspension_stops_the_clock_and_starts_it_anew() -> None:
     assert state(plan_job(running_again, TIMING))[0] == "Unknown"
     late = after(running_again, seconds=20)
     assert state(plan_job(late, TIMING)) == ("False", reasons.DEADLINE_EXCEEDED)
+
+
+def test_a_job_whose_time_is_over_does_not_go_on_for_being_suspended() -> None:
+    seen = started(spec=job(activeDeadlineSeconds=100), pods=(running("p"),), rank0=report())
+    over = after(seen, seconds=200)
+    gone = after(over, batch_jobs={}, pods=(), deleted_batch_jobs=frozenset({"small-a1"}))
+    off = suspend(gone)
+    assert state(settled(off)) == ("False", reasons.DEADLINE_EXCEEDED)
+    on = suspend(after(off, seconds=50), False)
+    assert state(settled(on)) == ("False", reasons.DEADLINE_EXCEEDED)
+    larger = after(on, spec=dict(on.spec) | {"activeDeadlineSeconds": 900}, generation=9)
+    assert state(settled(larger))[0] == "Unknown"
 
 
 MEMORY = ended("p", 14, outcome={"message": "CUDA out of memory"})

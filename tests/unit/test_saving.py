@@ -10,12 +10,14 @@ from kubedistill_api.checkpoint import Checkpoint
 from kubedistill_trainer.checkpoint import CheckpointFailed, Fenced
 from kubedistill_trainer.checkpoint.interval import (
     LONGEST_SECONDS,
+    Mean,
     expected_mtbf,
     first_save,
+    mean_of_all,
     save_cost,
     save_interval,
 )
-from kubedistill_trainer.checkpoint.results import CommitInfo
+from kubedistill_trainer.checkpoint.results import CommitInfo, Flight
 from kubedistill_trainer.exporter import ProgressBoard
 from kubedistill_trainer.methods.saving import Saver
 from kubedistill_trainer.store import StoreUnavailable
@@ -58,7 +60,68 @@ def test_what_a_gang_has_to_expect_before_it_has_seen_a_failure() -> None:
     assert expected_mtbf(None, HOUR, 1) == HOUR
     assert expected_mtbf(None, 9 * DAY, 1) == DAY
     assert expected_mtbf(None, 9 * DAY, 1500) == pytest.approx(DAY / 10)
-    assert expected_mtbf(120.0, 9 * DAY, 1500) == 120.0
+    # Of 9 days in a day nothing is said: no more than the hardware of so many nodes lasts.
+    assert expected_mtbf(Mean(120.0, 1), 9 * DAY, 1500) == pytest.approx(DAY / 10)
+
+
+@pytest.mark.parametrize(
+    ("mean", "failures", "uptime", "seconds"),
+    [
+        (120.0, 1, 0.0, 120.0),
+        (30.0, 1, HOUR, HOUR + 30),  # one early kill is no kill a half-minute for ever
+        (60.0, 10, 600.0, 120.0),
+        (30.0, 1, 9 * DAY, DAY),
+    ],
+)
+def test_time_without_a_failure_counts_like_time_with_one(
+    mean: float, failures: int, uptime: float, seconds: float
+) -> None:
+    assert expected_mtbf(Mean(mean, failures), uptime, 1) == pytest.approx(seconds)
+
+
+def test_failures_of_attempts_and_of_restarts_are_one_row() -> None:
+    assert mean_of_all([]) is None
+    assert mean_of_all([Mean(100.0, 3), Mean(20.0, 1)]) == Mean(80.0, 4)
+
+
+class Slow(Commits):
+    """A save whose upload ends when a person says so."""
+
+    def start(self, *args: Any, **named: Any) -> None:
+        super().start(*args, **named)
+        assert self.flight is not None
+        self.flight.ended.clear()
+        self.flight.limit_seconds = HOUR
+
+
+def test_a_gang_that_waits_for_its_upload_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would be ended as stalled, again and again at the last step."""
+    monkeypatch.setattr("kubedistill_trainer.methods.saving._TELL_SECONDS", 0.001)
+    commits = Slow()
+    ended: list[float] = []
+
+    class Board(ProgressBoard):
+        def update(self, **changes: Any) -> None:
+            super().update(**changes)
+            if set(changes) == {"last_step_time"} and commits.flight is not None:
+                ended.append(changes["last_step_time"])
+                commits.flight.ended.set()
+
+    board = Board()
+    saving = saver(commits, board=board)
+    board.update(last_step_time=1.0)
+    assert commits.flight is None
+    saving.save(None, 4, {"step": 4}, None)
+    assert len(ended) == 1
+    assert board.report.last_step_time == ended[0] > 1.0
+    assert saving.committed_step == 4
+
+
+def test_an_upload_that_takes_longer_than_any_may_is_no_sign_of_life() -> None:
+    flight = Flight(4, limit_seconds=100.0)
+    assert flight.is_in_time
+    flight.began -= 101.0
+    assert not flight.is_in_time
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from kubedistill_api.quantity import to_bytes
 from kubedistill_api.runspec import RunSpec
 from pydantic import BaseModel
 
+from kubedistill_trainer.checkpoint.interval import Mean, mean_of_all
 from kubedistill_trainer.store import Limits, Store
 
 _RESTART = "KUBEDISTILL_RESTART"
@@ -61,10 +62,14 @@ class Context:
         return self._stores[uri]
 
     @property
-    def mean_seconds_between_failures(self) -> float | None:
-        """As seen of this job: of its attempts, or of the restarts within this one."""
-        known = (self.run.mean_seconds_between_failures, self.restart.mean_seconds)
-        return min((seconds for seconds in known if seconds is not None), default=None)
+    def mean_seconds_between_failures(self) -> Mean | None:
+        """As seen of this job: of the attempts before, and of the restarts within this one."""
+        run, restart = self.run, self.restart
+        means = (
+            (run.mean_seconds_between_failures, run.failures_seen or 1),
+            (restart.mean_seconds, restart.number),
+        )
+        return mean_of_all(Mean(value, of) for value, of in means if value is not None)
 
     @property
     def storage(self) -> Store:
@@ -101,6 +106,11 @@ def scratch_directory() -> Path:
 def joined_file(scratch: Path, local_rank: int) -> Path:
     """There once a rank has met its peers."""
     return scratch / f"joined-{local_rank}"
+
+
+def committed_file(scratch: Path, local_rank: int) -> Path:
+    """There once a rank has seen a commit of its own gang."""
+    return scratch / f"committed-{local_rank}"
 
 
 def imported_file(scratch: Path, local_rank: int) -> Path:

@@ -8,6 +8,7 @@ with the same fence and a higher restart.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -24,7 +25,13 @@ from kubedistill_api.exit_codes import ExitCode, policy
 from kubedistill_api.runspec import Outcome
 from pydantic import ValidationError
 
-from kubedistill_trainer.context import Restart, imported_file, joined_file, trained_file
+from kubedistill_trainer.context import (
+    Restart,
+    committed_file,
+    imported_file,
+    joined_file,
+    trained_file,
+)
 from kubedistill_trainer.imports import import_as_told
 from kubedistill_trainer.rank import outcome_file
 
@@ -35,6 +42,8 @@ _JOIN_SECONDS = 60.0
 """Within which restarted ranks meet: pods of which one is gone do not wait for it longer."""
 _LEAST_TELLING = (ExitCode.PEER_LOST, ExitCode.UNKNOWN)
 _MOST_RESTARTS, _WINDOW_SECONDS = 3, 100.0
+"""Restarts within that time, and restarts in a row without a commit: what dies at the same step each
+time is for the operator to count."""
 _MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
 
 
@@ -56,20 +65,27 @@ class End:
 
 
 def may_restart(
-    ends: Sequence[End], restarts_at: Sequence[float], now: float, *, asked: bool, trained: bool
+    ends: Sequence[End],
+    restarts_at: Sequence[float],
+    now: float,
+    *,
+    in_vain: int,
+    asked: bool,
+    trained: bool,
 ) -> bool:
     """Whether the ranks of this pod are started again in place.
 
     They are where each failure was a kill or the loss of a peer; not after SIGTERM, not once
     training is over (ranks that are done do not come back), and not for the fourth time within 100
-    seconds: then it is the pod, and the operator's turn.
+    seconds or without a commit (`in_vain`: restarts since the last one): then it is the pod or the
+    program, and the operator's turn.
     """
     recent = sum(now - at < _WINDOW_SECONDS for at in restarts_at)
     failures = [end for end in ends if end.raw != 0]
     return (
         not asked
         and not trained
-        and recent < _MOST_RESTARTS
+        and max(recent, in_vain) < _MOST_RESTARTS
         and all(end.raw < 0 or end.code is ExitCode.PEER_LOST for end in failures)
     )
 
@@ -91,14 +107,18 @@ class _Forked:
 
     def poll(self) -> int | None:
         if self._ended is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self._ended = os.waitstatus_to_exitcode(status)
+            # A signal's handler may ask while we take an end in. It is told once: the call that
+            # was interrupted has it.
+            with contextlib.suppress(ChildProcessError):
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    self._ended = os.waitstatus_to_exitcode(status)
         return self._ended
 
     def send_signal(self, number: int) -> None:
         if self._ended is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
 
 class Ranks:
@@ -123,6 +143,7 @@ class Ranks:
         self._processes: list[_Process] = []
         self._began = self._started_at = time.monotonic()
         self._restarts_at: list[float] = []
+        self._in_vain = 0
         self._reason = ""
         self._imported = False
         self.asked_to_stop = False
@@ -132,7 +153,7 @@ class Ranks:
         self._processes = []
         self._started_at = time.monotonic()
         for local_rank in range(self._count):
-            for marker in (outcome_file, joined_file, trained_file):
+            for marker in (outcome_file, joined_file, committed_file, trained_file):
                 marker(self._scratch, local_rank).unlink(missing_ok=True)
             self._processes.append(self._process(local_rank))
         if self.asked_to_stop:
@@ -157,6 +178,7 @@ class Ranks:
                 return _summary(ends, self._scratch)
             self._reason = _reason(ends)
             self._restarts_at.append(time.monotonic())
+            self._in_vain += 1
             _log.warning(
                 "the ranks are started again in place",
                 extra={"restart": len(self._restarts_at), "reason": self._reason},
@@ -164,10 +186,19 @@ class Ranks:
             self.start()
 
     def _may_restart(self, ends: Sequence[End]) -> bool:
-        trained = any(trained_file(self._scratch, rank).exists() for rank in range(self._count))
+        if self._said_by_any(committed_file):
+            self._in_vain = 0
         return may_restart(
-            ends, self._restarts_at, time.monotonic(), asked=self.asked_to_stop, trained=trained
+            ends,
+            self._restarts_at,
+            time.monotonic(),
+            in_vain=self._in_vain,
+            asked=self.asked_to_stop,
+            trained=self._said_by_any(trained_file),
         )
+
+    def _said_by_any(self, marker: Callable[[Path, int], Path]) -> bool:
+        return any(marker(self._scratch, rank).exists() for rank in range(self._count))
 
     def _until_ended(self) -> list[End]:
         ended: dict[int, End] = {}
@@ -202,9 +233,14 @@ class Ranks:
             command = [sys.executable, "-m", self._module, str(local_rank)]
             return subprocess.Popen(command, env=os.environ | environment)
         sys.stdout.flush()
-        pid = os.fork()
-        if pid == 0:
-            _become(self.fork, local_rank, environment)
+        # The child has our handler for a moment: a SIGTERM that is meant for it waits until it has not.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _become(self.fork, local_rank, environment)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return _Forked(pid)
 
     def _restart(self) -> Restart:
@@ -224,6 +260,7 @@ def _become(
     """The forked child."""
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         os.environ.update(environment)
         run(local_rank)
     finally:

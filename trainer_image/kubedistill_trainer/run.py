@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,13 @@ from kubedistill_api.status import Metric, WeakestSlice
 
 from kubedistill_trainer import exporter
 from kubedistill_trainer.checkpoint import Checkpointer
-from kubedistill_trainer.context import Context, imported_file, joined_file, trained_file
+from kubedistill_trainer.context import (
+    Context,
+    committed_file,
+    imported_file,
+    joined_file,
+    trained_file,
+)
 from kubedistill_trainer.data.dataset import Dataset, learns_text, load_dataset
 from kubedistill_trainer.data.order import micro_batch_size
 from kubedistill_trainer.evaluation.speak import Tick
@@ -84,6 +90,7 @@ def run_student(
         run=f"{run.namespace}/{run.name}/{run.uid}",
         restart=context.restart.number,
         config=run.configuration(),
+        committed=partial(_touch, committed_file(context.scratch, local_rank)),
     )
     checkpointer.open()
     taught = read_taught(context)
@@ -119,6 +126,12 @@ def run_student(
         return _finish(context, dataset, engine, teacher, board, interruption, group, loop, taught)
     finally:
         teacher.close()
+
+
+def _touch(marker: Path) -> None:
+    """A disk that has no room for a marker does not undo what it marks."""
+    with suppress(OSError):
+        marker.touch()
 
 
 def _download_teacher(context: Context) -> Path | None:

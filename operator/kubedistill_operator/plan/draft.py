@@ -51,12 +51,14 @@ class OtherJob:
 class Contact:
     """What a pod answered when it was last asked, and when that was by our own clock.
 
-    `stepped_at`: when an answer first told of its latest step.
+    `stepped_at`: when an answer first told of its latest step; `moved`: whether one before it told
+    of another.
     """
 
     report: ProgressReport
     reached_at: datetime
     stepped_at: datetime | None = None
+    moved: bool = False
 
 
 @dataclass(frozen=True)

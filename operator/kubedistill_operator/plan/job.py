@@ -136,7 +136,7 @@ def _advance(step: Pass) -> None:
         if inputs is None or not preflight.check(step, inputs):
             _not_suspended(draft)
             return
-    if _past_deadline(step):
+    if _past_deadline(step, lifted=lifted):
         if not gang.take_success(step):
             limit = step.spec.active_deadline_seconds
             draft.fail(
@@ -162,10 +162,13 @@ def _not_suspended(draft: Draft) -> None:
     draft.set(reasons.SUSPENDED, "False", reasons.NOT_SUSPENDED)
 
 
-def _past_deadline(step: Pass) -> bool:
-    """Whether its time is over. As a Job's, its clock stands while suspended, and starts anew then."""
+def _past_deadline(step: Pass, *, lifted: bool) -> bool:
+    """Whether its time is over. As a Job's, its clock stands while suspended, and starts anew then.
+
+    `lifted`: it had failed. To be suspended is no more time, and it stays so.
+    """
     draft, limit = step.draft, step.spec.active_deadline_seconds
-    if limit is None or step.spec.suspend:
+    if limit is None or (step.spec.suspend and not lifted):
         return False
     suspended = draft.conditions[reasons.SUSPENDED]
     passed = seconds_since(draft.status.start_time, draft.now)

@@ -58,13 +58,23 @@ def running_seconds(attempt: Attempt) -> float:
 def mean_seconds_between_failures(attempts: Sequence[Attempt]) -> float | None:
     """Time that attempts ran over the failures among them; None while none has failed.
 
-    Failures are charged ends and disruptions. What waited for room in vain did not run.
+    What waited for room in vain did not run.
     """
-    ended = [a for a in attempts if a.end_time and a.reason != reasons.UNSCHEDULABLE]
-    failed = sum(a.charged or a.reason == reasons.DISRUPTED for a in ended)
+    failed = failures_seen(attempts)
     if not failed:
         return None
-    return max(1.0, sum(running_seconds(a) for a in ended) / failed)
+    return max(1.0, sum(running_seconds(a) for a in _that_ran(attempts)) / failed)
+
+
+def failures_seen(attempts: Sequence[Attempt]) -> int:
+    """Charged ends, disruptions, and restarts of ranks in their pods, of attempts that are over."""
+    return sum(
+        a.rank_restarts + (a.charged or a.reason == reasons.DISRUPTED) for a in _that_ran(attempts)
+    )
+
+
+def _that_ran(attempts: Sequence[Attempt]) -> list[Attempt]:
+    return [a for a in attempts if a.end_time and a.reason != reasons.UNSCHEDULABLE]
 
 
 def grace_seconds(least: int, save_seconds: float | None) -> int:

@@ -30,10 +30,13 @@ def stall(step: Pass, attempt: Attempt) -> str | None:
 def _stepped_at(step: Pass, attempt: Attempt, contact: Contact, reported: float) -> float:
     """When the latest step was, by our own clock: clocks of nodes may be an hour apart.
 
-    After a restart of the operator the status knows since when nothing changed.
+    After a restart of the operator the status knows since when nothing changed. It does not know of
+    signs of life between steps.
     """
     if contact.stepped_at is None:
         return reported
+    if contact.moved:
+        return contact.stepped_at.timestamp()
     seen, progress = contact.stepped_at, step.draft.status.progress
     unchanged = parse_time(progress.last_updated_time) if progress else None
     started = parse_time(attempt.start_time)

@@ -46,6 +46,7 @@ def student_run_spec(
     attempt: Attempt,
     grace_seconds: int,
     mean_seconds_between_failures: float | None = None,
+    failures_seen: int = 0,
 ) -> RunSpec:
     """The run spec of one attempt of the gang."""
     number = attempt.number
@@ -63,6 +64,7 @@ def student_run_spec(
             "termination_grace_seconds": grace_seconds,
             "micro_batch_size": attempt.micro_batch_size or None,
             "mean_seconds_between_failures": mean_seconds_between_failures,
+            "failures_seen": failures_seen or None,
         }
     )
 

@@ -21,7 +21,12 @@ from kubedistill_trainer.checkpoint.history import Slot
 from kubedistill_trainer.checkpoint.inspection import Tell, inspect, runs_below
 from kubedistill_trainer.checkpoint.inspection_view import WIDTH, as_json, bytes_text, show
 from kubedistill_trainer.checkpoint.log import CommitLog
-from kubedistill_trainer.checkpoint.records import Commit, ShardRecord
+from kubedistill_trainer.checkpoint.records import (
+    Commit,
+    RecordUnreadable,
+    ShardRecord,
+    decode,
+)
 from kubedistill_trainer.store import S3Uri, Store, StoreError
 
 GOOD, DAMAGED, UNUSABLE = 0, 1, 2
@@ -183,8 +188,22 @@ def _runs_beside(store: Store, endpoint: str, region: str) -> list[str]:
     if not name:
         return []
     parent = Store(str(S3Uri(store.bucket, folder)), endpoint=endpoint, region=region)
-    slots = (info.key for info in parent.list(f"{name}-") if "/log/" in info.key)
-    return sorted({parent.uri_of(key.rpartition("/log/")[0]) for key in slots})
+    first: dict[str, str] = {}  # a slot of each
+    for info in parent.list(f"{name}-"):
+        prefix, log, _ = info.key.partition("/log/")
+        if log and "/" not in prefix:
+            first.setdefault(prefix, info.key)
+    # `<name>-` begins other jobs' names too: the record says whose it is.
+    return [parent.uri_of(p) for p, key in first.items() if _may_be_of(parent, key, name)]
+
+
+def _may_be_of(store: Store, key: str, name: str) -> bool:
+    """Whether the record of that key is of a job of this name, as far as it says."""
+    try:
+        run = decode(store.get(key)).run
+    except RecordUnreadable:
+        return True
+    return not run or run.split("/")[1:2] == [name]
 
 
 @contextmanager

@@ -40,9 +40,10 @@ class Checkpointer:
 
     `store` is at the run's prefix, `run` the job's identity. `scratch` is this rank's own folder,
     `node_scratch` one that the ranks of its node share (None: `scratch`). `config` is what
-    `config_digest` is of, by name. `control_group` and `upload_group` are two gloo groups of all
-    ranks with timeouts (None for a single rank): the second one is used by the uploads alone, so its
-    timeout is longer than any upload. Not thread-safe.
+    `config_digest` is of, by name. `committed` is called on each rank after each commit.
+    `control_group` and `upload_group` are two gloo groups of all ranks with timeouts (None for a
+    single rank): the second one is for uploads and downloads, so its timeout is longer than any of
+    them. Not thread-safe.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Checkpointer:
         run: str = "",
         restart: int = 0,
         config: Mapping[str, JsonValue] | None = None,
+        committed: Callable[[], object] = lambda: None,
     ) -> None:
         self._store = store
         self._scratch = scratch
@@ -75,9 +77,10 @@ class Checkpointer:
         self._config_digest = config_digest
         self._keep_last = keep_last
         self._gang = Gang(rank, world_size, control_group)
-        self._uploaders = Gang(rank, world_size, upload_group)
+        self._transfers = Gang(rank, world_size, upload_group)
         self._memory = HostMemory(memory_limit_bytes)
         self._config = dict(config or {})
+        self._committed = committed
         self._log = CommitLog(store, fence=fence, restart=restart, attempt=attempt, run=run)
         self._verified: int | None = None
         self._flight: Flight | None = None
@@ -124,6 +127,10 @@ class Checkpointer:
 
         self._gang.gather(take)
         stall = time.monotonic() - flight.began
+        limits = self._store.limits
+        flight.limit_seconds = stall + sum(
+            limits.deadline_seconds(file.size_bytes) for file in taken[0].files
+        )
         if taken[0].on_disk_bytes:
             _log.warning(
                 "memory is short: a part of the snapshot went to disk while training waited",
@@ -133,6 +140,7 @@ class Checkpointer:
         def work() -> None:
             try:
                 flight.info = self._upload_and_commit(flight, taken[0], stall, cursor)
+                self._committed()
                 then(flight.info)
                 if self._rank == 0:
                     self._tidy(lambda: self._retire(keep_step))
@@ -179,9 +187,9 @@ class Checkpointer:
         stall: float,
         cursor: dict[str, JsonValue],
     ) -> CommitInfo:
-        """Second half of step 2, and step 3. The ranks agree over the uploads' own group."""
+        """Second half of step 2, and step 3. The ranks agree over the group for that."""
         data, receipts = self.upload(taken, flight.step)
-        commit = self._uploaders.from_first(
+        commit = self._transfers.from_first(
             lambda: self._commit(flight.step, cursor, data, receipts)
         ).record
         return CommitInfo(
@@ -196,10 +204,10 @@ class Checkpointer:
 
     def upload(self, taken: snapshot.Snapshot, step: int) -> tuple[str, list[ShardRecord]]:
         """Step 2: upload under a prefix of its own; the prefix and the receipts of all ranks."""
-        data = self._uploaders.from_first(
+        data = self._transfers.from_first(
             lambda: retention.data_prefix(self._fence, step, str(uuid.uuid4()))
         )
-        receipts = self._uploaders.gather(
+        receipts = self._transfers.gather(
             lambda: shards.upload(self._store.child(data), taken.files, rank=self._rank)
         )
         return data, [receipt for of_rank in receipts for receipt in of_rank]
@@ -290,7 +298,7 @@ class Checkpointer:
                 commit, all_but_generators if leads else [], universal.shard_folder(folder)
             )
             if not problem:
-                self._gang.gather(lambda: universal.convert(folder) if leads else None)
+                self._transfers.gather(lambda: universal.convert(folder) if leads else None)
                 universal.load(engine, folder, rank=self._rank, step=commit.step)
                 self._gang.gather(lambda: None)  # before the folder goes
                 _log.info(
@@ -316,8 +324,10 @@ class Checkpointer:
                 return str(error)
             return ""
 
-        # The agreement is a minimum: one rank that cannot load it is enough to pass it over.
-        return next((problem for problem in self._gang.gather(fetch) if problem), "")
+        # The agreement is a minimum: one rank that cannot load it is enough to pass it over. Ranks
+        # that need little wait for those that need all: over the group that has the time. No
+        # upload uses it now.
+        return next((problem for problem in self._transfers.gather(fetch) if problem), "")
 
     def _refuse_misfit(self, entry: CommitEntry) -> None:
         commit, uri = entry.record, self._store.uri_of(slot_key(entry.sequence))

@@ -15,7 +15,15 @@ from kubedistill_trainer.checkpoint.history import Slot, State, run_of, slot_of
 from kubedistill_trainer.checkpoint.log import CommitLog
 from kubedistill_trainer.checkpoint.records import Commit, ShardRecord
 from kubedistill_trainer.checkpoint.retention import named_data
-from kubedistill_trainer.store import NotFound, ObjectInfo, Store, StoreError, Upload
+from kubedistill_trainer.store import (
+    AccessDenied,
+    NotFound,
+    ObjectInfo,
+    Store,
+    StoreError,
+    UnsupportedStore,
+    Upload,
+)
 
 PART_BYTES = 16 * 1024 * 1024
 """A record holds one CRC32C for each part of this size."""
@@ -58,6 +66,8 @@ class Inspection:
     leftovers: list[Leftover] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
     uploads: tuple[Upload, ...] = ()
+    uploads_unknown: str = ""
+    """Why the store does not list them: keys that may only read are often not allowed to."""
     strangers: list[ObjectInfo] = field(default_factory=list)
     """Objects below the prefix that nothing of ours writes."""
 
@@ -130,7 +140,10 @@ def inspect(store: Store, *, deep: bool = False, tell: Tell | None = None) -> In
     objects = list(store.list())
     found.leftovers = _leftovers(objects, slots, set(pins.pinned(store)))
     found.pins = [Pin(n, _pin_means(slots, n)) for n in pins.pinned(store)]
-    found.uploads = store.uploads()
+    try:
+        found.uploads = store.uploads()
+    except (AccessDenied, UnsupportedStore) as error:
+        found.uploads_unknown = str(error)
     found.strangers = [info for info in objects if not _is_ours(info.key)]
     return found
 

@@ -14,6 +14,8 @@ from kubedistill_trainer.checkpoint.inspection import Inspection
 from kubedistill_trainer.checkpoint.records import Commit, Record, Reject, Retire
 
 WIDTH = 100
+MOST_ROWS = 500
+"""Of a list. A log of years has more than a person reads, or a terminal takes in time."""
 _COLOURS = {
     State.LIVE: "green",
     State.IN_FORCE: "green",
@@ -42,6 +44,8 @@ def show(found: Inspection, console: Console) -> None:
     console.print(Text(found.uri, "bold", overflow="fold"))
     if found.run:
         console.print(Text(f"run {found.run}", "dim", overflow="fold"))
+    if (earlier := len(found.slots) - MOST_ROWS) > 0:
+        console.print(Text(f"{earlier:,} earlier slots are left out: --json has them", "dim"))
     console.print(_log_table(found))
     for line in _verdict(found):
         console.print(line)
@@ -64,6 +68,7 @@ def as_json(found: Inspection) -> dict[str, Any]:
         "uploads": [
             {"key": u.key, "id": u.id, "initiated": u.initiated.isoformat()} for u in found.uploads
         ],
+        "uploadsUnknown": found.uploads_unknown,
         "strangers": [info.key for info in found.strangers],
     }
 
@@ -97,7 +102,7 @@ def _log_table(found: Inspection) -> Table:
     table.add_column("attempt", overflow="ellipsis", no_wrap=True, max_width=14)
     table.add_column("time (UTC)", no_wrap=True)
     table.add_column("state", overflow="fold", ratio=1)
-    for slot in found.slots:
+    for slot in found.slots[-MOST_ROWS:]:
         table.add_row(*_cells(slot, found))
     return table
 
@@ -155,11 +160,14 @@ def _verdict(found: Inspection) -> list[Text]:
         lines.append(Text(f"A resume takes {where}.", "green"))
     else:
         lines.append(Text("There is no commit to resume from.", "yellow"))
-    for slot, why in found.passed_over:
+    passed_over = found.passed_over
+    for slot, why in passed_over[:MOST_ROWS]:
         record = slot.entry.record
         what = f"step {record.step}" if isinstance(record, Commit) else "no record"
         line = f"  not slot {slot.entry.sequence} ({what}), {_shorter(why, found)}"
         lines.append(Text(line, "yellow", overflow="fold"))
+    if (more := len(passed_over) - MOST_ROWS) > 0:
+        lines.append(Text(f"  nor {more:,} more: --json has them", "yellow"))
     return lines
 
 
@@ -169,7 +177,9 @@ def _rest(found: Inspection) -> Group:
     def part(title: str, rows: list[str], style: str = "") -> None:
         if rows:
             lines.append(Text(f"\n{title}", "bold"))
-            lines.extend(Text(f"  {row}", style, overflow="fold") for row in rows)
+            lines.extend(Text(f"  {row}", style, overflow="fold") for row in rows[:MOST_ROWS])
+            if (more := len(rows) - MOST_ROWS) > 0:
+                lines.append(Text(f"  and {more:,} more: --json has them", style))
 
     left = sum(leftover.size_bytes for leftover in found.leftovers)
     part(
@@ -179,7 +189,8 @@ def _rest(found: Inspection) -> Group:
     part("Pins", [f"slot {pin.sequence}: {pin.means}" for pin in found.pins], "cyan")
     part(
         "Unfinished multipart uploads",
-        [f"{u.key}  since {u.initiated:%Y-%m-%d %H:%M:%S}" for u in found.uploads],
+        [f"{u.key}  since {u.initiated:%Y-%m-%d %H:%M:%S}" for u in found.uploads]
+        or [f"not known: {why}" for why in [found.uploads_unknown] if why],
     )
     part(
         "Objects that are none of ours",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 _FIRST_SECONDS = 10.0
 _FIRST_SHARE = 0.02
@@ -33,16 +35,31 @@ def save_interval(cost_seconds: float, save_seconds: float, mtbf_seconds: float)
     return max(_SHORTEST_SECONDS, save_seconds, min(LONGEST_SECONDS, best))
 
 
-def expected_mtbf(seen_seconds: float | None, uptime_seconds: float, nodes: int) -> float:
-    """Seconds between failures: as seen, or where none was seen as long as it went well so far.
+class Mean(NamedTuple):
+    """A mean of so many."""
 
-    At least ten minutes, at most a day or what the hardware of so many nodes lasts: a job that has
-    just begun fails sooner than one that has run for hours.
+    value: float
+    of: int
+
+
+def mean_of_all(means: Iterable[Mean]) -> Mean | None:
+    """The mean of everything that the means are of; None where that is nothing."""
+    found = list(means)
+    of = sum(mean.of for mean in found)
+    return Mean(sum(mean.value * mean.of for mean in found) / of, of) if of else None
+
+
+def expected_mtbf(seen: Mean | None, uptime_seconds: float, nodes: int) -> float:
+    """Seconds between failures: `seen` before, and none since this start.
+
+    Where none was seen, as long as it went well so far, and at least ten minutes: a job that has
+    just begun fails sooner than one that has run for hours. At most a day or what the hardware of so
+    many nodes lasts.
     """
-    if seen_seconds is not None:
-        return seen_seconds
     most = min(_DAY, _NODE_DAYS * _DAY / nodes)
-    return min(most, max(_YOUNG_SECONDS, uptime_seconds))
+    if seen is None:
+        return min(most, max(_YOUNG_SECONDS, uptime_seconds))
+    return min(most, seen.value + uptime_seconds / seen.of)
 
 
 def save_cost(

@@ -55,6 +55,13 @@ class Flight:
 
     step: int
     began: float = field(default_factory=time.monotonic)
+    limit_seconds: float = 0.0
+    """The longest that the store's deadlines let this rank's upload take."""
     ended: threading.Event = field(default_factory=threading.Event)
     info: CommitInfo | None = None
     error: Exception | None = None
+
+    @property
+    def is_in_time(self) -> bool:
+        """Whether it has not yet taken longer than that."""
+        return time.monotonic() - self.began < self.limit_seconds

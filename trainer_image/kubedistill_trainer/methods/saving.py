@@ -16,6 +16,7 @@ from kubedistill_trainer import exporter
 from kubedistill_trainer.checkpoint import Checkpointer, CheckpointError, CommitInfo, Fenced
 from kubedistill_trainer.checkpoint.estimate import fits_grace, p99
 from kubedistill_trainer.checkpoint.interval import (
+    Mean,
     expected_mtbf,
     first_save,
     save_cost,
@@ -28,6 +29,7 @@ GRACE_MARGIN_SECONDS = 5.0
 _FAILURES_BORNE = 2
 """Saves in a row that may fail: training goes on, and the commit before them is valid."""
 _RECENT = 200
+_TELL_SECONDS = 2.0
 
 
 class Saver:
@@ -41,7 +43,7 @@ class Saver:
         *,
         grace_seconds: float,
         nodes: int = 1,
-        mtbf_seconds: float | None = None,
+        mtbf_seconds: Mean | None = None,
     ) -> None:
         """`mtbf_seconds`: mean time between failures as seen of this job; None for none seen."""
         self._checkpointer = checkpointer
@@ -122,6 +124,7 @@ class Saver:
         A failed one is borne, a few times in a row, unless it is the `last` one: then, and when the
         run is fenced, its error is raised.
         """
+        self._await_flight()
         try:
             info = self._checkpointer.finish()
         except (CheckpointError, StoreError) as error:
@@ -132,6 +135,13 @@ class Saver:
         if info is not None:
             self._failures = 0
             self.committed_step = info.step
+
+    def _await_flight(self) -> None:
+        """Tell that there is life while a save is waited for, within the time that it may take."""
+        flight = self._checkpointer.flight
+        while flight is not None and not flight.ended.wait(_TELL_SECONDS):
+            if flight.is_in_time and self._board.report.last_step_time is not None:
+                self._board.update(last_step_time=time.time())
 
     def save(
         self, engine: Any, step: int, cursor: dict[str, JsonValue], keep_step: int | None

@@ -358,10 +358,14 @@ class Loop:
         fits, left = answer.tolist()
         if self._saver.committed_step != step:
             if not fits:
+                committed = self._saver.committed_step
+                there = (
+                    f"step {committed} is committed" if committed >= 0 else "nothing is committed"
+                )
                 raise RunFailure(
                     ExitCode.INTERRUPTED,
                     f"asked to stop after step {step} with {left:.0f} s of grace: too little to "
-                    f"commit; step {max(0, self._saver.committed_step)} is committed",
+                    f"commit; {there}",
                 )
             self._saver.save(self._engine, *self._state(step))
         raise RunFailure(ExitCode.GRACEFUL_CHECKPOINT, f"asked to stop; committed step {step}")

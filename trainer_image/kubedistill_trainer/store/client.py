@@ -172,13 +172,19 @@ class Store:
         return iter(sorted(found, key=lambda info: info.key))
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete objects; one that is not there is no error."""
+        """Delete objects; one that is not there is no error.
+
+        Keys may be as odd as a list gives them: whatever is there can be deleted.
+        """
         remaining = iter(keys)
         while batch := _list_of(islice(remaining, _DELETE_BATCH)):
             with translated("delete", self.uri_of(batch[0]), self._connection.server):
                 answer = self._connection.client.delete_objects(
                     Bucket=self.bucket,
-                    Delete={"Objects": [{"Key": self._full(key)} for key in batch], "Quiet": True},
+                    Delete={
+                        "Objects": [{"Key": self._at.join(key).prefix} for key in batch],
+                        "Quiet": True,
+                    },
                 )
             for failure in answer.get("Errors", []):
                 raise StoreError(

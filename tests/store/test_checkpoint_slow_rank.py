@@ -1,0 +1,87 @@
+"""Two ranks of which one has much more to fetch: the other waits for it, longer than for a word."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
+
+WORLD = 2
+PATIENCE_SECONDS = 8.0
+"""Of the control group."""
+
+
+class Engine:
+    """Each rank has a file of its own."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.weights: Any = None
+        self.checkpoint_engine: Any = None
+
+    def _file(self, folder: str, tag: str) -> Path:
+        return Path(folder) / tag / f"zero_pp_rank_{self.rank}_optim_states.pt"
+
+    def save_checkpoint(self, folder: str, *, tag: str, save_latest: bool) -> None:
+        self.checkpoint_engine.save(self.weights, str(self._file(folder, tag)))
+
+    def load_checkpoint(self, folder: str, *, tag: str) -> tuple[str, object]:
+        import torch
+
+        self.weights = torch.load(self._file(folder, tag), weights_only=True)
+        return folder, {}
+
+
+def a_rank(rank: int, folder: Path, uri: str, endpoint: str) -> None:
+    """Save, and restore over a network that is slow for rank 1 alone."""
+    import torch
+    import torch.distributed as dist
+    from kubedistill_trainer.checkpoint import Checkpointer
+    from kubedistill_trainer.store import Store
+
+    meeting = f"file://{folder / 'meeting'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD)
+    store = Store(uri, endpoint=endpoint)
+    checkpointer = Checkpointer(
+        store=store,
+        scratch=folder / str(rank),
+        fence=1,
+        attempt="a",
+        rank=rank,
+        world_size=WORLD,
+        config_digest="c",
+        keep_last=3,
+        control_group=dist.new_group(timeout=timedelta(seconds=PATIENCE_SECONDS)),
+        upload_group=dist.new_group(timeout=timedelta(minutes=5)),
+    )
+    checkpointer.open()
+    engine = Engine(rank)
+    engine.weights = torch.full((10,), float(rank))
+    checkpointer.save(engine, step=5, cursor={})
+    if rank == 1:
+        client: Any = store._connection.client
+        client.meta.events.register(
+            "before-send.s3.GetObject", lambda **_: time.sleep(PATIENCE_SECONDS)
+        )
+    engine.weights = None
+    restored = checkpointer.restore(engine)
+    assert restored is not None
+    assert restored.step == 5
+    assert engine.weights[0] == rank
+    os._exit(0)
+
+
+def test_a_rank_that_fetches_long_is_waited_for(s3: S3Server, tmp_path: Path) -> None:  # noqa: F811
+    spawn = multiprocessing.get_context("spawn")
+    uri = s3.uri()
+    ranks = [spawn.Process(target=a_rank, args=(n, tmp_path, uri, s3.endpoint)) for n in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
