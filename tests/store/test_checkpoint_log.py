@@ -7,12 +7,14 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier
 from typing import Any
 
 import pytest
 from kubedistill_trainer.checkpoint import CommitLog, Fenced
 from kubedistill_trainer.checkpoint.errors import CheckpointCorrupt, ForeignLog, LogTooNew
+from kubedistill_trainer.checkpoint.known import KnownRecords
 from kubedistill_trainer.checkpoint.log import Entry, slot_key
 from kubedistill_trainer.checkpoint.records import (
     Commit,
@@ -72,6 +74,44 @@ def test_a_log_grows_slot_by_slot(store: Store) -> None:
     log.append(Retire, sequences=[1], data=["data/e1/s10/u"])
     other.read()
     assert steps(other) == steps(log) == [20]
+
+
+def test_what_a_pod_knows_is_not_fetched_again(store: Store, tmp_path: Path) -> None:
+    file = tmp_path / "pod" / "log"
+    first = CommitLog(store, fence=1, attempt="a", known=KnownRecords(file, fresh=True))
+    first.take_over()
+    for step in (10, 20):
+        first.append(Commit, **commit_fields(step))
+    with file.open("ab") as lines:
+        lines.write(b'3 {"half": ')
+    faults = Faults(store)
+    again = CommitLog(
+        store, fence=1, restart=1, attempt="a", known=KnownRecords(file, fresh=False)
+    )
+    again.take_over()
+    assert [request.split()[0] for request in faults.requests] == ["GET", "PUT"], "list and FENCE"
+    assert steps(again) == [10, 20]
+    other = CommitLog(store)
+    assert other.read() == again.entries
+
+
+def test_of_another_attempts_records_nothing_is_known(store: Store, tmp_path: Path) -> None:
+    """Its disk may be an older one's, and the store has the last word."""
+    first = CommitLog(store, fence=1, known=KnownRecords(tmp_path / "log", fresh=True))
+    first.take_over()
+    store.put(slot_key(0), b"harmed")
+    second = CommitLog(store, fence=2, known=KnownRecords(tmp_path / "log", fresh=True))
+    second.take_over()
+    assert second.entries[0].record is None
+
+
+def test_a_disk_that_takes_nothing_costs_requests_alone(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    known = KnownRecords(tmp_path / "file" / "log", fresh=True)
+    log = CommitLog(store, fence=1, attempt="a", known=known)
+    log.take_over()
+    log.append(Commit, **commit_fields(10))
+    assert steps(log) == [10]
 
 
 def test_reading_needs_no_fence_and_appending_does(store: Store) -> None:

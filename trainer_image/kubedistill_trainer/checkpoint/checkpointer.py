@@ -25,6 +25,7 @@ from kubedistill_trainer.checkpoint.errors import (
     CheckpointCorrupt,
     ConfigChanged,
 )
+from kubedistill_trainer.checkpoint.known import KnownRecords
 from kubedistill_trainer.checkpoint.log import CommitEntry, CommitLog, Entry, slot_key
 from kubedistill_trainer.checkpoint.records import Commit, Reject, ShardRecord, digest
 from kubedistill_trainer.checkpoint.results import CommitInfo, Flight, Rejected, Restored
@@ -81,7 +82,10 @@ class Checkpointer:
         self._memory = HostMemory(memory_limit_bytes)
         self._config = dict(config or {})
         self._committed = committed
-        self._log = CommitLog(store, fence=fence, restart=restart, attempt=attempt, run=run)
+        known = KnownRecords(scratch / "log", fresh=restart == 0)
+        self._log = CommitLog(
+            store, fence=fence, restart=restart, attempt=attempt, run=run, known=known
+        )
         self._verified: int | None = None
         self._flight: Flight | None = None
 

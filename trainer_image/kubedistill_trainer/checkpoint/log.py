@@ -24,6 +24,7 @@ from kubedistill_trainer.checkpoint.history import (
     slot_key,
     slot_of,
 )
+from kubedistill_trainer.checkpoint.known import KnownRecords
 from kubedistill_trainer.checkpoint.records import (
     Commit,
     Fence,
@@ -45,9 +46,10 @@ _MOST_MISSING = 1000
 class CommitLog:
     """The log under a run's prefix, and the right to append to it under one fence.
 
-    `run` is the job's identity, `<namespace>/<name>/<uid>`; it goes into every record. Not
-    thread-safe: one thread of one rank writes. A log that was only read may not be appended to;
-    `take_over` gives the right, and loses it for good to the first record of somebody else.
+    `run` is the job's identity, `<namespace>/<name>/<uid>`; it goes into every record. `known` are
+    records that need not be fetched. Not thread-safe: one thread of one rank writes. A log that was
+    only read may not be appended to; `take_over` gives the right, and loses it for good to the first
+    record of somebody else.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class CommitLog:
         restart: int = 0,
         attempt: str = "",
         run: str = "",
+        known: KnownRecords | None = None,
     ) -> None:
         self._store = store
+        self._known = known
         self._fence = fence
         self._restart = restart
         self._attempt = attempt
@@ -96,14 +100,15 @@ class CommitLog:
                 "are empty, so it is not this log's; move it away, or restore the slots"
             )
         with ThreadPoolExecutor(_READERS) as pool:
-            self._entries.extend(pool.map(self._read_slot, range(first, last + 1)))
+            for entry in pool.map(self._read_slot, range(first, last + 1)):
+                self._take_in(entry)
         return self.entries
 
     def read_to_end(self) -> list[Entry]:
         """`read`, and then slot by slot until one is free: exact even where a list is stale."""
         self.read()
         while (entry := self._read_if_taken(len(self._entries))) is not None:
-            self._entries.append(entry)
+            self._take_in(entry)
         return self.entries
 
     def take_over(self) -> int:
@@ -121,7 +126,7 @@ class CommitLog:
             if (sequence := self._own_fence()) is not None:
                 self._fence_sequence = sequence
                 return sequence
-            self._entries.append(self._put(len(self._entries), record))
+            self._take_in(self._put(len(self._entries), record))
 
     def refuse_if_overtaken(self) -> None:
         """`read`; raises Fenced when another attempt has taken over since `take_over`.
@@ -150,7 +155,7 @@ class CommitLog:
             found = self._put(len(self._entries), record)
             if not self._is_own(found) and not self._counts_for_nothing(found):
                 raise self._fenced(found, "expected to be free, ")
-            self._entries.append(found)
+            self._take_in(found)
             if found.record == record:
                 return found
 
@@ -242,8 +247,16 @@ class CommitLog:
             return found
         return Entry(sequence, record)
 
+    def _take_in(self, entry: Entry) -> None:
+        """The next slot's entry."""
+        self._entries.append(entry)
+        if self._known is not None and entry.record is not None:
+            self._known.add(entry.sequence, entry.record)
+
     def _read_slot(self, sequence: int) -> Entry:
         """What is in a slot that should be taken."""
+        if self._known is not None and (record := self._known.get(sequence)) is not None:
+            return Entry(sequence, record)
         empty = Entry(sequence, None, "the slot is empty and a later one is not")
         return self._read_if_taken(sequence) or empty
 
