@@ -132,6 +132,7 @@ def run_of(training: Training, interval: int) -> Any:
         spec=spec,
         rendezvous=None,
         termination_grace_seconds=30,
+        save_seconds=None,
     )
 
 

@@ -54,7 +54,8 @@ POLICIES: dict[ExitCode, ExitPolicy] = {
     ExitCode.GRACEFUL_CHECKPOINT: ExitPolicy(
         reasons.GRACEFUL_CHECKPOINT, True, False, "asked to stop, committed, stopped"
     ),
-    ExitCode.FENCED: ExitPolicy(reasons.FENCED, False, False, "a newer attempt owns the run"),
+    # Of the newest attempt there is: the log knows another, which the next one outbids.
+    ExitCode.FENCED: ExitPolicy(reasons.FENCED, True, True, "another attempt owns the run"),
     ExitCode.UNREADABLE_INPUT: ExitPolicy(
         reasons.UNREADABLE_INPUT, False, False, "data or a model cannot be read or does not fit"
     ),

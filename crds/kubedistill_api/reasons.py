@@ -180,7 +180,8 @@ WHAT_TO_DO: dict[str, str] = {
     PEER_LOST: "Look at the other pods of that attempt: one ended first.",
     INTERRUPTED: "Raise the pods' termination grace when this repeats.",
     DISRUPTED: "Nothing: a pod was evicted or preempted; the retry is free.",
-    FENCED: "Nothing: a newer attempt owns the run.",
+    FENCED: "Nothing at first: the next attempt takes the run over. Where it comes again, something "
+    "else runs pods of this job: another operator, or a Job that somebody made.",
     GRACEFUL_CHECKPOINT: "Nothing: the attempt committed before it stopped.",
     NON_FINITE_LOSS: (
         "Lower training.learningRate, or use precision: FP32 or onNonFiniteLoss: Skip, under another "

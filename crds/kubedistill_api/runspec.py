@@ -67,6 +67,9 @@ class RunSpec(ApiModel):
     mean_seconds_between_failures: float | None = Field(
         None, description="Of this job's attempts so far; None while none has failed."
     )
+    save_seconds: float | None = Field(
+        None, description="Longest save of this job's attempts so far; None while there was none."
+    )
     failures_seen: int | None = Field(None, description="How many failures that mean is of.")
     sweep: SweepTable | None = Field(None, description="Of a report: what is added to it.")
 

@@ -239,6 +239,7 @@ class Effects:
             template["spec"]["terminationGracePeriodSeconds"],
             restart.mean_seconds_between_failures(status.attempts),
             restart.failures_seen(status.attempts),
+            status.save_seconds,
         )
         name = names.attempt_name(owner.name, attempt.number)
         return template, run_specs.config_map(owner, name, run)

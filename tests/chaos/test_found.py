@@ -125,6 +125,7 @@ def test_a_full_disk_changes_no_exit_code(tmp_path: Path) -> None:
         "Connection closed by peer [127.0.0.1]:1",
         "[pair.cc:545] Read error [127.0.0.1]:45952: Connection reset by peer. This is typically",
         "[pair.cc:566] Write error [127.0.0.1]:45952: Broken pipe",
+        "[unbound_buffer.cc:89] Timed out waiting 600000ms for recv operation to complete",
     ],
 )
 def test_gloo_says_in_several_ways_that_a_peer_is_lost(said: str) -> None:

@@ -85,9 +85,7 @@ def test_what_a_pod_knows_is_not_fetched_again(store: Store, tmp_path: Path) -> 
     with file.open("ab") as lines:
         lines.write(b'3 {"half": ')
     faults = Faults(store)
-    again = CommitLog(
-        store, fence=1, restart=1, attempt="a", known=KnownRecords(file, fresh=False)
-    )
+    again = CommitLog(store, fence=1, restart=1, attempt="a", known=KnownRecords(file, fresh=False))
     again.take_over()
     assert [request.split()[0] for request in faults.requests] == ["GET", "PUT"], "list and FENCE"
     assert steps(again) == [10, 20]

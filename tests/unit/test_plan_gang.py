@@ -124,12 +124,21 @@ def test_a_free_end_restarts_at_once(pod: PodView, why: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "why"), [(10, reasons.INVALID_SPEC), (12, reasons.FENCED), (13, reasons.UNREADABLE_INPUT)]
+    ("code", "why"), [(10, reasons.INVALID_SPEC), (13, reasons.UNREADABLE_INPUT)]
 )  # fmt: skip
 def test_what_is_never_retried(code: int, why: str) -> None:
     plan = settled(failed_gang(ended("p", code)))
     assert state(plan) == ("False", why)
     assert plan.status.completion_time
+
+
+def test_a_newest_attempt_that_was_fenced_is_followed_by_one_with_a_higher_fence() -> None:
+    """Its Job was made anew under its number (somebody had deleted it while no operator looked, and
+    nothing was known of it yet): the log knows its fence, and the job ended for good."""
+    seen = failed_gang(ended("p", 12))
+    [attempt] = settled(seen).status.attempts
+    assert (attempt.reason, attempt.charged) == (reasons.FENCED, True)
+    assert plan_job(after(seen, seconds=30), TIMING).actions == (CreateGang(2, 2),)
 
 
 def test_too_many_failures_end_the_job_and_a_larger_limit_revives_it() -> None:

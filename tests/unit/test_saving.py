@@ -51,6 +51,19 @@ def test_the_interval_is_where_a_save_costs_what_a_failure_does() -> None:
     assert waste(best) < min(waste(best * 0.9), waste(best * 1.1))
 
 
+def test_before_its_first_save_an_attempt_knows_how_long_they_took_the_one_before() -> None:
+    """SIGTERM then committed nothing, though the grace had room: with a long interval, hours."""
+    commits: Any = Commits()
+    saver = Saver(
+        commits,
+        Checkpoint(interval=1000),
+        ProgressBoard(),
+        grace_seconds=60,
+        known_save_seconds=7.5,
+    )
+    assert saver.saves == [7.5]
+
+
 def test_the_first_save_is_soon() -> None:
     assert [first_save(mtbf) for mtbf in (DAY, 200.0, 10.0)] == [10.0, 4.0, 1.0]
 

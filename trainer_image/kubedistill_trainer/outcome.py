@@ -27,7 +27,12 @@ from kubedistill_trainer.teacher.errors import (
     StreamStalled,
 )
 
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+)
 """How gloo says in a RuntimeError that a peer has gone, by what its socket met first."""
 _REFUSALS = (
     AccessDenied,

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -44,7 +45,11 @@ _LEAST_TELLING = (ExitCode.PEER_LOST, ExitCode.UNKNOWN)
 _MOST_RESTARTS, _WINDOW_SECONDS = 3, 100.0
 """Restarts within that time, and restarts in a row without a commit: what dies at the same step each
 time is for the operator to count."""
-_MEMORY_EVENTS = Path("/sys/fs/cgroup/memory.events")
+_MEMORY_EVENTS = (
+    Path("/sys/fs/cgroup/memory.events"),
+    Path("/sys/fs/cgroup/memory/memory.oom_control"),
+)
+"""Of version 2 and version 1, which both have a line with `oom_kill`."""
 
 
 @dataclass(frozen=True)
@@ -277,11 +282,11 @@ def _reason(ends: Sequence[End]) -> str:
 
 def _memory_kills() -> int:
     """How many processes of this container the kernel has killed for its memory limit."""
-    try:
-        lines = _MEMORY_EVENTS.read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    text = ""
+    for file in _MEMORY_EVENTS:
+        with suppress(OSError):
+            text += file.read_text()
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill "))
 
 
 def _out_of_memory() -> tuple[ExitCode, Outcome]:

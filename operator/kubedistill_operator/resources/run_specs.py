@@ -47,6 +47,7 @@ def student_run_spec(
     grace_seconds: int,
     mean_seconds_between_failures: float | None = None,
     failures_seen: int = 0,
+    save_seconds: float | None = None,
 ) -> RunSpec:
     """The run spec of one attempt of the gang."""
     number = attempt.number
@@ -65,6 +66,7 @@ def student_run_spec(
             "micro_batch_size": attempt.micro_batch_size or None,
             "mean_seconds_between_failures": mean_seconds_between_failures,
             "failures_seen": failures_seen or None,
+            "save_seconds": save_seconds,
         }
     )
 

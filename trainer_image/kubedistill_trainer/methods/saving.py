@@ -44,14 +44,19 @@ class Saver:
         grace_seconds: float,
         nodes: int = 1,
         mtbf_seconds: Mean | None = None,
+        known_save_seconds: float | None = None,
     ) -> None:
-        """`mtbf_seconds`: mean time between failures as seen of this job; None for none seen."""
+        """`mtbf_seconds`: mean time between failures as seen of this job; None for none seen.
+
+        `known_save_seconds`: the longest save of the attempts before; None where there was none.
+        """
         self._checkpointer = checkpointer
         self._interval = checkpoint.interval
         self._board = board
         self._grace = grace_seconds
         self._seen_mtbf = mtbf_seconds
         self._nodes = nodes
+        self._known_save = known_save_seconds
         self._steps: deque[float] = deque(maxlen=_RECENT)
         self._calm: deque[float] = deque(maxlen=_RECENT)
         self._busy: deque[float] = deque(maxlen=_RECENT)
@@ -63,7 +68,10 @@ class Saver:
 
     @property
     def saves(self) -> list[float]:
-        """Seconds of each save so far, from its snapshot to its commit."""
+        """Seconds of each save so far, from its snapshot to its commit; before the first one, what is
+        known of attempts before."""
+        if not self._saves and self._known_save is not None:
+            return [self._known_save]
         return [info.duration_seconds for info in self._saves]
 
     def stepped(self, seconds: float) -> None:

@@ -81,6 +81,7 @@ class Loop:
             grace_seconds=run.termination_grace_seconds,
             nodes=nodes,
             mtbf_seconds=context.mean_seconds_between_failures,
+            known_save_seconds=context.run.save_seconds,
         )
         self._stragglers = StragglerWatch(max(1, context.world_size // nodes))
         self._training = run.spec.training
