@@ -102,8 +102,14 @@ class Watched:
         if labels.get(names.LABEL_ROLE) != names.ROLE_STUDENT:
             return
         live = self._live[labels[names.LABEL_JOB]]
+        # With FailureTarget all of its pods are asked to go, and none is made any more: those of a lost
+        # node cannot say that they went, and are waited for so long (docs/restarts.md).
         ended = {c["type"] for c in (item.get("status") or {}).get("conditions") or []}
-        if kind == "DELETED" or meta.get("deletionTimestamp") or ended & {"Complete", "Failed"}:
+        if (
+            kind == "DELETED"
+            or meta.get("deletionTimestamp")
+            or ended & {"Complete", "Failed", "FailureTarget"}
+        ):
             live.pop(name, None)
         elif name not in live:
             live[name] = meta["uid"]

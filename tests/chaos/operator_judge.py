@@ -25,7 +25,11 @@ DECLARED = re.compile(
     r"^(kubedistill_operator\.cluster\.\w+|aiohttp\.[\w.]+|kopf[\w.]*\.\w+|TimeoutError|"
     r"asyncio\.[\w.]*TimeoutError|Connection\w*Error|OSError)\b"
 )
-"""Last line of a traceback that tells of the API server."""
+"""Last line of a traceback that tells of the API server.
+
+Such a pass is made again, and people have to see that it was the server. NotFound is among them: a
+409 that lies says that something is there which is not. Without lies it is none (`errors`, the fuzzer).
+"""
 CASE_SECONDS = 240.0
 _SETTLED_SECONDS = 30.0
 State = dict[str, Any]

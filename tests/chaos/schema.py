@@ -95,15 +95,17 @@ def _strings(schema: Schema) -> st.SearchStrategy[str]:
     return st.text(min_size=low, max_size=high)
 
 
-def edits(schema: Schema) -> st.SearchStrategy[list[tuple[Path_, Any]]]:
-    """One to three fields, each with a value that fits it or with a hostile one."""
+def edits(schema: Schema, *, fitting: bool = False) -> st.SearchStrategy[list[tuple[Path_, Any]]]:
+    """One to three fields, each with a value that fits it or, unless `fitting`, a hostile one."""
     fields = list(paths(schema))
-    one = st.sampled_from(fields).flatmap(
-        lambda field: st.tuples(
-            st.just(field[0]), st.one_of(values(field[1]), st.sampled_from(_HOSTILE))
-        )
-    )
-    return st.lists(one, min_size=1, max_size=3)
+
+    def of(field: tuple[Path_, Schema]) -> st.SearchStrategy[tuple[Path_, Any]]:
+        fits = values(field[1])
+        value = fits if fitting else st.one_of(fits, st.sampled_from(_HOSTILE))
+        return st.tuples(st.just(field[0]), value)
+
+    one = st.sampled_from(fields).flatmap(of)
+    return st.lists(one, min_size=1, max_size=1 if fitting else 3)
 
 
 def edited(spec: dict[str, Any], changes: list[tuple[Path_, Any]]) -> dict[str, Any]:

@@ -266,3 +266,25 @@ def test_old_attempts_are_removed_but_for_the_last() -> None:
     jobs = gang_job(1, failed=True) | gang_job(2, failed=True) | gang_job(3)
     plan = plan_job(replace(seen, status=status, batch_jobs=jobs), TIMING)
     assert plan.actions == (DeleteBatchJob("small-a1"),)
+
+
+def test_a_pod_that_cannot_go_with_its_lost_node_ends_the_attempt_for_free() -> None:
+    """Its Job would fail when it has ended: the gang stood until its stall, and that counted."""
+    lost = running(
+        "b", index=1, disrupted=True, deleting=True, deleting_since=NOW, grace_seconds=60
+    )
+    seen = started(pods=(running("a"), lost))
+    assert plan_job(seen, TIMING).status.attempts[-1].reason == ""
+    late = after(seen, seconds=70)
+    plan = settled(late)
+    assert plan.actions == (DeleteBatchJob("small-a1"),)
+    attempt = plan.status.attempts[-1]
+    assert (attempt.reason, attempt.charged, attempt.end_time) == (reasons.DISRUPTED, False, "")
+    # The other one is asked to go now, and gets its own time to commit.
+    asked = replace(running("a"), deleting=True, deleting_since=late.now, grace_seconds=60)
+    job = gang_job(deleting_since=late.now)
+    ending = after(late, pods=(asked, lost), batch_jobs=job)
+    assert plan_job(ending, TIMING).status.attempts[-1].end_time == ""
+    done = after(ending, pods=(ended("a", 11, deleting_since=late.now), lost), batch_jobs=job)
+    closed = plan_job(after(done, seconds=60), TIMING).status.attempts
+    assert (closed[0].reason, closed[0].charged, len(closed)) == (reasons.DISRUPTED, False, 2)

@@ -33,17 +33,34 @@ def over(draft: Draft, batch_job: BatchJobView | None, pods: list[PodView]) -> b
     since = [t for p in pods for t in (p.finished_at, p.deleting_since) if t]
     if batch_job is not None:
         since += [t for t in (batch_job.deleting_since, batch_job.finished_at) if t]
+    # Each has its own grace from when it was asked: one that is lost may have been asked long before.
+    asked = [p.deleting_since for p in pods if p.active and p.deleting_since]
     if not since:
         draft.look_again(draft.timing.poll)
         return False
     # A Job's deletionTimestamp is when deletion was asked for; pods get their grace from then.
     grace = max([draft.timing.grace, *(p.grace_seconds for p in pods)])
     limit = grace + draft.timing.margin
-    waited = (draft.now - min(since)).total_seconds()
+    waited = (draft.now - max(asked, default=min(since))).total_seconds()
     if waited < limit:
         draft.look_again(limit - waited)
         return False
     return True
+
+
+def lost_with_node(draft: Draft, pods: list[PodView]) -> str | None:
+    """Why the gang has lost a pod, where a node that is lost cannot say so.
+
+    Kubernetes gives up the node's pods, and they stay: their Job would fail when they have ended.
+    """
+    for pod in pods:
+        if not (pod.active and pod.disrupted and pod.deleting_since):
+            continue
+        left = pod.grace_seconds - (draft.now - pod.deleting_since).total_seconds()
+        if left < 0:
+            return f"pod {pod.name} was evicted and does not end: its node is lost"
+        draft.look_again(left + 1.0)
+    return None
 
 
 def stop(step: Pass, verdict: Verdict) -> None:

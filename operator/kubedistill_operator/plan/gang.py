@@ -16,6 +16,7 @@ from kubedistill_operator.plan import gates, hands, restart, shape, teacher
 from kubedistill_operator.plan.actions import CreateGang
 from kubedistill_operator.plan.draft import Draft, Pass
 from kubedistill_operator.plan.ending import (
+    lost_with_node,
     observed,
     over,
     shrunk,
@@ -64,6 +65,8 @@ def _during(step: Pass, attempt: Attempt) -> None:
             _say_restarting(draft, "the attempt's other pods end")
     elif step.spec.suspend:
         stop(step, Verdict(reasons.INTERRUPTED, "suspended", retry=True, charged=False))
+    elif (lost := lost_with_node(draft, pods)) is not None:
+        stop(step, Verdict(reasons.DISRUPTED, lost, retry=True, charged=False))
     elif (still := stall(step, attempt)) is not None:
         stop(step, Verdict(reasons.STALLED, still, retry=True, charged=True))
     else:
