@@ -84,7 +84,9 @@ def measure(team: Team, calm: float, kills: int, apart: float, *, as_json: bool)
     team.apply(
         team.tuned(
             "struck",
-            student={"config": llama(96, 4)},
+            # 1.8 MiB of state. The store is on the same two cores as the ranks: what a save takes of
+            # them goes with its bytes, as it would not where the store is elsewhere.
+            student={"config": llama(64, 2)},
             training={"epochs": 1000, "maxSteps": 1_000_000, "globalBatchSize": 32},
             checkpoint={"interval": "Auto"},
             backoffLimit=100,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import itertools
+import signal
 import sys
 import tempfile
 import time
@@ -54,6 +56,8 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=0, help="so many cases a family, spread out")
     parser.add_argument("--out", type=Path, default=Path("chaos.json"))
     given = parser.parse_args()
+    # A run that hangs says where: kill -USR1.
+    faulthandler.register(signal.SIGUSR1)
     runs: list[Run] = []
     with (
         tempfile.TemporaryDirectory(prefix="chaos-") as folder,
