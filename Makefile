@@ -6,7 +6,7 @@ RUN := PYTHONPATH=tests $(UV) run --no-sync
 export UV_COMPILE_BYTECODE := 1
 # On a fresh machine the control plane (Go) is built beside the Python set-up.
 MAKEFLAGS += -j2
-# Three processes share them, since many tests wait (tests/lanes.py), in this order: what waits most and what takes longest
+# Two processes share them (tests/lanes.py), in this order: what waits most and what takes longest
 # first.
 TESTS := tests/controlplane tests/e2e tests/chaos tests/unit tests/store
 # `make demo CLUSTER=current [VALUES=FILE]`: the cluster of your kubeconfig, asked for and never taken
@@ -48,7 +48,7 @@ crds: .venv/.synced  ## Generate crds/*.yaml and the chart's copies
 	$(UV) run --no-sync python -m kubedistill_api.reference docs
 
 test: lint control-plane  ## Lint, types, layers; then all tests, real gangs on a real control plane included
-	$(RUN) pytest -n 3 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 chaos: .venv/.synced control-plane  ## Faults at every call, and of nodes; hours. FAMILY=… CASE=… SEED=… SAMPLE=…
 	$(RUN) python -m chaos --seed $(or $(SEED),0) $(if $(FAMILY),--family $(FAMILY)) \
