@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -284,7 +283,7 @@ def _memory_kills() -> int:
     """How many processes of this container the kernel has killed for its memory limit."""
     text = ""
     for file in _MEMORY_EVENTS:
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             text += file.read_text()
     return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill "))
 
