@@ -87,7 +87,7 @@ def measure(team: Team, calm: float, kills: int, apart: float, *, as_json: bool)
             # 1.8 MiB of state. The store is on the same two cores as the ranks: what a save takes of
             # them goes with its bytes, as it would not where the store is elsewhere.
             student={"config": llama(64, 2)},
-            training={"epochs": 1000, "maxSteps": 1_000_000, "globalBatchSize": 32},
+            training={"epochs": 100_000, "maxSteps": 1_000_000, "globalBatchSize": 32},
             checkpoint={"interval": "Auto"},
             backoffLimit=100,
         )
@@ -97,13 +97,13 @@ def measure(team: Team, calm: float, kills: int, apart: float, *, as_json: bool)
     time.sleep(calm)
     rate = (job.step() - first) / calm
     note(f"calm: {rate:.1f} steps a second", as_json=as_json)
-    at = before = job.step()
+    before = job.step()
     began, recoveries = time.monotonic(), list[float]()
     for number in range(kills):
         time.sleep(max(0.0, began + (number + 0.5) * apart - time.monotonic()))
+        # While it restarts nobody answers: the step that it was at is asked for before.
+        at = job.step()
         job.kill_rank(draw.randrange(2))
-        at = max(at, job.step())
-        # What the other rank was at may still be done.
         recoveries.append(job.reaches(at + 2))
         note(f"kill {number + 1}: step {at} passed again after {recoveries[-1]:.1f} s",
              as_json=as_json)  # fmt: skip

@@ -32,7 +32,7 @@ def test_another_number_of_pods_goes_on_where_the_first_stopped(
         "fineTune": {},
         "student": {"config": llama(48, 2)},
         # Long enough to be struck on the way.
-        "training": {"maxSteps": 400, "deepSpeed": {"zeroStage": stage}},
+        "training": {"maxSteps": 80, "deepSpeed": {"zeroStage": stage}},
         "checkpoint": {"interval": 5},
     }
     spec = trainer.spec(**parts)

@@ -24,7 +24,7 @@ def spec_of(trainer: Trainer) -> DistillationJobSpec:
         fineTune={},
         student={"config": llama(48, 2)},
         # Long enough to be struck on the way.
-        training={"maxSteps": 300},
+        training={"maxSteps": 120},
         checkpoint={"interval": 5},
     )
 
@@ -39,17 +39,13 @@ def rank_of(launcher: int) -> psutil.Process:
     raise TimeoutError(f"launcher {launcher} has no rank")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_comes_back_and_no_bit_differs(
-    access: S3Access,
-    tmp_path: Path,
-    victim: int,
-) -> None:
+def test_a_killed_rank_comes_back_and_no_bit_differs(access: S3Access, tmp_path: Path) -> None:
+    """First the one that leads and commits, then the other."""
     trainer = Trainer(tmp_path, access)
-    spec, name = spec_of(trainer), f"in-place-{victim}"
+    spec, name = spec_of(trainer), "in-place"
 
     def strike(pids: list[int]) -> None:
-        for commits in (1, 4):
+        for victim, commits in enumerate((1, 4)):
             committed(access, run_uri(spec.storage.uri, "test", name, f"uid-{name}"), commits)
             rank = rank_of(pids[victim])
             rank.send_signal(signal.SIGKILL)

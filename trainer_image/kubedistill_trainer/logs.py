@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from typing import Any
 
 _PLAIN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -37,3 +38,5 @@ def set_up(**fixed: Any) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for noisy in ("botocore", "boto3", "urllib3", "s3transfer", "httpx", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # What torch wants DeepSpeed to call instead, at each step of each rank under ZeRO-3.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
