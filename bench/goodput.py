@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
 
+import corpus  # noqa: E402
 from devcluster.cluster import DevCluster  # noqa: E402
 from devcluster.handle import Handle  # noqa: E402
 from e2e.gang import llama, put_inputs  # noqa: E402
@@ -40,6 +41,7 @@ from operator_kit import install_role, wait_for  # noqa: E402
 
 GOAL = 0.95
 SEED = 20
+_DATA = "data/long.jsonl"
 FULL, QUICK = (90.0, 10, 60.0), (15.0, 2, 20.0)
 """Seconds of calm, kills, seconds from one to the next."""
 
@@ -87,7 +89,8 @@ def measure(team: Team, calm: float, kills: int, apart: float, *, as_json: bool)
             # 1.8 MiB of state. The store is on the same two cores as the ranks: what a save takes of
             # them goes with its bytes, as it would not where the store is elsewhere.
             student={"config": llama(64, 2)},
-            training={"epochs": 100_000, "maxSteps": 1_000_000, "globalBatchSize": 32},
+            data={"sources": [{"uri": f"s3://{team.handle.s3.bucket}/{_DATA}"}]},
+            training={"epochs": 1000, "maxSteps": 1_000_000, "globalBatchSize": 32},
             checkpoint={"interval": "Auto"},
             backoffLimit=100,
         )
@@ -132,6 +135,9 @@ def measure(team: Team, calm: float, kills: int, apart: float, *, as_json: bool)
 def run(handle: Handle, folder: Path, quick: bool, *, as_json: bool) -> list[Measure]:
     """One operator and its job."""
     put_inputs(handle.s3)
+    # Its passes must not end before the ten minutes do.
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in corpus.documents()[:30])
+    handle.s3.client().put_object(Bucket=handle.s3.bucket, Key=_DATA, Body=lines.encode())
     account = install_role(handle, folder)
     handle.kubectl("create", "namespace", "goodput")
     operator = start_operator(account, folder / "operator.log")
