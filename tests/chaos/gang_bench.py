@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from devcluster.cluster import DevCluster
 from devcluster.fixtures import temporary_namespace
 from e2e.gang import put_inputs
 from e2e.kit import Team
@@ -23,7 +22,7 @@ from operator_kit import Operator, install_role
 
 from chaos import reader
 from chaos.node_strikes import Striker
-from chaos.operator_bench import TOLERATION_SECONDS, Watched, children
+from chaos.operator_bench import Watched, children, cluster_below
 
 NAME = "struck"
 SECONDS = 400.0
@@ -124,12 +123,7 @@ class GangBench:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> GangBench:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for parent in (self.folder, self.folder.parent):
-            parent.chmod(0o755)
-        cluster = DevCluster(
-            self.folder / "cluster", nodes=self._nodes, toleration_seconds=TOLERATION_SECONDS
-        )
+        cluster = cluster_below(self.folder, self._nodes)
         self.handle = self._stack.enter_context(cluster)
         put_inputs(self.handle.s3)
         self.operator = Operator(

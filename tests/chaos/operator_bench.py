@@ -273,6 +273,14 @@ def cleaned(value: Any) -> Any:
     return value
 
 
+def cluster_below(folder: Path, nodes: int) -> DevCluster:
+    """One whose containers, which run as other users, find their files below `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for parent in (folder, folder.parent):
+        parent.chmod(0o755)
+    return DevCluster(folder / "cluster", nodes=nodes, toleration_seconds=TOLERATION_SECONDS)
+
+
 class OperatorBench:
     """Use it as a context manager."""
 
@@ -282,15 +290,10 @@ class OperatorBench:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> OperatorBench:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for parent in (self.folder, self.folder.parent):
-            parent.chmod(0o755)
+        self.cluster = cluster_below(self.folder, self._nodes)
         self.book = self.folder / "book"
         self.book.mkdir(exist_ok=True)
         self.book.chmod(0o777)
-        self.cluster = DevCluster(
-            self.folder / "cluster", nodes=self._nodes, toleration_seconds=TOLERATION_SECONDS
-        )
         self.handle = self._stack.enter_context(self.cluster)
         account = install_role(self.handle, self.folder)
         authority = self.cluster.control_plane.authority.path

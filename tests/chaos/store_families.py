@@ -15,17 +15,13 @@ from chaos.figures import Family, Run
 from chaos.store_bench import StoreBench, promised_step
 from chaos.store_judge import began, disturbed, expect_declared, name_of, targets
 from chaos.store_run import RANKS, rank_name
-from chaos.store_service import service_families
+from chaos.store_service import AWAY, service_families
 
 _PART = 4
 """Of the kills under ZeRO-2 and -3 one in so many is tried."""
 _KILLS = (Fault(Kind.SIGNAL_BEFORE), Fault(Kind.SIGNAL_AFTER))
 _FAULTS = (
-    Fault(Kind.ANSWER, 500, "InternalError"),
-    Fault(Kind.ANSWER, 503, "SlowDown"),
-    Fault(Kind.ANSWER, 429, "TooManyRequests"),
-    Fault(Kind.RESET_BEFORE),
-    Fault(Kind.RESET_AFTER),
+    *AWAY,
     Fault(Kind.TRUNCATE),
     Fault(Kind.STALL, seconds=0.3),
     Fault(Kind.DELAY, seconds=0.3),

@@ -27,7 +27,7 @@ from chaos.store_judge import (
 from chaos.store_run import RANKS, Ended, rank_name
 
 _HOUR = 3600.0
-_AWAY = (
+AWAY = (
     Fault(Kind.ANSWER, 500, "InternalError"),
     Fault(Kind.ANSWER, 503, "SlowDown"),
     Fault(Kind.ANSWER, 429, "TooManyRequests"),
@@ -69,7 +69,7 @@ def _conditional(bench: StoreBench) -> list[Call]:
 def _outage(bench: StoreBench, run: Run, draw: random.Random) -> None:
     """From one call on the store is away: the attempt ends and says so, and the next one goes on."""
     rank, number = draw.choice(targets(bench, 1))
-    script = From(rank_name(rank), number, draw.choice(_AWAY))
+    script = From(rank_name(rank), number, draw.choice(AWAY))
     # Three tries wait for seconds where five wait for a minute.
     ended = disturbed(bench, run, 1, script, env={"KUBEDISTILL_STORE_ATTEMPTS": "3"})
     if script.count:

@@ -49,16 +49,18 @@ def test_a_pod_that_its_node_presses_out_and_one_of_the_next_attempt(
     assert len(run.faults) == 2, run.told
 
 
+def lose_preflights_pod(seen: Seen) -> Event:
+    """No news of a preflight's pod come through."""
+    lost = seen.path.endswith("/pods") and re.match("one-p[0-9a-f]{6}-", seen.name)
+    return Event.DROP if lost else Event.PASS
+
+
 def test_a_preflight_runs_once_although_all_news_of_its_pod_are_lost(
     operator_bench: OperatorBench,
 ) -> None:
     """It decided by the pods that it had seen, and asked again after a quarter of a minute."""
 
-    def lose(seen: Seen) -> Event:
-        lost = seen.path.endswith("/pods") and re.match("one-p[0-9a-f]{6}-", seen.name)
-        return Event.DROP if lost else Event.PASS
-
-    with operator_bench.world("unseen", watch=lose) as world:
+    with operator_bench.world("unseen", watch=lose_preflights_pod) as world:
         # A new listing brings it too, so none comes.
         world.start(resync_seconds="600", watch_inactivity_seconds="600")
         world.apply(scenario(world.book)[0])
@@ -72,10 +74,6 @@ def test_a_look_that_failed_is_taken_again_before_it_is_decided_without_it(
 ) -> None:
     """A finished preflight was run again when the question for its pods had met an error."""
 
-    def lose(seen: Seen) -> Event:
-        lost = seen.path.endswith("/pods") and re.match("one-p[0-9a-f]{6}-", seen.name)
-        return Event.DROP if lost else Event.PASS
-
     failed = 0
 
     def fail(call: Call) -> Fault:
@@ -86,7 +84,7 @@ def test_a_look_that_failed_is_taken_again_before_it_is_decided_without_it(
             return Fault(Kind.ANSWER, 503)
         return PASS
 
-    with operator_bench.world("failed", fail, watch=lose) as world:
+    with operator_bench.world("failed", fail, watch=lose_preflights_pod) as world:
         world.start(resync_seconds="600", watch_inactivity_seconds="600")
         world.apply(scenario(world.book)[0])
         world.until(lambda: world.reasons() == {"one": "Completed"})
