@@ -18,12 +18,12 @@ from devcluster.cluster import DevCluster
 from devcluster.fixtures import temporary_namespace
 from devcluster.handle import Handle
 from devcluster.node.api import Api
+from devcluster.zygote import KUBECONFIG, Forked, Zygote
 from kubedistill_api import names
 from operator_kit import install_role, job, template
 
 from chaos.api_proxy import ApiProxy, WatchScript
 from chaos.faults import Script, calm
-from chaos.zygote import KUBECONFIG, Forked, Zygote
 
 GROUP = "/apis/kubedistill.dev/v1alpha1"
 _PARTS = {
@@ -154,7 +154,7 @@ class World:
     def strike(self, number: Signals) -> None:
         """The newest operator gets a signal."""
         if self.lives:
-            self.lives[-1].process.signal(number)
+            self.lives[-1].process.send_signal(number)
 
     def apply(self, *objects: dict[str, Any]) -> None:
         api = self.bench.handle.api
@@ -278,7 +278,9 @@ def cluster_below(folder: Path, nodes: int) -> DevCluster:
     folder.mkdir(parents=True, exist_ok=True)
     for parent in (folder, folder.parent):
         parent.chmod(0o755)
-    return DevCluster(folder / "cluster", nodes=nodes, toleration_seconds=TOLERATION_SECONDS)
+    return DevCluster(
+        folder / "cluster", nodes=nodes, toleration_seconds=TOLERATION_SECONDS, warm=True
+    )
 
 
 class OperatorBench:

@@ -159,7 +159,7 @@ def _pause(judge: Judge, run: Run, draw: random.Random) -> None:
         if len(world.lives) == 1:
             world.start(identity="second", **CHANGING_LEADERS)
         elif not woken and '"leading"' in world.lives[1].log.read_text():
-            world.lives[0].process.signal(Signals.SIGCONT)
+            world.lives[0].process.send_signal(Signals.SIGCONT)
             world.bench.proxy.wake(world.namespace)
             woken.append(time.monotonic())
             code = world.lives[0].process.wait(60)

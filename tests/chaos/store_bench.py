@@ -17,6 +17,7 @@ from typing import Any
 
 from devcluster.node.limits import MemoryLimit
 from devcluster.s3 import S3Server
+from devcluster.zygote import Zygote
 from e2e.gang import put_inputs
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.job import DistillationJobSpec
@@ -26,7 +27,6 @@ from chaos.faults import Call, Script, calm
 from chaos.figures import Run
 from chaos.s3_proxy import S3Proxy
 from chaos.store_run import RANKS, Attempt, Ended, Gang, rank_name, spec_of
-from chaos.zygote import Zygote
 
 _CGROUPS = "kubedistill-chaos"
 _USUAL_PEAK_BYTES = 70 << 20

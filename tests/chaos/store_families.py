@@ -109,7 +109,7 @@ def wake_late(bench: StoreBench, run: Run, number: int, kind: Kind) -> None:
             run.violations.append(f"rank 0 made no call {number}")
             return
         for other in zombie.ranks:
-            other.signal(Signals.SIGSTOP)
+            other.send_signal(Signals.SIGSTOP)
         assert script.met is not None
         run.faults.append(f"SIGSTOP at {script.met.method} {script.met.path} ({kind})")
         calls = bench.proxy.log
@@ -119,7 +119,7 @@ def wake_late(bench: StoreBench, run: Run, number: int, kind: Kind) -> None:
         before = bench.log_of(name)
         bench.proxy.release()
         for other in zombie.ranks:
-            other.signal(Signals.SIGCONT)
+            other.send_signal(Signals.SIGCONT)
         first = zombie.wait()
         after = bench.log_of(name)
         written = [c for c in calls if c.call.method == "PUT" and "/log/" in c.call.path]

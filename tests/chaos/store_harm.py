@@ -11,6 +11,7 @@ from pathlib import Path
 from signal import Signals
 
 from devcluster.node.limits import MemoryLimit
+from devcluster.zygote import Forked
 from kubedistill_api.exit_codes import ExitCode
 
 from chaos.damage import KINDS, commits, damage
@@ -19,7 +20,6 @@ from chaos.figures import Family, Run
 from chaos.store_bench import StoreBench, promised_step, resumed_step
 from chaos.store_judge import began
 from chaos.store_run import RANKS, STEPS, Ended, rank_name
-from chaos.zygote import Forked
 
 _MIB = 1 << 20
 _TOO_LITTLE = 64 * _MIB
@@ -157,7 +157,7 @@ def _watch(victim: Forked, limit: MemoryLimit) -> bool:
     while victim.running:
         if limit.exceeded(victim.pid):
             reached = True
-            victim.signal(Signals.SIGKILL)
+            victim.send_signal(Signals.SIGKILL)
         with contextlib.suppress(TimeoutError):
             victim.wait(0.05)
     return reached or limit.exceeded(None)

@@ -13,6 +13,7 @@ from typing import Any
 
 from devcluster.process import free_port
 from devcluster.s3 import S3Access
+from devcluster.zygote import Forked, Zygote
 from e2e.gang import llama, small_spec
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import Outcome, Rendezvous, RunSpec
@@ -20,7 +21,6 @@ from kubedistill_operator.plan.compose import merge_patch
 from pydantic import ValidationError
 
 from chaos.s3_proxy import S3Proxy
-from chaos.zygote import Forked, Zygote
 
 RANKS = 2
 STEPS = 8
@@ -80,7 +80,7 @@ class Attempt:
 
     def signal(self, client: str, number: Signals) -> None:
         """The proxy's way to strike the rank that it knows as `client`."""
-        self.ranks[int(client.rsplit("-", 1)[1])].signal(number)
+        self.ranks[int(client.rsplit("-", 1)[1])].send_signal(number)
 
     def wait(self, timeout_seconds: float = _RUN_SECONDS) -> Ended:
         """Until all ranks have ended. Ranks that outlive the first failure too long are ended."""

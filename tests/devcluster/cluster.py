@@ -22,7 +22,9 @@ class DevCluster:
 
     `cpu`, `memory` and `gpus` are what each node says that it has: places to count, so that pods
     with requests fit on a small machine. `detached` lets the cluster outlive this program; else
-    all of it ends with the thread that started it, even when that is killed.
+    all of it ends with the thread that started it, even when that is killed. `warm`: trainers'
+    containers are forks of an interpreter that has imported for them (`node/warm.py`), as tests that
+    run many of them want; never where a start's time matters.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class DevCluster:
         backoff_seconds: float = 1.0,
         toleration_seconds: int = 300,
         detached: bool = False,
+        warm: bool = False,
     ) -> None:
         state.mkdir(parents=True, exist_ok=True)
         self._state = state.resolve()
@@ -45,6 +48,7 @@ class DevCluster:
             f"--memory={memory}",
             f"--gpus={gpus}",
             f"--backoff={backoff_seconds}",
+            *(["--warm"] if warm else []),
         ]
         self.control_plane = ControlPlane(
             self._state, detached=detached, toleration_seconds=toleration_seconds

@@ -27,7 +27,7 @@ def devcluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]
     """One cluster for a folder's tests, started when first asked for. Has the parts to break."""
     if os.environ.get(OWN_CLUSTER):
         pytest.skip(f"breaks parts of a cluster, so not on the one that {OWN_CLUSTER} names")
-    cluster = DevCluster(tmp_path_factory.mktemp("cluster"))
+    cluster = DevCluster(tmp_path_factory.mktemp("cluster"), warm=True)
     with cluster:
         yield cluster
 

@@ -14,6 +14,7 @@ from devcluster.fixtures import (  # noqa: F401
 )
 from devcluster.handle import Handle
 from devcluster.s3 import S3Access
+from devcluster.zygote import Zygote
 from operator_kit import Operator, install_role
 from s3_fixture import running_server
 
@@ -34,6 +35,13 @@ def operator(account: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     running = start_operator(account, tmp_path_factory.mktemp("operator") / "log")
     yield running
     assert running.stop() == 0
+
+
+@pytest.fixture(scope="package")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """What containers without a cluster are forked from."""
+    with Zygote("trainer", tmp_path_factory.mktemp("warm") / "log") as zygote:
+        yield zygote
 
 
 @pytest.fixture(scope="module")

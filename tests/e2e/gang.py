@@ -17,6 +17,7 @@ from typing import Any
 
 from devcluster.process import free_port
 from devcluster.s3 import S3Access
+from devcluster.zygote import Forked, Zygote
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import Outcome, Rendezvous, ResolvedModel, RunSpec
 from kubedistill_operator.plan.compose import merge_patch
@@ -66,9 +67,11 @@ def small_spec(s3: S3Access) -> dict[str, Any]:
 class Trainer:
     """Starts containers below one folder against one store."""
 
-    def __init__(self, folder: Path, s3: S3Access) -> None:
+    def __init__(self, folder: Path, s3: S3Access, warm: Zygote | None = None) -> None:
+        """`warm`: containers are forks of it, which need not import torch and DeepSpeed."""
         self._folder = folder
         self._s3 = s3
+        self._warm = warm
         self.exporters: list[int] = []
         """Ports of /progress and /metrics of the pods that were started last."""
 
@@ -121,7 +124,9 @@ class Trainer:
             "\n".join((f / "log").read_text()[-4000:] for f in folders),
         )
 
-    def _start(self, role: str, run: RunSpec, folder: Path, index: int) -> subprocess.Popen[bytes]:
+    def _start(
+        self, role: str, run: RunSpec, folder: Path, index: int
+    ) -> subprocess.Popen[bytes] | Forked:
         folder.mkdir(parents=True)
         (folder / "run.json").write_text(run.model_dump_json(by_alias=True))
         env = {
@@ -132,9 +137,12 @@ class Trainer:
             "KUBEDISTILL_EXPORTER_PORT": str(self.exporters[index]), "POD_IP": "127.0.0.1",
             "AWS_ACCESS_KEY_ID": self._s3.access_key, "AWS_SECRET_ACCESS_KEY": self._s3.secret_key,
         }  # fmt: skip
+        module = "kubedistill_trainer.launch"
+        if self._warm is not None:
+            return self._warm.fork(module, role, env=env, log=folder / "log")
         with (folder / "log").open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "kubedistill_trainer.launch", role],
+                [sys.executable, "-m", module, role],
                 env=env,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from devcluster.s3 import S3Access
+from devcluster.zygote import Zygote
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.names import run_uri
 from safetensors.torch import load
@@ -23,11 +24,12 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 def test_another_number_of_pods_goes_on_where_the_first_stopped(
     access: S3Access,
     tmp_path: Path,
+    warm: Zygote,
     stage: int,
     before: int,
     after: int,
 ) -> None:
-    trainer = Trainer(tmp_path, access)
+    trainer = Trainer(tmp_path, access, warm)
     parts: dict[str, Any] = {
         "fineTune": {},
         "student": {"config": llama(48, 2)},

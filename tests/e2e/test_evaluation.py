@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from devcluster.s3 import S3Server
+from devcluster.zygote import Zygote
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import ResolvedModel
@@ -53,13 +54,13 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(tmp_path_factory: pytest.TempPathFactory, warm: Zygote) -> Iterator[Bench]:
     folder: Path = tmp_path_factory.mktemp("evaluation")
     server = S3Server(folder / "s3")
     server.start()
     try:
         put_inputs(server.access)
-        trainer = Trainer(folder, server.access)
+        trainer = Trainer(folder, server.access, warm)
         made = trainer.run(
             "student",
             trainer.spec(

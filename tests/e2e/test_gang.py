@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from devcluster.s3 import S3Server
+from devcluster.zygote import Zygote
 from kubedistill_api.exit_codes import ExitCode
 
 from e2e.gang import Trainer, llama, put_inputs
@@ -14,13 +15,13 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+def trainer(tmp_path_factory: pytest.TempPathFactory, warm: Zygote) -> Iterator[Trainer]:
     folder = tmp_path_factory.mktemp("gang")
     server = S3Server(folder / "s3")
     server.start()
     try:
         put_inputs(server.access)
-        yield Trainer(folder, server.access)
+        yield Trainer(folder, server.access, warm)
     finally:
         server.stop()
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from devcluster.s3 import S3Access
+from devcluster.zygote import Zygote
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.names import run_uri
@@ -94,10 +95,13 @@ def progress_of(result: Result) -> ProgressReport:
 
 @pytest.fixture(scope="module")
 def calm(
-    access: S3Access, sick_model: ResolvedModel, tmp_path_factory: pytest.TempPathFactory
+    access: S3Access,
+    sick_model: ResolvedModel,
+    tmp_path_factory: pytest.TempPathFactory,
+    warm: Zygote,
 ) -> Callable[[int], Result]:
     """A run under a ZeRO stage that leaves the sick steps out and that nothing happens to."""
-    trainer = Trainer(tmp_path_factory.mktemp("calm"), access)
+    trainer = Trainer(tmp_path_factory.mktemp("calm"), access, warm)
 
     @cache
     def run(stage: int) -> Result:
@@ -136,9 +140,10 @@ def test_skipped_alike_when_a_rank_is_killed(
     sick_model: ResolvedModel,
     calm: Callable[[int], Result],
     tmp_path: Path,
+    warm: Zygote,
     stage: int,
 ) -> None:
-    trainer, left_out = Trainer(tmp_path, access), progress_of(calm(stage)).skipped_steps
+    trainer, left_out = Trainer(tmp_path, access, warm), progress_of(calm(stage)).skipped_steps
     spec, name = spec_of(trainer, access, stage, "Skip"), f"struck-{stage}"
     uri = run_uri(spec.storage.uri, "test", name, f"uid-{name}")
 
@@ -155,9 +160,9 @@ def test_skipped_alike_when_a_rank_is_killed(
 
 
 def test_by_default_it_stops_and_keeps_its_commits(
-    access: S3Access, sick_model: ResolvedModel, tmp_path: Path
+    access: S3Access, sick_model: ResolvedModel, tmp_path: Path, warm: Zygote
 ) -> None:
-    trainer = Trainer(tmp_path, access)
+    trainer = Trainer(tmp_path, access, warm)
     spec = spec_of(trainer, access, 1, "Stop", "BF16")
     result = trainer.run("student", spec, name="sick-stop", student=sick_model)
     assert set(result.codes) == {ExitCode.NON_FINITE_LOSS}, result.log

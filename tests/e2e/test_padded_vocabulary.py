@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from devcluster.s3 import S3Access, S3Server
+from devcluster.zygote import Zygote
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import ResolvedModel, RunSpec
 from kubedistill_trainer.context import Context
@@ -69,7 +70,7 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(tmp_path_factory: pytest.TempPathFactory, warm: Zygote) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("padded")
     server = S3Server(folder / "s3")
     server.start()
@@ -86,7 +87,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
             }
             for name, model in models.items():
                 _put(access, model, name, folder / name)
-            yield Bench(Trainer(folder, access), access, models["teacher"], models["student"])
+            yield Bench(Trainer(folder, access, warm), access, models["teacher"], models["student"])
     finally:
         server.stop()
 

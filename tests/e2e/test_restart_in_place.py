@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from devcluster.s3 import S3Access
+from devcluster.zygote import Zygote
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.names import run_uri
@@ -39,9 +40,11 @@ def rank_of(launcher: int) -> psutil.Process:
     raise TimeoutError(f"launcher {launcher} has no rank")
 
 
-def test_a_killed_rank_comes_back_and_no_bit_differs(access: S3Access, tmp_path: Path) -> None:
+def test_a_killed_rank_comes_back_and_no_bit_differs(
+    access: S3Access, tmp_path: Path, warm: Zygote
+) -> None:
     """First the one that leads and commits, then the other."""
-    trainer = Trainer(tmp_path, access)
+    trainer = Trainer(tmp_path, access, warm)
     spec, name = spec_of(trainer), "in-place"
 
     def strike(pids: list[int]) -> None:
@@ -61,8 +64,10 @@ def test_a_killed_rank_comes_back_and_no_bit_differs(access: S3Access, tmp_path:
     assert exported(access, struck) == exported(access, calm)
 
 
-def test_a_rank_that_keeps_dying_ends_its_pod(access: S3Access, tmp_path: Path) -> None:
-    trainer = Trainer(tmp_path, access)
+def test_a_rank_that_keeps_dying_ends_its_pod(
+    access: S3Access, tmp_path: Path, warm: Zygote
+) -> None:
+    trainer = Trainer(tmp_path, access, warm)
 
     def strike(pids: list[int]) -> None:
         seen = set[int]()

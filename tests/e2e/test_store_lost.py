@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from devcluster.s3 import S3Access
+from devcluster.zygote import Zygote
 from kubedistill_api.exit_codes import ExitCode, policy
 from kubedistill_api.names import run_uri
 
@@ -32,9 +33,8 @@ def bucket(access: S3Access) -> Iterator[S3Access]:
         client.delete_bucket(Bucket=own.bucket)
 
 
-def struck(access: S3Access, folder: Path, name: str, strike: Callable[[], object]) -> Result:
+def struck(trainer: Trainer, access: S3Access, name: str, strike: Callable[[], object]) -> Result:
     """A gang of two that would train for hours, struck once something is committed."""
-    trainer = Trainer(folder, access)
     spec = trainer.spec(
         fineTune={},
         student={"config": llama(48, 2)},
@@ -66,18 +66,19 @@ def check(result: Result, *words: str) -> None:
     assert progress.step > progress.checkpoint.step, "training went on meanwhile"
 
 
-def test_a_bucket_that_vanishes(bucket: S3Access, tmp_path: Path) -> None:
+def test_a_bucket_that_vanishes(bucket: S3Access, tmp_path: Path, warm: Zygote) -> None:
     client = bucket.client()
+    trainer = Trainer(tmp_path, bucket, warm)
     result = struck(
-        bucket, tmp_path, "no-bucket", lambda: client.delete_bucket(Bucket=bucket.bucket)
+        trainer, bucket, "no-bucket", lambda: client.delete_bucket(Bucket=bucket.bucket)
     )
     check(result, "bucket 'lost' does not exist", bucket.endpoint, "create it", "storage.uri")
 
 
-def test_keys_that_are_revoked(bucket: S3Access, tmp_path: Path) -> None:
+def test_keys_that_are_revoked(bucket: S3Access, tmp_path: Path, warm: Zygote) -> None:
     keys = TeamKeys(bucket, "revoked")
     team = keys.access()
-    result = struck(team, tmp_path, "no-keys", keys.revoke)
+    result = struck(Trainer(tmp_path, team, warm), team, "no-keys", keys.revoke)
     check(result, "refuses these credentials", bucket.endpoint, "Secret 'team-keys'", "may ")
     said = [outcome.model_dump_json() for outcome in result.outcomes]
     for secret in (team.access_key, team.secret_key):

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from devcluster.s3 import S3Access
+from devcluster.zygote import Zygote
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.runspec import ProgressReport
 from kubedistill_trainer.methods.straggler import WINDOW
@@ -75,8 +76,10 @@ def named(rank: int, report: ProgressReport) -> bool:
     return found is not None and float(found.group(1)) >= 2.5
 
 
-def test_the_slow_rank_is_named_as_long_as_it_is_slow(access: S3Access, tmp_path: Path) -> None:
-    trainer = Trainer(tmp_path, access)
+def test_the_slow_rank_is_named_as_long_as_it_is_slow(
+    access: S3Access, tmp_path: Path, warm: Zygote
+) -> None:
+    trainer = Trainer(tmp_path, access, warm)
     spec = trainer.spec(
         fineTune={},
         student={"config": llama(48, 2)},

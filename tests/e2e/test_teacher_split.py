@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from devcluster.s3 import S3Server
+from devcluster.zygote import Zygote
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import ResolvedModel
 from kubedistill_trainer.data.template import EXAMPLE
@@ -94,7 +95,7 @@ def _hashes(reader: StreamReader, layout: Manifest) -> dict[int, int]:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(tmp_path_factory: pytest.TempPathFactory, warm: Zygote) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("split")
     server = S3Server(folder / "s3")
     server.start()
@@ -106,7 +107,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
                 environment.setenv(name, value)
             put_inputs(access)
             _put_teacher(access, folder / "model")
-            yield Bench(Trainer(folder, access), server, folder)
+            yield Bench(Trainer(folder, access, warm), server, folder)
     finally:
         server.stop()
 

@@ -24,6 +24,7 @@ from devcluster.node.image import Image, ImageMissing, image_of
 from devcluster.node.pod import PodWorker, Surroundings
 from devcluster.node.registration import KUBELET_PORT, Registration
 from devcluster.node.status import UNKNOWN
+from devcluster.node.warm import Warm
 
 _log = logging.getLogger(__name__)
 _BLOCKS = range(64, 250)
@@ -42,6 +43,8 @@ class Settings:
     logs: Path
     capacity: dict[str, str]
     backoff_seconds: float = 1.0
+    warm: bool = False
+    """Whether trainers' containers may be forks of an interpreter that has imported for them."""
 
 
 class Node:
@@ -59,6 +62,7 @@ class Node:
         self.refused_images: set[str] = set()
         self.workers: dict[str, PodWorker] = {}
         self._lock = threading.RLock()
+        self._warm = Warm(self.state / "warm.log") if settings.warm else None
         self._next_address = 0
         self._block = 0
         self.server_socket = self._claim_block()
@@ -210,6 +214,7 @@ class Node:
             allocatable=self.settings.capacity,
             start_delay=lambda: self.start_delay,
             backoff_seconds=self.settings.backoff_seconds,
+            warm=self._warm,
         )
         logs = self.logs / meta["namespace"] / meta["name"]
         worker = PodWorker(pod, self.state / "pods" / uid, logs, around)
@@ -286,6 +291,7 @@ def main() -> None:
     parser.add_argument("--memory", default="20Gi")
     parser.add_argument("--gpus", default="8")
     parser.add_argument("--backoff", type=float, default=1.0)
+    parser.add_argument("--warm", action="store_true")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     capacity = {
@@ -298,7 +304,7 @@ def main() -> None:
     node = Node(
         Settings(
             given.name, given.kubeconfig, given.dns_kubeconfig, given.state, given.logs,
-            capacity, given.backoff,
+            capacity, given.backoff, given.warm,
         )
     )  # fmt: skip
 

@@ -21,6 +21,8 @@ from devcluster.node import sandbox
 from devcluster.node.image import PROJECT
 from devcluster.node.limits import MemoryLimit
 from devcluster.node.volumes import Mount
+from devcluster.node.warm import Warm, module_of
+from devcluster.zygote import Forked, Zygote
 
 TERMINATION_BYTES = 4096
 _FALLBACK_BYTES = 2048
@@ -63,10 +65,26 @@ class Ended:
     finished: str = field(default_factory=now)
 
 
+def _start(spec: Path, log: Path, zygote: Zygote | None) -> subprocess.Popen[bytes] | Forked:
+    """The process that makes the container and says how it ended."""
+    with log.open("wb") as output:
+        if zygote is not None:
+            return zygote.fork(sandbox.__name__, str(spec), env=os.environ, log=log)
+        return subprocess.Popen(
+            [sys.executable, "-S", "-E", sandbox.__file__, str(spec)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
 class Run:
     """One run of a container. A restart makes a new one."""
 
-    def __init__(self, recipe: Recipe, folder: Path, log: Path, hosts: Path, group: str) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, log: Path, hosts: Path, group: str, warm: Warm | None
+    ) -> None:
         """Start it in `folder`, which it owns. `group` names its cgroup on this machine."""
         self.recipe = recipe
         self.started = now()
@@ -82,17 +100,12 @@ class Run:
         self._message = folder / "termination-message"
         self._message.touch()
         self._message.chmod(0o666)
+        module = module_of(recipe.command, recipe.env, recipe.memory_limit_bytes)
+        zygote = warm.zygote(recipe.env) if warm and module else None
         spec = folder / "sandbox.json"
-        spec.write_text(json.dumps(self._sandbox(hosts)))
+        spec.write_text(json.dumps(self._sandbox(hosts) | {"module": zygote and module}))
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-S", "-E", sandbox.__file__, str(spec)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self._process = _start(spec, log, zygote)
 
     def _sandbox(self, hosts: Path) -> dict[str, Any]:
         recipe = self.recipe

@@ -21,6 +21,7 @@ from devcluster.node.probes import Probes
 from devcluster.node.recipe import recipe
 from devcluster.node.status import EVICTED, ContainerState, pod_status
 from devcluster.node.volumes import Tokens, Volumes
+from devcluster.node.warm import Warm
 
 _log = logging.getLogger(__name__)
 _TICK_SECONDS = 0.1
@@ -50,6 +51,7 @@ class Surroundings:
     allocatable: Mapping[str, str]
     start_delay: Callable[[], float]
     backoff_seconds: float
+    warm: Warm | None
 
 
 class PodWorker(threading.Thread):
@@ -215,7 +217,8 @@ class PodWorker(threading.Thread):
         if log.exists():
             log.rename(self._logs / f"{state.name}.previous.log")
         group = f"kubedistill-{self.pod['metadata']['uid']}-{state.name}"
-        state.run = Run(made, self._folder / "containers" / state.name, log, self.hosts, group)
+        folder = self._folder / "containers" / state.name
+        state.run = Run(made, folder, log, self.hosts, group, self._around.warm)
         state.probes = Probes(state.spec, self.pod["status"]["podIP"], state.run.execute)
         self._tell("Normal", "Started", f"Started container {state.name}")
 

@@ -238,6 +238,12 @@ def contain(spec: dict[str, Any], failure: int) -> None:
     become_user(spec)
     os.nice(NICENESS)
     command = spec["command"]
+    if spec["module"]:
+        # This process is a fork of one that has imported it.
+        from devcluster.zygote import become
+
+        os.close(failure)
+        become(spec["module"], command, spec["env"])
     try:
         os.execvpe(command[0], command, spec["env"])  # noqa: S606
     except FileNotFoundError:

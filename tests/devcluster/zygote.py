@@ -1,14 +1,13 @@
 """A process that has imported the product once, and forks a fresh process for every run of it.
 
 The fork is a process like any other: it runs the product's own `main`, has a number, and can be killed.
-`python -m chaos.zygote trainer|operator` is the far side; it talks over the socket that is its standard
-input, and has one thread only, since of a process with several a fork keeps just one.
+`python -m devcluster.zygote trainer|operator` is the far side; it talks over the socket that is its
+standard input, and has one thread only, since of a process with several a fork keeps just one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import json
@@ -18,19 +17,27 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from devcluster.process import die_with_parent
 
 _PRELOADED = {
     "trainer": (
         "deepspeed",
+        "kubedistill_trainer.launch",
+        "kubedistill_trainer.methods.generate",
+        "kubedistill_trainer.methods.own_teacher",
+        "kubedistill_trainer.methods.write_text",
+        "kubedistill_trainer.preflight",
         "kubedistill_trainer.rank",
+        "kubedistill_trainer.report.sweep",
         "kubedistill_trainer.run",
         "transformers.models.llama.modeling_llama",
     ),
@@ -64,7 +71,11 @@ class Forked:
     def running(self) -> bool:
         return self._code is None and not select.select([self._handle], [], [], 0)[0]
 
-    def signal(self, number: signal.Signals) -> None:
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        return None if self.running else self.wait(0)
+
+    def send_signal(self, number: int) -> None:
         """Harmless when it has ended."""
         with contextlib.suppress(ProcessLookupError, OSError):
             signal.pidfd_send_signal(self._handle, number)
@@ -74,24 +85,25 @@ class Forked:
         if self._code is None:
             if not select.select([self._handle], [], [], timeout_seconds)[0]:
                 raise TimeoutError(f"process {self.pid} has not ended in {timeout_seconds:.0f} s")
-            self._code = int(self._zygote.ask(reap=self.pid)["code"])
+            self._code = self._zygote.reap(self.pid)
             os.close(self._handle)
         return self._code
 
     def end(self) -> int:
         """SIGKILL where it still runs; its exit code."""
         if self._code is None:
-            self.signal(signal.SIGKILL)
+            self.send_signal(signal.SIGKILL)
         return self.wait(30)
 
 
 class Zygote:
     """The near side. Thread-safe; use it as a context manager."""
 
-    def __init__(self, kind: str, log: Path) -> None:
-        """`kind` is trainer or operator."""
+    def __init__(self, kind: str, log: Path, env: Mapping[str, str] | None = None) -> None:
+        """`kind` is trainer or operator; `env` is what libraries see when they are imported."""
         self._kind = kind
         self._log = log
+        self._env = env or {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Zygote:
@@ -99,11 +111,11 @@ class Zygote:
         tests = str(Path(__file__).parents[1])
         with other, self._log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "chaos.zygote", self._kind],
+                [sys.executable, "-m", "devcluster.zygote", self._kind],
                 stdin=other.fileno(),
                 stdout=output,
                 stderr=output,
-                env=os.environ | _QUIET | {"PYTHONPATH": tests},
+                env={**os.environ, **_QUIET, **self._env, "PYTHONPATH": tests},
                 # One call of libc: safe also beside threads.
                 preexec_fn=die_with_parent,  # noqa: PLW1509
             )
@@ -147,6 +159,14 @@ class Zygote:
         )
         return Forked(self, int(answer["pid"]))
 
+    def reap(self, pid: int) -> int:
+        """The exit code of a fork that has ended."""
+        try:
+            return int(self.ask(reap=pid)["code"])
+        except (RuntimeError, OSError):
+            # It has ended with the zygote.
+            return -signal.SIGKILL
+
     def ask(self, **request: Any) -> dict[str, Any]:
         """One request, one answer."""
         with self._lock:
@@ -186,7 +206,12 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             line.detach()
-            _run(asked)
+            try:
+                _run(asked)
+            finally:
+                # Whatever happened: the child never goes on here.
+                traceback.print_exc()
+                os._exit(1)
         _say(line, {"pid": child})
 
 
@@ -215,28 +240,33 @@ def _warm_export() -> None:
 
 def _run(asked: dict[str, Any]) -> None:
     """In the child; never returns."""
+    os.setsid()
+    die_with_parent()
+    null = os.open(os.devnull, os.O_RDONLY)
+    log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for source, target in ((null, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    os.closerange(3, 64)
+    for group in asked["groups"]:
+        Path(group).write_text(str(os.getpid()))
+    os.chdir(asked["folder"])
+    become(asked["argv"][0], asked["argv"], asked["env"])
+
+
+def become(module: str, argv: Sequence[str], env: Mapping[str, str]) -> NoReturn:
+    """Run the module's `main` with these arguments and this environment, and end as a program does."""
     code = 1
     try:
-        os.setsid()
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        null = os.open(os.devnull, os.O_RDONLY)
-        log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        for source, target in ((null, 0), (log, 1), (log, 2)):
-            os.dup2(source, target)
-        os.closerange(3, 64)
-        for group in asked["groups"]:
-            Path(group).write_text(str(os.getpid()))
-        os.chdir(asked["folder"])
         os.environ.clear()
-        os.environ.update(asked["env"])
-        sys.argv = list(asked["argv"])
-        importlib.import_module(sys.argv[0]).main()
+        os.environ.update(env)
+        sys.argv = list(argv)
+        # It was found in another environment.
+        tempfile.tempdir = None
+        importlib.import_module(module).main()
         code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # what a fresh interpreter would print before it ends
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()
