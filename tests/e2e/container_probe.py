@@ -43,7 +43,7 @@ def main() -> None:
                 "bytecode": sys.dont_write_bytecode,
                 "torch": torch.get_num_threads(),
                 "offline": constants.HF_HUB_OFFLINE,
-                "written": sys.stdout.write_through,
+                "unbuffered": getattr(sys.stdout, "write_through"),  # noqa: B009 - not of every stream
             }
         )
     )
