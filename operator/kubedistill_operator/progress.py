@@ -11,7 +11,7 @@ import aiohttp
 from kubedistill_api.names import EXPORTER_PORT
 from kubedistill_api.runspec import ProgressReport
 
-from kubedistill_operator.plan.draft import Contact
+from kubedistill_operator.plan.draft import Contact, Unanswered
 from kubedistill_operator.plan.finite import finite
 
 _MAX_BYTES = 1_000_000
@@ -33,8 +33,11 @@ def _step(report: ProgressReport) -> tuple[int, int, float | None]:
 
 @dataclass
 class _Known:
+    pod: str
     address: str
-    asked_at: float
+    since: datetime
+    """When the pod was first asked."""
+    asked_at: float = float("-inf")
     contact: Contact | None = None
 
 
@@ -47,11 +50,11 @@ class Poller:
         self._known: dict[Target, _Known] = {}
         self._session: aiohttp.ClientSession | None = None
 
-    async def ask(self, target: Target, address: str) -> Contact | None:
-        """The newest answer of that address; asks only when the last question is old enough."""
+    async def ask(self, target: Target, pod: str, address: str) -> Contact | None:
+        """The newest answer of that pod; asks only when the last question is old enough."""
         known = self._known.get(target)
-        if known is None or known.address != address:
-            known = self._known[target] = _Known(address, float("-inf"))
+        if known is None or (known.pod, known.address) != (pod, address):
+            known = self._known[target] = _Known(pod, address, datetime.now(UTC))
         # A tenth less: a pass that was asked for in one interval must not find it not yet over.
         if time.monotonic() - known.asked_at >= self._interval * 0.9:
             known.asked_at = time.monotonic()
@@ -64,6 +67,11 @@ class Poller:
         """The last answer, without asking."""
         known = self._known.get(target)
         return known.contact if known else None
+
+    def unanswered(self, target: Target) -> Unanswered | None:
+        """The pod that was asked last, as long as it has never answered."""
+        known = self._known.get(target)
+        return Unanswered(known.pod, known.since) if known and known.contact is None else None
 
     def forget(self, namespace: str, name: str) -> None:
         for target in [t for t in self._known if t[:2] == (namespace, name)]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from kubedistill_api import names, reasons
@@ -127,7 +128,10 @@ class Reconciler:
         current = pods(self._cache, raw)
         rank0 = await self._ask(raw, current, names.ROLE_STUDENT)
         teacher = await self._ask(raw, current, names.ROLE_TEACHER)
-        seen = observe_job(self._cache, raw, rank0, teacher, self._refusals.get(key))
+        seen = replace(
+            observe_job(self._cache, raw, rank0, teacher, self._refusals.get(key)),
+            unanswered=self._poller.unanswered((key.namespace, key.name, names.ROLE_STUDENT)),
+        )
         plan = plan_job(seen, self._timing)
         if plan.status != seen.status:
             wire = plan.status.to_wire()
@@ -193,7 +197,7 @@ class Reconciler:
         if not running:
             return self._poller.last(target)
         first = min(running, key=lambda p: p.index)
-        return await self._poller.ask(target, first.ip)
+        return await self._poller.ask(target, first.name, first.ip)
 
     async def _chain(self, key: Key) -> float | None:
         raw = self._cache.chains.get(key.namespace, key.name)

@@ -20,7 +20,7 @@ from kubedistill_operator.plan.actions import (
     ScaleBatchJob,
     SuspendBatchJob,
 )
-from kubedistill_operator.plan.draft import Contact
+from kubedistill_operator.plan.draft import Contact, Unanswered
 from kubedistill_operator.plan.job import plan_job
 from kubedistill_operator.plan.views import PodView, batch_job_view, pod_view
 from kubedistill_operator.progress import contact_of
@@ -36,6 +36,7 @@ from test_plan_kit import (
     observed,
     running,
     settled,
+    spec,
     started,
     state,
     teacher_seen,
@@ -205,6 +206,20 @@ def test_clocks_of_nodes_may_be_an_hour_apart() -> None:
     seen = started(pods=(running("p"),), rank0=replace(still, reached_at=NOW))
     plan = settled(after(seen, seconds=1000, rank0=still))
     assert plan.status.attempts[0].reason == reasons.STALLED
+
+
+@pytest.mark.parametrize(("limit", "bound"), [(900, 900), (15, 300)])
+def test_a_rank_0_that_never_answers_is_stalled(limit: int, bound: int) -> None:
+    """A frozen process before its first step: no step is missing yet, and the GPUs idle all the same."""
+    online = {"model": {"uri": "s3://models/big"}, "delivery": "Online"}
+    given = spec(teacher=online, stallTimeoutSeconds=limit)
+    seen = started(spec=given, pods=(running("p"),), unanswered=Unanswered("p", NOW))
+    assert settled(after(seen, seconds=bound - 10)).actions == ()
+    of_before = Unanswered("of the attempt before", NOW)
+    assert settled(after(seen, seconds=bound + 10, unanswered=of_before)).actions == ()
+    plan = settled(after(seen, seconds=bound + 10))
+    assert plan.status.attempts[0].reason == reasons.STALLED
+    assert f"has not answered in {bound} s" in plan.status.attempts[0].message
 
 
 def test_a_sign_of_life_between_steps_counts() -> None:

@@ -62,6 +62,14 @@ class Contact:
 
 
 @dataclass(frozen=True)
+class Unanswered:
+    """A pod that has never answered, and since when it is asked, by our own clock."""
+
+    pod: str
+    since: datetime
+
+
+@dataclass(frozen=True)
 class Observed:
     """Everything a plan for one DistillationJob may use."""
 
@@ -78,6 +86,8 @@ class Observed:
     other_jobs: Mapping[str, OtherJob] = field(default_factory=dict)
     rank0: Contact | None = None
     teacher: Contact | None = None
+    unanswered: Unanswered | None = None
+    """Rank 0's pod, as long as it has never answered."""
     of_chain: bool = False
     """Whether a DistillationChain owns it."""
     waited_for_by: tuple[str, ...] = ()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from kubedistill_api.names import ROLE_STUDENT
 from kubedistill_api.status import Attempt
 
 from kubedistill_operator.plan.draft import Contact, Pass
 from kubedistill_operator.plan.times import parse_time
 
+START_SECONDS = 300
+"""What the processes of a pod that runs may take until they answer, whatever the limit between steps:
+they import some gigabytes, perhaps from a disk that is busy."""
 PHASES_AFTER_TRAINING = ("Evaluating", "Exporting", "Done")
 
 
@@ -45,15 +49,30 @@ def _stepped_at(step: Pass, attempt: Attempt, contact: Contact, reported: float)
     return seen.timestamp()
 
 
+def _never_answered(step: Pass, attempt: Attempt) -> str | None:
+    asked = step.seen.unanswered
+    patience = max(step.spec.stall_timeout_seconds, START_SECONDS)
+    running = [
+        pod.name
+        for pod in step.seen.pods_of(ROLE_STUDENT, attempt.number)
+        if pod.active and pod.phase == "Running"
+    ]
+    if asked is None or asked.pod not in running:
+        return None
+    if (step.draft.now - asked.since).total_seconds() > patience:
+        return f"its pod runs, and rank 0 has not answered in {patience} s"
+    return None
+
+
 def _silent(step: Pass, attempt: Attempt) -> str | None:
     """After a restart of the operator only the status knows that rank 0 ever answered."""
     progress, limit = step.draft.status.progress, step.spec.stall_timeout_seconds
     if progress is None or attempt.last_step == 0:
-        return None
+        return _never_answered(step, attempt)
     reached = parse_time(progress.last_updated_time)
     started = parse_time(attempt.start_time)
     if reached is None or started is None or reached < started:
-        return None
+        return _never_answered(step, attempt)
     if (step.draft.now - reached).total_seconds() > limit:
         return f"rank 0 did not answer for {limit} s"
     return None
