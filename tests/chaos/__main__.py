@@ -32,20 +32,26 @@ FUZZED = 1000
 
 
 @contextlib.contextmanager
-def families(chosen: str, folder: Path) -> Iterator[list[Family]]:
-    """The families whose name begins so, on what they need."""
-    with contextlib.ExitStack() as stack:
-        found: list[Family] = []
-        if not chosen or chosen.startswith("store"):
-            bench = stack.enter_context(StoreBench(folder / "store"))
-            found += store_families(bench) + harm_families(bench)
-        if not chosen or chosen.startswith("operator"):
-            operators = stack.enter_context(OperatorBench(folder / "operator", nodes=2))
-            found += [*operator_families(operators), *node_families(operators)]
-            found += [fuzz_family(operators, FUZZED), *lost_families(operators)]
-        if not chosen or chosen.startswith("gang"):
-            found += gang_families(stack.enter_context(GangBench(folder / "gang")))
-        yield [family for family in found if family.name.startswith(chosen)]
+def _store(folder: Path) -> Iterator[list[Family]]:
+    with StoreBench(folder / "store") as bench:
+        yield store_families(bench) + harm_families(bench)
+
+
+@contextlib.contextmanager
+def _operator(folder: Path) -> Iterator[list[Family]]:
+    with OperatorBench(folder / "operator", nodes=2) as bench:
+        faults = [*operator_families(bench), *node_families(bench)]
+        yield [*faults, fuzz_family(bench, FUZZED), *lost_families(bench)]
+
+
+@contextlib.contextmanager
+def _gang(folder: Path) -> Iterator[list[Family]]:
+    with GangBench(folder / "gang") as bench:
+        yield gang_families(bench)
+
+
+_PARTS = {"store": _store, "operator": _operator, "gang": _gang}
+"""Beginning of the families' names → the families, on what they need; one part at a time is up."""
 
 
 def main() -> None:
@@ -59,19 +65,24 @@ def main() -> None:
     # A run that hangs says where: kill -USR1.
     faulthandler.register(signal.SIGUSR1)
     runs: list[Run] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="chaos-") as folder,
-        families(given.family, Path(folder)) as chosen,
-    ):
-        if not chosen:
-            raise SystemExit(f"no family begins with {given.family!r}")
-        for at_once, group in itertools.groupby(chosen, lambda family: family.at_once):
-            cases = [(family, index) for family in group for index in _numbers(family, given)]
-            _run(cases, at_once, given, runs)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        for part in _PARTS:
+            if part.startswith(given.family) or given.family.startswith(part):
+                _run_part(part, Path(folder), given, runs)
+    if not runs:
+        raise SystemExit(f"no family begins with {given.family!r}")
     print(figures.table(runs))
     whole = not (given.family or given.sample or given.case is not None)
     short = whole and any(goal.reached < goal.least for goal in figures.goals(runs))
     sys.exit(short or any(run.bad for run in runs))
+
+
+def _run_part(part: str, folder: Path, given: argparse.Namespace, runs: list[Run]) -> None:
+    with _PARTS[part](folder) as families:
+        chosen = [family for family in families if family.name.startswith(given.family)]
+        for at_once, group in itertools.groupby(chosen, lambda family: family.at_once):
+            cases = [(family, index) for family in group for index in _numbers(family, given)]
+            _run(cases, at_once, given, runs)
 
 
 def _numbers(family: Family, given: argparse.Namespace) -> list[int]:

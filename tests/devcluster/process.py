@@ -17,21 +17,27 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+_PORTS = range(20000, 32000)
+"""Below those that the kernel gives to connections: such a one may be taken before it is used."""
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that was free a moment ago, and that no outgoing connection takes."""
+    return _free(host, 0)
 
 
 def free_port_pair(distance: int = 10000) -> int:
     """A port P so that P + distance is free as well."""
-    for port in random.sample(range(20000, 32000), 2000):
+    return _free("127.0.0.1", distance)
+
+
+def _free(host: str, distance: int) -> int:
+    for port in random.SystemRandom().sample(_PORTS, 2000):
         try:
             with socket.socket() as first, socket.socket() as second:
-                first.bind(("127.0.0.1", port))
-                second.bind(("127.0.0.1", port + distance))
+                first.bind((host, port))
+                if distance:
+                    second.bind((host, port + distance))
         except OSError:
             continue
         return port
