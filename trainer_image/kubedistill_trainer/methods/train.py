@@ -24,6 +24,7 @@ from kubedistill_trainer.methods.agreement import Agreed, Losses, Word, agree
 from kubedistill_trainer.methods.history import History
 from kubedistill_trainer.methods.interruption import Interruption
 from kubedistill_trainer.methods.overfitting import overfitting
+from kubedistill_trainer.methods.pace import Pace
 from kubedistill_trainer.methods.saving import GRACE_MARGIN_SECONDS, Saver
 from kubedistill_trainer.methods.schedule import learning_rate
 from kubedistill_trainer.methods.signal import Signal
@@ -115,10 +116,11 @@ class Loop:
         """From `step` on until the end, or until the held-out loss says stop; the step then."""
         self._teacher.expect(self._micro_batches(step))
         self._engine.train()
-        started, first = time.monotonic(), step
+        pace = Pace(step)
         while step < total and not self.watch.stopped:
             if step in self.skipped:
                 step += 1
+                pace.left_out()
                 self._board.update(step=step)
                 continue
             begun = time.monotonic()
@@ -126,14 +128,14 @@ class Loop:
             seconds = time.monotonic() - begun
             if self._diverged(agreed.losses):
                 step = self._go_back(step, agreed.losses)
+                pace.begin(step)
                 continue
             step += 1
             self._saver.stepped(seconds)
             self._stragglers.record(seconds, agreed.own_seconds)
-            speed = (step - first) / (time.monotonic() - started)
             losses = agreed.losses
             self.history.record(step, losses.soft, losses.hard, losses.total, self._rate(step - 1))
-            self._report(step, total, losses, speed, seconds)
+            self._report(step, total, losses, pace.speed(step), seconds)
             self._save_or_stop(step, total, agreed)
         return step
 
