@@ -328,7 +328,8 @@ class DistillationJobSpec(ApiModel):
         900,
         ge=10,
         le=604_800,
-        description="Seconds without a step after which the gang is restarted.",
+        description="Seconds without a step after which the gang is restarted, and without an "
+        "answer after which one of the teacher's writers is.",
     )
     ttl_seconds_after_finished: int | None = Field(
         None,

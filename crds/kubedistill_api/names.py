@@ -28,6 +28,9 @@ RUN_SPEC_FILE = "run.json"
 SCRATCH_DIRECTORY = "/scratch"
 EXPORTER_PORT = 9400
 """Local rank r of a pod serves /metrics on this port + r; rank 0's also serves /progress."""
+START_SECONDS = 300
+"""What the processes of a pod that runs may take until they answer there, whatever is asked of them
+later: they import some gigabytes, perhaps from a disk that is busy."""
 
 SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 API_KEY = "API_KEY"

@@ -58,7 +58,35 @@ def test_a_student_under_zero_3_learns_from_the_stream(team: Team, calm: dict[st
     assert found["perplexityRatio"] == pytest.approx(ratio, rel=1e-3)
 
 
-def test_a_stream_that_is_there_is_not_made_again(team: Team, calm: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def frozen(team: Team, calm: dict[str, Any]) -> str:
+    """The writer of `frosty`, which answers nobody any more."""
+    quick = {"startupProbe": {"periodSeconds": 1}, "livenessProbe": {"periodSeconds": 1}}
+    pods = {"spec": {"terminationGracePeriodSeconds": 2,
+                     "containers": [{"name": "trainer", **quick}]}}  # fmt: skip
+    team.apply(
+        team.distilled(
+            "frosty", "calm", stallTimeoutSeconds=60, workers={"nodes": 1},
+            teacher={"fromJob": {"name": "calm"},
+                     "workers": {"gpusPerReplica": 0, "template": pods}},
+            data={"sequenceLength": 48}, training={"maxSteps": 2},
+        )
+    )  # fmt: skip
+    of_writers = ("-l", "kubedistill.dev/job=frosty,kubedistill.dev/role=teacher")
+
+    def running() -> list[str]:
+        found = team.get("pods", *of_writers, "--field-selector=status.phase=Running")
+        return [pod["metadata"]["name"] for pod in found["items"]]
+
+    wait_for(lambda: bool(running()), "no writer runs", SLOW_SECONDS)
+    [pod] = running()
+    team.handle.faults.freeze(team.namespace, pod)
+    return pod
+
+
+def test_a_stream_that_is_there_is_not_made_again(
+    team: Team, calm: dict[str, Any], frozen: str
+) -> None:
     first = team.ends("taught", "Completed")
     short = {"maxSteps": 2, "deepSpeed": {"zeroStage": 1}}
     team.apply(team.distilled("taught-again", "calm", training=short, workers={"nodes": 1}))
@@ -81,6 +109,16 @@ def test_suspended_with_its_operator_killed_and_resumed(team: Team, operator: Op
     team.kubectl("patch", "dj", "paused", "--type=merge", "-p", '{"spec": {"suspend": false}}')
     status = team.ends("paused", "Completed")
     assert status["attempts"][1]["resumedFromStep"] == attempt["lastStep"]
+
+
+def test_a_frozen_writer_is_followed_by_another(team: Team, frozen: str) -> None:
+    """Its GPUs would idle until the job's deadline."""
+    status = team.ends("frosty", "Completed")
+    assert status["teacherStream"]["complete"]
+    assert [attempt["reason"] for attempt in status["attempts"]] == ["Completed"]
+    events = team.get("events", "--field-selector", f"involvedObject.name={frozen}")["items"]
+    said = [event["message"] for event in events if event["reason"] == "Killing"]
+    assert [text for text in said if "probe" in text], events
 
 
 def test_nothing_is_left_of_a_job_deleted_on_its_way(team: Team, operator: Operator) -> None:

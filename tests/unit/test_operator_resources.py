@@ -255,6 +255,21 @@ def test_teacher_partitions_are_retried_one_by_one() -> None:
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "2"}
 
 
+@pytest.mark.parametrize(("limit", "alive", "started"), [(900, 90, 90), (25, 3, 30)])
+def test_a_writer_that_does_not_answer_is_killed(limit: int, alive: int, started: int) -> None:
+    """Its progress is its own; the operator ends a stalled gang, and nobody else asks a gang."""
+    teacher = {"model": {"uri": "s3://models/m"}}
+    whole = parsed(teacher=teacher, stallTimeoutSeconds=limit)
+    spec = batch_jobs.teacher(OWNER, whole, IMAGE)["spec"]["template"]["spec"]
+    [container] = spec["containers"]
+    liveness, startup = container["livenessProbe"], container["startupProbe"]
+    assert liveness["httpGet"] == startup["httpGet"] == {"path": "/healthz", "port": "metrics"}
+    assert (liveness["periodSeconds"], liveness["failureThreshold"]) == (10, alive)
+    assert (startup["periodSeconds"], startup["failureThreshold"]) == (10, started)
+    gang = batch_jobs.gang_template(OWNER, whole, IMAGE, attempt=1, grace_seconds=60)
+    assert "livenessProbe" not in gang["spec"]["containers"][0]
+
+
 def test_the_run_spec_survives_its_config_map() -> None:
     limits = {"name": "trainer", "resources": {"limits": {"memory": "1Ki"}}}
     whole = parsed(workers={"template": {"spec": {"containers": [limits]}}})

@@ -44,12 +44,13 @@ def _run(context: Context, board: exporter.ProgressBoard) -> Outcome:
             f"{size} GPUs asked for, no CUDA device visible in the pod",
             "check driver and image, or set DS_ACCELERATOR=cpu to count GPUs without using them",
         )
+    if context.rank == 0:
+        exporter.serve(board)
     group = sharding.join(meeting_file(context.scratch), context.rank, size)
     text = learns_text(context.run.spec)
     if context.rank > 0:
         follow = own_teacher.follow_own_teacher if text else generate.follow_teacher
         return follow(context, group)
-    exporter.serve(board)
     run = own_teacher.run_own_teacher if text else generate.run_teacher
     outcome = run(context, board, group)
     sharding.dismiss(group)

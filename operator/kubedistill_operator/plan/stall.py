@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from kubedistill_api.names import ROLE_STUDENT
+from kubedistill_api.names import ROLE_STUDENT, START_SECONDS
 from kubedistill_api.status import Attempt
 
 from kubedistill_operator.plan.draft import Contact, Pass
 from kubedistill_operator.plan.times import parse_time
 
-START_SECONDS = 300
-"""What the processes of a pod that runs may take until they answer, whatever the limit between steps:
-they import some gigabytes, perhaps from a disk that is busy."""
 PHASES_AFTER_TRAINING = ("Evaluating", "Exporting", "Done")
 
 

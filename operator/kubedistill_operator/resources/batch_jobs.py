@@ -96,6 +96,7 @@ def teacher(
         gpus=0 if spec.teacher.endpoint else workers.gpus_per_replica,
         gpu_resource_name=spec.workers.gpu_resource_name,
         api_key_secret=_api_key_secret(spec),
+        silence_seconds=spec.stall_timeout_seconds,
         template=workers.template,
     )
     return _job(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from kubedistill_operator.resources.merge import strategic_merge
 
 _USER = 65532
 _RUN_SPEC_VOLUME = "run-spec"
+_PROBE_SECONDS = 10
 _PREFLIGHT_PARTS = ("volumes", "nodeSelector", "tolerations", "imagePullSecrets", "hostAliases")
 _PREFLIGHT_CONTAINER_PARTS = (
     "name", "command", "env", "envFrom", "volumeMounts", "image", "imagePullPolicy",
@@ -41,6 +43,8 @@ class PodShape:
     subdomain: str = ""
     api_key_secret: str = ""
     """Secret with the key of the teacher's endpoint, for those who ask it."""
+    silence_seconds: int = 0
+    """A container that does not answer for so long is killed; 0: nobody asks."""
     template: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -85,6 +89,26 @@ def _ports(shape: PodShape) -> list[dict[str, Any]]:
     ]
 
 
+def _probes(shape: PodShape) -> dict[str, Any]:
+    """For pods whose progress the operator does not judge: a frozen one would keep its GPUs."""
+    if not shape.silence_seconds:
+        return {}
+    ask = {
+        "httpGet": {"path": "/healthz", "port": "metrics"},
+        "timeoutSeconds": _PROBE_SECONDS // 2,
+        "periodSeconds": _PROBE_SECONDS,
+    }
+    probes = {
+        # Until it answers for the first time it has to import some gigabytes.
+        "startupProbe": max(names.START_SECONDS, shape.silence_seconds),
+        "livenessProbe": shape.silence_seconds,
+    }
+    return {
+        kind: {**ask, "failureThreshold": math.ceil(seconds / _PROBE_SECONDS)}
+        for kind, seconds in probes.items()
+    }
+
+
 def _container(shape: PodShape, storage: Storage, trainer: TrainerImage) -> dict[str, Any]:
     container: dict[str, Any] = {
         "name": names.CONTAINER,
@@ -108,6 +132,7 @@ def _container(shape: PodShape, storage: Storage, trainer: TrainerImage) -> dict
             {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108
         ],
     }
+    container |= _probes(shape)
     if trainer.pull_policy:
         container["imagePullPolicy"] = trainer.pull_policy
     if shape.gpus:
