@@ -64,14 +64,12 @@ def frozen(team: Team, calm: dict[str, Any]) -> str:
     quick = {"startupProbe": {"periodSeconds": 1}, "livenessProbe": {"periodSeconds": 1}}
     pods = {"spec": {"terminationGracePeriodSeconds": 2,
                      "containers": [{"name": "trainer", **quick}]}}  # fmt: skip
-    team.apply(
-        team.distilled(
-            "frosty", "calm", stallTimeoutSeconds=60, workers={"nodes": 1},
-            teacher={"fromJob": {"name": "calm"},
-                     "workers": {"gpusPerReplica": 0, "template": pods}},
-            data={"sequenceLength": 48}, training={"maxSteps": 2},
-        )
+    job = team.distilled(
+        "frosty", "calm", stallTimeoutSeconds=60, workers={"nodes": 1},
+        data={"sequenceLength": 48}, training={"maxSteps": 2},
     )  # fmt: skip
+    job["spec"]["teacher"]["workers"]["template"] = pods
+    team.apply(job)
     of_writers = ("-l", "kubedistill.dev/job=frosty,kubedistill.dev/role=teacher")
 
     def running() -> list[str]:
