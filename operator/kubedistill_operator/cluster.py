@@ -7,6 +7,7 @@ client's older models.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,18 @@ class Conflict(ApiError):
 
 class NotLeading(RuntimeError):
     """A write was refused by ourselves: this process does not hold the Lease."""
+
+
+API_FAILURES = (ApiError, NotLeading, aiohttp.ClientError, TimeoutError, OSError)
+"""What a call may end with through no fault of ours: whatever wanted it tries again."""
+
+
+def log_failure(log: logging.Logger, message: str, error: BaseException, **extra: object) -> None:
+    """One line where the API server was away or refused; a traceback where it is a bug of ours."""
+    if isinstance(error, API_FAILURES):
+        log.warning(message, extra={"error": f"{type(error).__name__}: {error}", **extra})
+    else:
+        log.error(message, exc_info=error, extra=extra)
 
 
 class Cluster:

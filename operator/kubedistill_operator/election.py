@@ -14,17 +14,15 @@ from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import Any
 
-import aiohttp
 from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.leaderelection import electionconfig, leaderelection
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
 from kubernetes.aio.leaderelection.resourcelock.baselock import BaseLock
 
-from kubedistill_operator.cluster import ApiError, Cluster, NotFound
+from kubedistill_operator.cluster import API_FAILURES, Cluster, NotFound
 from kubedistill_operator.settings import Settings
 
 _log = logging.getLogger(__name__)
-_FAILURES = (ApiError, aiohttp.ClientError, TimeoutError, OSError)
 
 
 def _now() -> str:
@@ -54,7 +52,7 @@ class _Lock(BaseLock):  # type: ignore[misc]
             refusal = ApiException(status=404, reason=str(error))
             refusal.body = json.dumps({"code": 404})
             return False, refusal
-        except _FAILURES as error:
+        except API_FAILURES as error:
             return False, ApiException(status=0, reason=str(error) or type(error).__name__)
         spec = self._lease.get("spec") or {}
         duration = spec.get("leaseDurationSeconds")
@@ -94,7 +92,7 @@ class _Lock(BaseLock):  # type: ignore[misc]
         asked_at = time.monotonic()
         try:
             self._lease = await asyncio.wait_for(call, self._timeout)
-        except _FAILURES as error:
+        except API_FAILURES as error:
             _log.warning("the Lease was not renewed", extra={"error": str(error)})
             return False
         self._leadership.renewed(asked_at)
@@ -156,5 +154,5 @@ class Leadership:
             if lease["spec"].get("holderIdentity") == self.settings.identity:
                 lease["spec"]["holderIdentity"] = ""
                 await cluster.replace_lease(lease)
-        except _FAILURES as error:
+        except API_FAILURES as error:
             _log.warning("the Lease was not given back", extra={"error": str(error)})

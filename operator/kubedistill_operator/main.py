@@ -12,7 +12,7 @@ import kopf
 
 from kubedistill_operator import logs
 from kubedistill_operator.cache import Cache
-from kubedistill_operator.cluster import Cluster
+from kubedistill_operator.cluster import Cluster, log_failure
 from kubedistill_operator.effects import Effects
 from kubedistill_operator.election import Leadership
 from kubedistill_operator.health import Health
@@ -72,8 +72,10 @@ async def run(settings: Settings) -> int:
         await health.stop()
         await cluster.close()
     for task in (working, election):
-        if task is not None and task.done() and not task.cancelled() and task.exception():
-            _log.error("%s ended", task.get_name(), exc_info=task.exception())
+        if task is None or not task.done() or task.cancelled():
+            continue
+        if (error := task.exception()) is not None:
+            log_failure(_log, f"{task.get_name()} ended", error)
             return 1
     return 1 if lost else 0
 

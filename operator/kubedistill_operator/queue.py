@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kubedistill_operator.cluster import log_failure
+
 _log = logging.getLogger(__name__)
 
 
@@ -113,9 +115,9 @@ async def work(queue: WorkQueue, reconcile: Reconcile) -> None:
         key = await queue.get()
         try:
             again = await reconcile(key)
-        except Exception:
+        except Exception as error:
             wait = queue.failures.next_wait(key)
-            _log.exception("reconcile failed", extra={"key": "/".join(key), "wait": round(wait, 1)})
+            log_failure(_log, "reconcile failed", error, key="/".join(key), wait=round(wait, 1))
             queue.add_later(key, wait)
         else:
             queue.failures.counts.pop(key, None)

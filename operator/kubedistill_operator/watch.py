@@ -33,6 +33,7 @@ from kubedistill_operator.cluster import (
     PODS,
     Cluster,
     Resource,
+    log_failure,
 )
 from kubedistill_operator.queue import Key, WorkQueue
 from kubedistill_operator.reconcile import CHAIN, JOB
@@ -173,8 +174,8 @@ class Resync:
             await asyncio.sleep(self._interval)
             try:
                 await self.once(check_watches=True)
-            except Exception:
-                _log.exception("resync failed")
+            except Exception as error:
+                log_failure(_log, "resync failed", error)
 
     async def once(self, *, check_watches: bool = False) -> None:
         """List everything, take it in, and look at every object once."""

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 from typing import Any
 
+import aiohttp
+import pytest
 from kubedistill_api.names import LABEL_JOB
 from kubedistill_operator.cache import Cache, Kind
+from kubedistill_operator.cluster import ApiError, NotLeading, log_failure
+from kubedistill_operator.logs import JsonFormatter
 from kubedistill_operator.queue import Failures, Key, WorkQueue, work
 
 A, B = Key("job", "ml", "a"), Key("job", "ml", "b")
@@ -64,6 +70,29 @@ async def test_workers_share_keys_and_survive_errors() -> None:
         worker.cancel()
     assert passes == [A, A, A]
     assert queue.failures.counts == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "traceback"),
+    [
+        (ApiError(503, "ServiceUnavailable", "away"), "ApiError: 503 ServiceUnavailable", False),
+        (aiohttp.ServerDisconnectedError(), "ServerDisconnectedError: Server disc", False),
+        (TimeoutError(), "TimeoutError", False),
+        (NotLeading("the Lease is not held"), "NotLeading: the Lease is not held", False),
+        (KeyError("x"), "Traceback", True),
+    ],
+)
+def test_an_api_server_that_is_away_is_no_traceback(
+    error: Exception, told: str, traceback: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    try:
+        raise error
+    except Exception as caught:
+        log_failure(logging.getLogger("here"), "reconcile failed", caught, key="job/a/b")
+    line = json.loads(JsonFormatter().format(caplog.records[0]))
+    assert line["error"].startswith(told)
+    assert ("Traceback" in line["error"]) == traceback
+    assert (line["level"], line["key"]) == ("ERROR" if traceback else "WARNING", "job/a/b")
 
 
 def test_waits_grow_to_a_cap() -> None:

@@ -196,6 +196,22 @@ def test_a_deleted_teacher_is_made_again_and_a_complete_one_is_not() -> None:
     assert settled(after(done, batch_jobs=gang_job())).actions == ()
 
 
+def test_the_last_word_of_a_writer_that_is_late_is_waited_for() -> None:
+    """The watch of Jobs may run ahead of that of pods, also between a look for it and the plan."""
+    known = TeacherStreamStatus(uri="s3://s", tokens=10)
+    pod = running("t", role=names.ROLE_TEACHER, attempt=0)
+    seen = teacher_seen({"complete": True}, (pod,))
+    seen = replace(seen, status=seen.status.model_copy(update={"teacher_stream": known}))
+    plan = settled(seen)
+    assert plan.status.teacher_stream == known
+    assert plan.requeue_after is not None
+    last = {"progress": {"teacherStream": {"uri": "s3://s", "tokens": 50}}}
+    pod = ended("t", 0, role=names.ROLE_TEACHER, attempt=0, outcome=last)
+    plan = settled(after(seen, pods=(pod,)))
+    assert plan.status.teacher_stream is not None
+    assert (plan.status.teacher_stream.tokens, plan.status.teacher_stream.complete) == (50, True)
+
+
 def test_clocks_of_nodes_may_be_an_hour_apart() -> None:
     """A healthy gang on a node whose clock is slow is no stalled one, and a stalled one is found."""
     behind = report(last_step_time=NOW.timestamp() - 3600, checkpoint=CheckpointStatus(step=5))
