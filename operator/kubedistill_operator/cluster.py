@@ -77,12 +77,15 @@ class NotLeading(RuntimeError):
 
 
 API_FAILURES = (ApiError, NotLeading, aiohttp.ClientError, TimeoutError, OSError)
-"""What a call may end with through no fault of ours: whatever wanted it tries again."""
+"""What a call may end with: whatever wanted it tries again."""
+_SENSELESS = (400, 405, 415, 422)
+"""Statuses of requests that no API server would take: those are bugs of ours."""
 
 
 def log_failure(log: logging.Logger, message: str, error: BaseException, **extra: object) -> None:
     """One line where the API server was away or refused; a traceback where it is a bug of ours."""
-    if isinstance(error, API_FAILURES):
+    senseless = isinstance(error, ApiError) and error.status in _SENSELESS
+    if isinstance(error, API_FAILURES) and not senseless:
         log.warning(message, extra={"error": f"{type(error).__name__}: {error}", **extra})
     else:
         log.error(message, exc_info=error, extra=extra)

@@ -80,6 +80,7 @@ async def test_workers_share_keys_and_survive_errors() -> None:
         (TimeoutError(), "TimeoutError", False),
         (NotLeading("the Lease is not held"), "NotLeading: the Lease is not held", False),
         (KeyError("x"), "Traceback", True),
+        (ApiError(422, "Invalid", "spec.x: Required value"), "Traceback", True),
     ],
 )
 def test_an_api_server_that_is_away_is_no_traceback(
