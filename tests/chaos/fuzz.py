@@ -54,7 +54,7 @@ def fuzz_family(bench: OperatorBench, objects: int) -> Family:
             run.lives += len(world.lives)
             # The API server is well: even an object that goes while it is looked at is no error.
             run.violations += [
-                f"in the log: {last}"[:400] for last in world.tracebacks() if not _SLOW.match(last)
+                f"in the log: {last}"[:400] for last in world.failures() if not _SLOW.match(last)
             ]
 
     return Family(FUZZ, cases, run_all, AT_ONCE)

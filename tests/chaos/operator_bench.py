@@ -234,17 +234,21 @@ class World:
         found["pods"] = dict(pods)
         return found
 
-    def tracebacks(self) -> list[str]:
-        """Last lines of the errors in the operators' logs."""
+    def failures(self) -> list[str]:
+        """What ended a pass, and last lines of tracebacks, in the operators' logs."""
         found = []
         for life in self.lives:
             for line in life.log.read_text(errors="replace").splitlines():
-                if line.startswith("{") and '"error": "' in line and "Traceback" in line:
+                if line.startswith("{") and any(mark in line for mark in _FAILED):
                     with contextlib.suppress(ValueError):
                         found.append(json.loads(line)["error"].strip().splitlines()[-1])
                 elif line.startswith("Traceback"):
                     found.append(f"{life.log.name}: a traceback outside of the log")
         return found
+
+
+_FAILED = ("Traceback", '"message": "reconcile failed"')
+"""Marks of a line of the log that has an error which a pass did not bear."""
 
 
 def children(api: Api, namespace: str) -> list[str]:

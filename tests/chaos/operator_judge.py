@@ -22,10 +22,10 @@ from chaos.operator_bench import OperatorBench, World
 AT_ONCE = 4
 """Worlds at the same time: most of a case is waiting for pods, leases and the collector."""
 DECLARED = re.compile(
-    r"^(kubedistill_operator\.cluster\.\w+|aiohttp\.[\w.]+|kopf[\w.]*\.\w+|TimeoutError|"
-    r"asyncio\.[\w.]*TimeoutError|Connection\w*Error|OSError)\b"
+    r"^([\w.]+\.)?(ApiError|NotFound|Conflict|NotLeading|Server\w+|Client\w+|\w*Timeout\w*|"
+    r"Connection\w*Error|OSError)\b|^kopf[\w.]*\.\w+"
 )
-"""Last line of a traceback that tells of the API server.
+"""The error of a pass, or last line of a traceback, that tells of the API server.
 
 Such a pass is made again, and people have to see that it was the server. NotFound is among them: a
 409 that lies says that something is there which is not. Without lies it is none (`errors`, the fuzzer).
@@ -100,7 +100,7 @@ class Judge:
                 run.violations += found(world)
                 run.violations += [f"left behind: {name}" for name in world.delete()]
             run.violations += world.watched.broken + world.watched.made_too_often(made)
-            for last in world.tracebacks():
+            for last in world.failures():
                 if not errors or not DECLARED.match(last):
                     run.violations.append(f"in the log: {last}"[:300])
             run.lives += len(world.lives)

@@ -115,7 +115,7 @@ def test_an_object_that_is_deleted_in_the_middle_of_a_pass_is_no_error(
         world.apply(job("next", suspend=True))
         world.until(lambda: world.reasons() == {"next": "Suspended"})
         world.until(lambda: entry(operator_bench, met[0]).status == 404)
-        assert world.tracebacks() == []
+        assert world.failures() == []
 
 
 def entry(bench: OperatorBench, call: Call) -> Entry:
