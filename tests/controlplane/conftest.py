@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from devcluster.fixtures import cluster, devcluster, namespace  # noqa: F401
+from devcluster.fixtures import (  # noqa: F401
+    cluster,
+    devcluster,
+    namespace,
+    temporary_namespace,
+)
 from operator_kit import Bench, Operator, install_role
 
 
@@ -20,6 +26,29 @@ def account(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:  # 
 @pytest.fixture
 def bench(cluster: Any, namespace: str, account: Path) -> Bench:  # noqa: F811
     return Bench(cluster, namespace)
+
+
+Beside = Callable[[Callable[[Bench, Any], None], Sequence[Any]], None]
+
+
+@pytest.fixture
+def beside(cluster: Any, account: Path) -> Beside:  # noqa: F811
+    """Runs a test's cases beside each other, each in a namespace of its own: most of it is waiting."""
+
+    def run(test: Callable[[Bench, Any], None], cases: Sequence[Any]) -> None:
+        def one(case: Any) -> None:
+            with temporary_namespace(cluster, "test") as name:
+                test(Bench(cluster, name), case)
+
+        with ThreadPoolExecutor(len(cases)) as pool:
+            for case, future in [(case, pool.submit(one, case)) for case in cases]:
+                try:
+                    future.result()
+                except BaseException as error:
+                    error.add_note(f"case: {case}")
+                    raise
+
+    return run
 
 
 @pytest.fixture(scope="module")

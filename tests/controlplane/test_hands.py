@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 from operator_kit import ONLINE, Bench, Operator, distilling, template, wait_for
 
+from controlplane.conftest import Beside
+
 pytestmark = [pytest.mark.controlplane, pytest.mark.timeout(600)]
 
 STUDENT = ("-l", "kubedistill.dev/role=student")
 PRESENT = ("Pending", "Running")
 TEACHER = ("-l", "kubedistill.dev/role=teacher")
+CASCADES = ("foreground", "background", "orphan")
 
 
 def gang(name: str, book: Path, nodes: int = 2, **env: str) -> dict[str, Any]:
@@ -131,99 +134,106 @@ def test_a_changed_service_is_mended_for_the_next_attempt(
     }
 
 
-@pytest.mark.parametrize("cascade", ["foreground", "background", "orphan"])
 def test_a_deleted_attempt_is_followed_by_another(
-    bench: Bench, operator: Operator, book: Path, cascade: str
+    beside: Beside, operator: Operator, book: Path
 ) -> None:
-    bench.apply(gang("cut", book))
-    training(bench, "cut")
-    before = {p["metadata"]["uid"] for p in bench.get("pods", *STUDENT)["items"]}
-    bench.kubectl("delete", "job", "cut-a1", f"--cascade={cascade}", "--wait=false")
-    status = calm(bench, "cut")
-    assert len(status["attempts"]) == 2
-    # Its pods were told to stop, and committed; the stand-in's ranks do not keep step.
-    first, second = status["attempts"]
-    assert (first["reason"], first["charged"]) == ("GracefulCheckpoint", False)
-    assert second["resumedFromStep"] >= first["lastStep"] - 3
-    left = {p["metadata"]["uid"] for p in bench.get("pods", *STUDENT)["items"]}
-    assert not left & before
+    def case(bench: Bench, cascade: str) -> None:
+        bench.apply(gang("cut", book))
+        training(bench, "cut")
+        before = {p["metadata"]["uid"] for p in bench.get("pods", *STUDENT)["items"]}
+        bench.kubectl("delete", "job", "cut-a1", f"--cascade={cascade}", "--wait=false")
+        status = calm(bench, "cut")
+        assert len(status["attempts"]) == 2
+        # Its pods were told to stop, and committed; the stand-in's ranks do not keep step.
+        first, second = status["attempts"]
+        assert (first["reason"], first["charged"]) == ("GracefulCheckpoint", False)
+        assert second["resumedFromStep"] >= first["lastStep"] - 3
+        left = {p["metadata"]["uid"] for p in bench.get("pods", *STUDENT)["items"]}
+        assert not left & before
+
+    beside(case, CASCADES)
 
 
-@pytest.mark.parametrize("options", [(), ("--grace-period=0", "--force")])
-def test_a_deleted_pod_ends_its_attempt(
-    bench: Bench, operator: Operator, book: Path, options: tuple[str, ...]
-) -> None:
-    bench.apply(gang("poked", book))
-    training(bench, "poked")
-    pods = bench.get("pods", *STUDENT)["items"]
-    bench.kubectl("delete", "pod", pods[1]["metadata"]["name"], "--wait=false", *options)
-    status = calm(bench, "poked")
-    assert len(status["attempts"]) == 2
-    assert status["attempts"][1]["resumedFromStep"] >= 5
+def test_a_deleted_pod_ends_its_attempt(beside: Beside, operator: Operator, book: Path) -> None:
+    def case(bench: Bench, options: tuple[str, ...]) -> None:
+        bench.apply(gang("poked", book))
+        training(bench, "poked")
+        pods = bench.get("pods", *STUDENT)["items"]
+        bench.kubectl("delete", "pod", pods[1]["metadata"]["name"], "--wait=false", *options)
+        status = calm(bench, "poked")
+        assert len(status["attempts"]) == 2
+        assert status["attempts"][1]["resumedFromStep"] >= 5
+
+    beside(case, [(), ("--grace-period=0", "--force")])
 
 
-@pytest.mark.parametrize("cascade", ["foreground", "background", "orphan"])
-def test_a_deleted_teacher_is_made_again(
-    bench: Bench, operator: Operator, book: Path, cascade: str
-) -> None:
-    bench.apply(distilling("school", template(book, STEPS="110", TEACHER_SECONDS="6")))
-    wait_for(
-        lambda: any(
-            p["status"]["phase"] == "Running" for p in bench.get("pods", *TEACHER)["items"]
-        ),
-        "no teacher",
+def test_a_deleted_teacher_is_made_again(beside: Beside, operator: Operator, book: Path) -> None:
+    def case(bench: Bench, cascade: str) -> None:
+        bench.apply(distilling("school", template(book, STEPS="110", TEACHER_SECONDS="6")))
+        wait_for(
+            lambda: any(
+                p["status"]["phase"] == "Running" for p in bench.get("pods", *TEACHER)["items"]
+            ),
+            "no teacher",
+        )
+        bench.kubectl("delete", "job", "school-teacher", f"--cascade={cascade}", "--wait=false")
+        status = calm(bench, "school")
+        assert status["teacherStream"]["complete"]
+
+    beside(case, CASCADES)
+
+
+def test_an_edited_gang_does_not_idle(beside: Beside, operator: Operator, book: Path) -> None:
+    def case(bench: Bench, edited: tuple[dict[str, Any], str]) -> None:
+        bench.apply(gang("held", book))
+        training(bench, "held")
+        edit, words = edited
+        patch(bench, "job", "held-a1", {"spec": edit})
+        status = calm(bench, "held")
+        first = status["attempts"][0]
+        assert words in first["message"]
+        assert not first["charged"]
+        assert len(status["attempts"]) == 2
+
+    beside(
+        case,
+        [
+            ({"suspend": True}, "somebody suspended"),
+            ({"parallelism": 0}, "somebody set parallelism"),
+        ],
     )
-    bench.kubectl("delete", "job", "school-teacher", f"--cascade={cascade}", "--wait=false")
-    status = calm(bench, "school")
-    assert status["teacherStream"]["complete"]
 
 
-@pytest.mark.parametrize(
-    ("edit", "words"),
-    [({"suspend": True}, "somebody suspended"), ({"parallelism": 0}, "somebody set parallelism")],
-)
-def test_an_edited_gang_does_not_idle(
-    bench: Bench, operator: Operator, book: Path, edit: dict[str, Any], words: str
-) -> None:
-    bench.apply(gang("held", book))
-    training(bench, "held")
-    patch(bench, "job", "held-a1", {"spec": edit})
-    status = calm(bench, "held")
-    first = status["attempts"][0]
-    assert words in first["message"]
-    assert not first["charged"]
-    assert len(status["attempts"]) == 2
+def test_an_edited_teacher_goes_on(beside: Beside, operator: Operator, book: Path) -> None:
+    def case(bench: Bench, edit: dict[str, Any]) -> None:
+        bench.apply(distilling("class", template(book, STEPS="110", TEACHER_SECONDS="6")))
+        wait_for(lambda: bench.get("pods", *TEACHER)["items"], "no teacher")
+        patch(bench, "job", "class-teacher", {"spec": edit})
+        calm(bench, "class")
+
+    beside(case, [{"suspend": True}, {"parallelism": 0}])
 
 
-@pytest.mark.parametrize("edit", [{"suspend": True}, {"parallelism": 0}])
-def test_an_edited_teacher_goes_on(
-    bench: Bench, operator: Operator, book: Path, edit: dict[str, Any]
-) -> None:
-    bench.apply(distilling("class", template(book, STEPS="110", TEACHER_SECONDS="6")))
-    wait_for(lambda: bench.get("pods", *TEACHER)["items"], "no teacher")
-    patch(bench, "job", "class-teacher", {"spec": edit})
-    calm(bench, "class")
-
-
-@pytest.mark.parametrize(
-    "label", ["app.kubernetes.io/managed-by", "kubedistill.dev/job", "kubedistill.dev/job-uid"]
-)
 def test_children_whose_labels_are_taken_off_are_found(
-    bench: Bench, operator: Operator, book: Path, label: str
+    beside: Beside, operator: Operator, book: Path
 ) -> None:
     """One gang trains all the time: it is not taken for deleted, and not started twice."""
-    bench.apply(gang("masked", book, STEPS="110"))
-    training(bench, "masked")
-    first = bench.get("pods", *STUDENT)["items"][0]["metadata"]["name"]
-    bench.kubectl("label", "pod", first, f"{label}-")
-    bench.kubectl("label", "job", "masked-a1", f"{label}-")
 
-    def back() -> bool:
-        found = (bench.get("job", "masked-a1"), bench.get("pod", first))
-        return all(label in item["metadata"]["labels"] for item in found)
+    def case(bench: Bench, label: str) -> None:
+        bench.apply(gang("masked", book, STEPS="110"))
+        training(bench, "masked")
+        first = bench.get("pods", *STUDENT)["items"][0]["metadata"]["name"]
+        bench.kubectl("label", "pod", first, f"{label}-")
+        bench.kubectl("label", "job", "masked-a1", f"{label}-")
 
-    wait_for(back, "the labels do not come back", 60)
-    assert len(calm(bench, "masked")["attempts"]) == 1
+        def back() -> bool:
+            found = (bench.get("job", "masked-a1"), bench.get("pod", first))
+            return all(label in item["metadata"]["labels"] for item in found)
+
+        wait_for(back, "the labels do not come back", 60)
+        assert len(calm(bench, "masked")["attempts"]) == 1
+
+    beside(case, ["app.kubernetes.io/managed-by", "kubedistill.dev/job", "kubedistill.dev/job-uid"])
 
 
 def test_labels_that_went_while_no_operator_ran(
