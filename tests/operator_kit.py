@@ -68,7 +68,8 @@ state = {"step": 0}
 # A commit that outlives the pod: the last attempt's step, by a file that all pods of a node share.
 book = os.path.join(os.environ["BOOK"], run["uid"])
 start = int(open(book).read()) if os.path.exists(book) else 0
-report.update(phase="Training", resumedFromStep=start or None, step=start)
+report.update(phase="Training", resumedFromStep=start or None, step=start,
+              loss=3.0 / start if start else None)
 interval = float(os.environ.get("STEP_SECONDS", "0.2"))
 for step in range(start + 1, steps + 1):
     if not (behaviour == "stall" and attempt == 1 and step > 5):

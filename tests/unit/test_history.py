@@ -73,6 +73,17 @@ def test_a_commit_carries_the_history_into_the_next_attempt() -> None:
 
 
 @pytest.mark.usefixtures("gang")
+def test_an_attempt_without_a_step_left_still_tells_the_loss() -> None:
+    """The one before it committed the last step, and was interrupted afterwards."""
+    commits = Commits()
+    calm = loop(commits)
+    calm.run()
+    resumed = loop(commits)
+    assert resumed.run() == 10
+    assert resumed._board.report.loss == calm._board.report.loss is not None
+
+
+@pytest.mark.usefixtures("gang")
 def test_who_stops_before_the_first_commit_does_not_claim_one() -> None:
     with pytest.raises(RunFailure, match="too little to commit; nothing is committed") as caught:
         loop(Commits(), stop_after=2).run()

@@ -47,6 +47,11 @@ class History:
     def points(self) -> tuple[Point, ...]:
         return tuple(self._points)
 
+    @property
+    def latest_loss(self) -> float | None:
+        """The mean loss a token of the latest step, the same before and after a resume."""
+        return self._points[-1].total if self._points else None
+
     def record(
         self, step: int, soft: float, hard: float, total: float, learning_rate: float
     ) -> None:

@@ -235,7 +235,8 @@ class Loop:
         self.watch = Watch.from_cursor(self._training.early_stopping, cursor.get(_WATCH))
         steps = skipped if isinstance(skipped, list) else []
         self.skipped = [step for step in steps if isinstance(step, int)]
-        self._board.update(skipped_steps=[step + 1 for step in self.skipped])
+        skipped_steps = [step + 1 for step in self.skipped]
+        self._board.update(skipped_steps=skipped_steps, loss=self.history.latest_loss)
         return int(restored.step)
 
     def _micro_batches(self, first_step: int) -> Iterator[Ids]:
@@ -317,7 +318,7 @@ class Loop:
         batch_tokens = self._training.global_batch_size * self._dataset.packed.sequence_length
         self._board.update(
             step=step,
-            loss=losses.total,
+            loss=self.history.latest_loss,
             last_step_time=now,
             tokens_per_second=speed * batch_tokens,
             estimated_remaining_seconds=(total - step) / speed if speed else None,
