@@ -151,5 +151,8 @@ def differences(expected: Any, found: Any, path: str = "") -> Iterator[str]:
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in sorted({*expected, *found}):
             yield from differences(expected.get(key), found.get(key), f"{path}.{key}")
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        for index, (wanted, is_there) in enumerate(zip(expected, found, strict=True)):
+            yield from differences(wanted, is_there, f"{path}[{index}]")
     elif expected != found:
         yield f"{path}: {json.dumps(found)[:300]}, calm run {json.dumps(expected)[:300]}"
