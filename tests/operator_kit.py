@@ -95,7 +95,9 @@ for step in range(start + 1, steps + 1):
             report.update(checkpoint={"uri": "s3://runs/c", "step": step, "digest": "ab"})
         end(11, reason="GracefulCheckpoint", progress=report)
 if index == 0:
-    report.update(phase="Done", step=steps)
+    # As the trainer does: whatever the interval, the last step is committed.
+    report.update(phase="Done", step=steps,
+                  checkpoint={"uri": "s3://runs/c", "step": steps, "digest": "ab"})
     end(0, progress=report, model={"uri": "s3://runs/m", "digest": "d" * 8, "parameters": 1000},
         metrics=[{"name": "perplexity", "value": 12.5}])
 end(0)
