@@ -203,15 +203,19 @@ def main() -> None:
             _, status = os.waitpid(int(asked["reap"]), 0)
             _say(line, {"code": os.waitstatus_to_exitcode(status)})
             continue
+        ready, begun = os.pipe()
         child = os.fork()
         if child == 0:
             line.detach()
             try:
-                _run(asked)
+                _run(asked, begun)
             finally:
                 # Whatever happened: the child never goes on here.
                 traceback.print_exc()
                 os._exit(1)
+        os.close(begun)
+        os.read(ready, 1)
+        os.close(ready)
         _say(line, {"pid": child})
 
 
@@ -238,14 +242,15 @@ def _warm_export() -> None:
     get_checkpoint_conversion_mapping("llama")
 
 
-def _run(asked: dict[str, Any]) -> None:
-    """In the child; never returns."""
+def _run(asked: dict[str, Any], begun: int) -> None:
+    """In the child; never returns. Closing `begun` says that it has a group and a log of its own."""
     os.setsid()
     die_with_parent()
     null = os.open(os.devnull, os.O_RDONLY)
     log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for source, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
+    os.close(begun)
     os.closerange(3, 64)
     for group in asked["groups"]:
         Path(group).write_text(str(os.getpid()))
