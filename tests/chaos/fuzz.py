@@ -37,6 +37,8 @@ _SOON_SECONDS = 300
 """A shorter deadline ends a job by the clock, at any point of its life: two of them end differently."""
 _SLOW = re.compile(r"^([\w.]+\.)?\w*(Timeout\w*|ServerDisconnectedError)\b")
 """Last line of a traceback that tells of a machine with too much to do."""
+_NONCE = re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b")
+"""Of a key that a preflight of the trainer's own tried the store with, in its message."""
 _DRAWING = threading.Lock()
 """Of hypothesis, whose state is the process's."""
 State = dict[str, Any]
@@ -312,7 +314,8 @@ def _end(status: State | None, name: str) -> State:
     """All of a status that does not differ between two objects with one spec."""
     if status is None:
         return {"deleted": True}
-    found: State = json.loads(json.dumps(cleaned(status)).replace(_twin(name), name))
+    text = _NONCE.sub("", json.dumps(cleaned(status)).replace(_twin(name), name))
+    found: State = json.loads(text)
     return found
 
 
