@@ -103,7 +103,8 @@ def test_suspended_with_its_operator_killed_and_resumed(team: Team, operator: Op
     status = team.wait_state("paused", "Suspended", seconds=SLOW_SECONDS)
     (attempt,) = status["attempts"]
     assert (attempt["reason"], attempt["charged"]) == ("GracefulCheckpoint", False)
-    assert [p for p in team.get("pods")["items"] if p["status"]["phase"] == "Running"] == []
+    pods = team.get("pods", "-l", "kubedistill.dev/job=paused")["items"]
+    assert [p for p in pods if p["status"]["phase"] == "Running"] == []
     team.kubectl("patch", "dj", "paused", "--type=merge", "-p", '{"spec": {"suspend": false}}')
     status = team.ends("paused", "Completed")
     assert status["attempts"][1]["resumedFromStep"] == attempt["lastStep"]
