@@ -58,7 +58,7 @@ _QUIET = {
 
 
 class Forked:
-    """A run of the product: a real process, a child of the zygote's."""
+    """A run of the product: a real process, a child of the zygote's. Thread-safe."""
 
     def __init__(self, zygote: Zygote, pid: int) -> None:
         self._zygote = zygote
@@ -66,10 +66,15 @@ class Forked:
         # Kept until the end is read, so that no other process can take the number.
         self._handle = os.pidfd_open(pid)
         self._code: int | None = None
+        self._lock = threading.Lock()
 
     @property
     def running(self) -> bool:
-        return self._code is None and not select.select([self._handle], [], [], 0)[0]
+        with self._lock:
+            return self._code is None and not self._ended(0)
+
+    def _ended(self, timeout_seconds: float) -> bool:
+        return bool(select.select([self._handle], [], [], timeout_seconds)[0])
 
     def poll(self) -> int | None:
         """Its exit code, negative for a signal; None while it runs."""
@@ -77,17 +82,22 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         """Harmless when it has ended."""
-        with contextlib.suppress(ProcessLookupError, OSError):
-            signal.pidfd_send_signal(self._handle, number)
+        with self._lock, contextlib.suppress(ProcessLookupError):
+            if self._code is None:  # later, the handle may be another process's
+                signal.pidfd_send_signal(self._handle, number)
 
     def wait(self, timeout_seconds: float) -> int:
         """Its exit code, negative for a signal. TimeoutError when it goes on."""
-        if self._code is None:
-            if not select.select([self._handle], [], [], timeout_seconds)[0]:
+        with contextlib.suppress(OSError):  # the handle is closed once somebody has read the end
+            self._ended(timeout_seconds)
+        with self._lock:
+            if self._code is None and self._ended(0):
+                # Of two who ask for a child's end, one would be told that there is none.
+                self._code = self._zygote.reap(self.pid)
+                os.close(self._handle)
+            if self._code is None:
                 raise TimeoutError(f"process {self.pid} has not ended in {timeout_seconds:.0f} s")
-            self._code = self._zygote.reap(self.pid)
-            os.close(self._handle)
-        return self._code
+            return self._code
 
     def end(self) -> int:
         """SIGKILL where it still runs; its exit code."""
