@@ -137,6 +137,20 @@ def test_an_upload_that_takes_longer_than_any_may_is_no_sign_of_life() -> None:
     assert not flight.is_in_time
 
 
+def test_a_peer_that_takes_far_longer_than_oneself_is_no_sign_of_life() -> None:
+    """A frozen one, in the middle of a save: the store's deadlines would allow it minutes."""
+    flight = Flight(4, limit_seconds=360.0)
+    flight.began -= 20.0
+    flight.uploaded()
+    assert flight.is_in_time
+    flight.began -= 80.0
+    assert not flight.is_in_time
+    late = Flight(4, limit_seconds=30.0)
+    late.began -= 29.0
+    late.uploaded()
+    assert late.limit_seconds == 30.0, "no longer than the store lets an upload take"
+
+
 @pytest.mark.parametrize(
     ("calm", "busy", "cost"),
     [(None, None, 0.5), (1.0, None, 0.5), (1.0, 1.0, 0.5), (1.0, 2.0, 5.5), (2.0, 1.0, 0.5)],

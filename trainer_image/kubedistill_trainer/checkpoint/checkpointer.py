@@ -192,7 +192,7 @@ class Checkpointer:
         cursor: dict[str, JsonValue],
     ) -> CommitInfo:
         """Second half of step 2, and step 3. The ranks agree over the group for that."""
-        data, receipts = self.upload(taken, flight.step)
+        data, receipts = self._upload(taken, flight)
         commit = self._transfers.from_first(
             lambda: self._commit(flight.step, cursor, data, receipts)
         ).record
@@ -206,14 +206,18 @@ class Checkpointer:
             time=commit.time,
         )
 
-    def upload(self, taken: snapshot.Snapshot, step: int) -> tuple[str, list[ShardRecord]]:
+    def _upload(self, taken: snapshot.Snapshot, flight: Flight) -> tuple[str, list[ShardRecord]]:
         """Step 2: upload under a prefix of its own; the prefix and the receipts of all ranks."""
         data = self._transfers.from_first(
-            lambda: retention.data_prefix(self._fence, step, str(uuid.uuid4()))
+            lambda: retention.data_prefix(self._fence, flight.step, str(uuid.uuid4()))
         )
-        receipts = self._transfers.gather(
-            lambda: shards.upload(self._store.child(data), taken.files, rank=self._rank)
-        )
+
+        def own() -> list[ShardRecord]:
+            receipts = shards.upload(self._store.child(data), taken.files, rank=self._rank)
+            flight.uploaded()
+            return receipts
+
+        receipts = self._transfers.gather(own)
         return data, [receipt for of_rank in receipts for receipt in of_rank]
 
     def restore(self, engine: Any, step: int | None = None) -> Restored | None:

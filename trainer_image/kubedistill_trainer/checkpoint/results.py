@@ -8,6 +8,11 @@ from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
+_PEER_FACTOR = 4
+"""Peers' uploads may take so many times what this rank's took …"""
+_PEER_SECONDS = 10.0
+"""… and so much longer."""
+
 
 @dataclass(frozen=True)
 class CommitInfo:
@@ -56,10 +61,16 @@ class Flight:
     step: int
     began: float = field(default_factory=time.monotonic)
     limit_seconds: float = 0.0
-    """The longest that the store's deadlines let this rank's upload take."""
+    """The longest that the store's deadlines let this rank's upload take, or it lets its peers take."""
     ended: threading.Event = field(default_factory=threading.Event)
     info: CommitInfo | None = None
     error: Exception | None = None
+
+    def uploaded(self) -> None:
+        """This rank's part is in the store. Its peers' parts are about as large: one that takes far
+        longer may be frozen, and is not waited for as long as the store's deadlines would let it."""
+        spent = time.monotonic() - self.began
+        self.limit_seconds = min(self.limit_seconds, _PEER_FACTOR * spent + _PEER_SECONDS)
 
     @property
     def is_in_time(self) -> bool:
