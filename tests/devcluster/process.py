@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 _PORTS = range(20000, 32000)
 """Below those that the kernel gives to connections: such a one may be taken before it is used."""
+
+
+_given: deque[int] = deque(maxlen=1000)
+"""Lately: whoever got one may not have taken it yet."""
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -33,6 +38,8 @@ def free_port_pair(distance: int = 10000) -> int:
 
 def _free(host: str, distance: int) -> int:
     for port in random.SystemRandom().sample(_PORTS, 2000):
+        if port in _given:
+            continue
         try:
             with socket.socket() as first, socket.socket() as second:
                 first.bind((host, port))
@@ -40,6 +47,7 @@ def _free(host: str, distance: int) -> int:
                     second.bind((host, port + distance))
         except OSError:
             continue
+        _given.append(port)
         return port
     raise RuntimeError("no free ports")
 
