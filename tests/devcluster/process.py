@@ -37,7 +37,9 @@ def free_port_pair(distance: int = 10000) -> int:
 
 
 def _free(host: str, distance: int) -> int:
-    for port in random.SystemRandom().sample(_PORTS, 2000):
+    chance = random.SystemRandom()
+    for _ in range(2000):
+        port = chance.choice(_PORTS)
         if port in _given:
             continue
         try:
