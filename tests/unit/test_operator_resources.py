@@ -255,7 +255,7 @@ def test_teacher_partitions_are_retried_one_by_one() -> None:
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "2"}
 
 
-@pytest.mark.parametrize(("limit", "alive", "started"), [(900, 90, 90), (25, 3, 30)])
+@pytest.mark.parametrize(("limit", "alive", "started"), [(900, 90, 90), (25, 3, 30), (10, 3, 30)])
 def test_a_writer_that_does_not_answer_is_killed(limit: int, alive: int, started: int) -> None:
     """Its progress is its own; the operator ends a stalled gang, and nobody else asks a gang."""
     teacher = {"model": {"uri": "s3://models/m"}}
