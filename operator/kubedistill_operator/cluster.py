@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,10 +84,11 @@ _SENSELESS = (400, 405, 415, 422)
 
 
 def log_failure(log: logging.Logger, message: str, error: BaseException, **extra: object) -> None:
-    """One line where the API server was away or refused; a traceback where it is a bug of ours."""
+    """The traceback's last line where the API server was away or refused; all of it for our bugs."""
     senseless = isinstance(error, ApiError) and error.status in _SENSELESS
     if isinstance(error, API_FAILURES) and not senseless:
-        log.warning(message, extra={"error": f"{type(error).__name__}: {error}", **extra})
+        last = "".join(traceback.format_exception_only(error)).strip()
+        log.warning(message, extra={"error": last, **extra})
     else:
         log.error(message, exc_info=error, extra=extra)
 

@@ -12,7 +12,7 @@ from kubedistill_api.status import DistillationJobStatus
 from kubedistill_operator.cache import Cache, Raw
 from kubedistill_operator.plan.actions import Refusal
 from kubedistill_operator.plan.chain import ObservedChain
-from kubedistill_operator.plan.draft import Contact, Observed, OtherJob
+from kubedistill_operator.plan.draft import Contact, Observed, OtherJob, Unanswered
 from kubedistill_operator.plan.layout import job_names
 from kubedistill_operator.plan.stages import StageJob
 from kubedistill_operator.plan.views import (
@@ -60,6 +60,7 @@ def observe_job(
     rank0: Contact | None,
     teacher: Contact | None,
     refusal: Refusal | None = None,
+    unanswered: Unanswered | None = None,
 ) -> Observed:
     """Everything the plan of a job may use."""
     metadata = raw["metadata"]
@@ -84,6 +85,7 @@ def observe_job(
         other_jobs=_upstream(cache, metadata["namespace"], metadata["name"]),
         rank0=rank0,
         teacher=teacher,
+        unanswered=unanswered,
         of_chain=any(o["kind"] == CHAIN_KIND for o in metadata.get("ownerReferences") or []),
         waited_for_by=_waiting_for(cache, metadata["namespace"], metadata["name"]),
         refusal=refusal,

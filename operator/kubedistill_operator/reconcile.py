@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
 from datetime import UTC, datetime
 
 from kubedistill_api import names, reasons
@@ -128,10 +127,9 @@ class Reconciler:
         current = pods(self._cache, raw)
         rank0 = await self._ask(raw, current, names.ROLE_STUDENT)
         teacher = await self._ask(raw, current, names.ROLE_TEACHER)
-        seen = replace(
-            observe_job(self._cache, raw, rank0, teacher, self._refusals.get(key)),
-            unanswered=self._poller.unanswered((key.namespace, key.name, names.ROLE_STUDENT)),
-        )
+        unanswered = self._poller.unanswered((key.namespace, key.name, names.ROLE_STUDENT))
+        refusal = self._refusals.get(key)
+        seen = observe_job(self._cache, raw, rank0, teacher, refusal, unanswered)
         plan = plan_job(seen, self._timing)
         if plan.status != seen.status:
             wire = plan.status.to_wire()

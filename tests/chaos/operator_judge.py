@@ -22,8 +22,8 @@ from chaos.operator_bench import OperatorBench, World
 AT_ONCE = 4
 """Worlds at the same time: most of a case is waiting for pods, leases and the collector."""
 DECLARED = re.compile(
-    r"^([\w.]+\.)?(ApiError|NotFound|Conflict|NotLeading|Server\w+|Client\w+|\w*Timeout\w*|"
-    r"Connection\w*Error|OSError)\b|^kopf[\w.]*\.\w+"
+    r"^(kubedistill_operator\.cluster\.\w+|aiohttp\.[\w.]+|kopf[\w.]*\.\w+|TimeoutError|"
+    r"asyncio\.[\w.]*TimeoutError|Connection\w*Error|OSError)\b"
 )
 """The error of a pass, or last line of a traceback, that tells of the API server.
 

@@ -15,6 +15,7 @@ from kubedistill_operator.cluster import ApiError, NotLeading, log_failure
 from kubedistill_operator.logs import JsonFormatter
 from kubedistill_operator.queue import Failures, Key, WorkQueue, work
 
+_OURS = "kubedistill_operator.cluster."
 A, B = Key("job", "ml", "a"), Key("job", "ml", "b")
 
 
@@ -75,10 +76,18 @@ async def test_workers_share_keys_and_survive_errors() -> None:
 @pytest.mark.parametrize(
     ("error", "told", "traceback"),
     [
-        (ApiError(503, "ServiceUnavailable", "away"), "ApiError: 503 ServiceUnavailable", False),
-        (aiohttp.ServerDisconnectedError(), "ServerDisconnectedError: Server disc", False),
+        (
+            ApiError(503, "ServiceUnavailable", "away"),
+            _OURS + "ApiError: 503 ServiceUnavailable: away",
+            False,
+        ),
+        (
+            aiohttp.ServerDisconnectedError(),
+            "aiohttp.client_exceptions.ServerDisconnectedError: Server disconnected",
+            False,
+        ),
         (TimeoutError(), "TimeoutError", False),
-        (NotLeading("the Lease is not held"), "NotLeading: the Lease is not held", False),
+        (NotLeading("the Lease is not held"), _OURS + "NotLeading: the Lease is not held", False),
         (KeyError("x"), "Traceback", True),
         (ApiError(422, "Invalid", "spec.x: Required value"), "Traceback", True),
     ],
