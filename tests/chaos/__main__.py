@@ -57,7 +57,7 @@ _PARTS = {"store": _store, "operator": _operator, "gang": _gang}
 def main() -> None:
     parser = argparse.ArgumentParser(description="faults at every call, and what they did")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--family", default="", help="beginning of a family's name")
+    parser.add_argument("--family", default="", help="a family's name, or the beginning of several")
     parser.add_argument("--case", type=int, default=None)
     parser.add_argument("--sample", type=int, default=0, help="so many cases a family, spread out")
     parser.add_argument("--out", type=Path, default=Path("chaos.json"))
@@ -79,7 +79,8 @@ def main() -> None:
 
 def _run_part(part: str, folder: Path, given: argparse.Namespace, runs: list[Run]) -> None:
     with _PARTS[part](folder) as families:
-        chosen = [family for family in families if family.name.startswith(given.family)]
+        chosen = [family for family in families if family.name == given.family]
+        chosen = chosen or [family for family in families if family.name.startswith(given.family)]
         for at_once, group in itertools.groupby(chosen, lambda family: family.at_once):
             cases = [(family, index) for family in group for index in _numbers(family, given)]
             _run(cases, at_once, given, runs)
