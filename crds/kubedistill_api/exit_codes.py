@@ -30,6 +30,7 @@ class ExitCode(IntEnum):
     ENDPOINT_UNAVAILABLE = 20
     COST_LIMIT = 21
     NON_FINITE_LOSS = 22
+    RESUME_REFUSED = 23
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ POLICIES: dict[ExitCode, ExitPolicy] = {
     ),
     ExitCode.NON_FINITE_LOSS: ExitPolicy(
         reasons.NON_FINITE_LOSS, False, False, "the loss is no number: the same would come again"
+    ),
+    ExitCode.RESUME_REFUSED: ExitPolicy(
+        reasons.RESUME_REFUSED,
+        False,
+        False,
+        "what was committed cannot be gone on from, and nothing begins anew by itself",
     ),
 }
 

@@ -75,6 +75,7 @@ DISRUPTED = "Disrupted"
 FENCED = "Fenced"
 GRACEFUL_CHECKPOINT = "GracefulCheckpoint"
 NON_FINITE_LOSS = "NonFiniteLoss"
+RESUME_REFUSED = "ResumeRefused"
 ERROR = "Error"
 DEADLINE_EXCEEDED = "DeadlineExceeded"
 BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
@@ -186,6 +187,11 @@ WHAT_TO_DO: dict[str, str] = {
     NON_FINITE_LOSS: (
         "Lower training.learningRate, or use precision: FP32 or onNonFiniteLoss: Skip, under another "
         "name; commits before it stay."
+    ),
+    RESUME_REFUSED: (
+        "Put back what the message names (objects of the store, from a version or a copy of the bucket; "
+        "data or a teacher as they were), then raise backoffLimit: the job goes on from its newest "
+        "commit. Or delete it and apply it again, which begins anew."
     ),
     ERROR: "Read the logs of the pod that the message names.",
     DEADLINE_EXCEEDED: "Raise activeDeadlineSeconds and apply the job again.",

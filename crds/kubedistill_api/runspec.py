@@ -70,6 +70,9 @@ class RunSpec(ApiModel):
     save_seconds: float | None = Field(
         None, description="Longest save of this job's attempts so far; None while there was none."
     )
+    committed_step: int | None = Field(
+        None, description="Newest step that the job's status knows to be committed; None for none."
+    )
     failures_seen: int | None = Field(None, description="How many failures that mean is of.")
     sweep: SweepTable | None = Field(None, description="Of a report: what is added to it.")
 

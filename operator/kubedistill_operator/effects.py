@@ -240,6 +240,7 @@ class Effects:
             restart.mean_seconds_between_failures(status.attempts),
             restart.failures_seen(status.attempts),
             status.save_seconds,
+            status.furthest_commit,
         )
         name = names.attempt_name(owner.name, attempt.number)
         return template, run_specs.config_map(owner, name, run)

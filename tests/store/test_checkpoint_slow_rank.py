@@ -1,4 +1,4 @@
-"""Two ranks of which one has much more to fetch: the other waits for it, longer than for a word."""
+"""Two ranks: they have read the same, and one that has much more to fetch is waited for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
 
 WORLD = 2
@@ -41,7 +42,7 @@ def a_rank(rank: int, folder: Path, uri: str, endpoint: str) -> None:
     """Save, and restore over a network that is slow for rank 1 alone."""
     import torch
     import torch.distributed as dist
-    from kubedistill_trainer.checkpoint import Checkpointer
+    from kubedistill_trainer.checkpoint import Checkpointer, CheckpointFailed
     from kubedistill_trainer.store import Store
 
     meeting = f"file://{folder / 'meeting'}"
@@ -60,6 +61,10 @@ def a_rank(rank: int, folder: Path, uri: str, endpoint: str) -> None:
         upload_group=dist.new_group(timeout=timedelta(minutes=5)),
     )
     checkpointer.open()
+    # One of them has read data that somebody has changed since.
+    with pytest.raises(CheckpointFailed, match=r"rank 1 has read other inputs .*: data.sources$"):
+        checkpointer.pin_inputs({"data.sources": f"digest-{rank}", "teacher": "digest"})
+    checkpointer.pin_inputs({"data.sources": "digest", "teacher": "digest"})
     engine = Engine(rank)
     engine.weights = torch.full((10,), float(rank))
     checkpointer.save(engine, step=5, cursor={})

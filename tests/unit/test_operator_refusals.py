@@ -143,12 +143,12 @@ def test_the_run_spec_of_an_attempt_that_is_smaller() -> None:
     whole = DistillationJobSpec.model_validate(spec(workers={"nodes": 4, "gpusPerNode": 8}))
     base = run_specs.base_run_spec(owner, whole, Inputs("abc", MODEL), "student")
     attempt = Attempt(number=3, fence=5, nodes=2, micro_batch_size=1)
-    run = run_specs.student_run_spec(base, attempt, 90, 1234.5, 3, 7.5)
+    run = run_specs.student_run_spec(base, attempt, 90, 1234.5, 3, 7.5, 40)
     assert run.rendezvous is not None
     assert (run.rendezvous.nodes, run.rendezvous.ranks_per_node) == (2, 8)
     assert (run.attempt, run.fence, run.micro_batch_size) == (3, 5, 1)
     assert (run.mean_seconds_between_failures, run.failures_seen) == (1234.5, 3)
-    assert run.save_seconds == 7.5
+    assert (run.save_seconds, run.committed_step) == (7.5, 40)
     plain = run_specs.student_run_spec(base, Attempt(number=1, fence=1), 90)
     assert plain.rendezvous is not None
     assert plain.rendezvous.nodes == 4

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_trainer.checkpoint import CheckpointCorrupt, Fenced
-from kubedistill_trainer.checkpoint.errors import ForeignLog, LogTooNew
+from kubedistill_trainer.checkpoint.errors import (
+    ForeignLog,
+    InputsChanged,
+    LogTooNew,
+    NoUsableCommit,
+)
 from kubedistill_trainer.outcome import of_exception
 from kubedistill_trainer.store import StoreUnavailable, UnsupportedStore
 
@@ -18,7 +23,9 @@ from kubedistill_trainer.store import StoreUnavailable, UnsupportedStore
         (LogTooNew("version 3"), ExitCode.BAD_CONFIGURATION),
         (UnsupportedStore("put", "s3://b/x", "no"), ExitCode.BAD_CONFIGURATION),
         (StoreUnavailable("put", "s3://b/x", "no"), ExitCode.STORAGE_UNAVAILABLE),
-        (CheckpointCorrupt("none left"), ExitCode.UNKNOWN),
+        (CheckpointCorrupt("cut"), ExitCode.UNKNOWN),
+        (NoUsableCommit("none left"), ExitCode.RESUME_REFUSED),
+        (InputsChanged("other data"), ExitCode.RESUME_REFUSED),
     ],
 )
 def test_exit_codes(error: Exception, code: ExitCode) -> None:

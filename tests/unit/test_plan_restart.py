@@ -188,6 +188,24 @@ def test_a_commit_resets_the_count_when_it_is_seen() -> None:
     assert (plan.status.failures, plan.status.furthest_commit) == (0, 30)
 
 
+def test_a_resume_that_is_refused_ends_the_job_until_somebody_edits_it() -> None:
+    """What is committed cannot be gone on from: no GPU waits for a person, and no step is lost."""
+    refused = ended("p", 23, outcome={"message": "s3://b/log: step 40 was committed, and is gone"})
+    seen = started(spec=job(backoffLimit=6), pods=(refused,))
+    seen = replace(seen, batch_jobs=gang_job(1, **FAILED))
+    plan = settled(seen)
+    assert state(plan) == ("False", reasons.RESUME_REFUSED)
+    assert state(plan, reasons.CHECKPOINT_CURRENT) == ("False", reasons.RESUME_REFUSED)
+    assert "step 40 was committed" in message(plan)
+    assert not any(isinstance(a, CreateGang) for a in plan.actions)
+    edited = after(seen, batch_jobs={}, pods=(), generation=seen.generation + 1)
+    edited = replace(edited, status=plan.status, spec=job(backoffLimit=7))
+    again = plan_job(edited, TIMING)
+    assert CreateGang(2, 2) in again.actions
+    assert state(again)[0] == "Unknown"
+    assert again.status.failures == 0
+
+
 def test_free_ends_do_not_change_the_count() -> None:
     seen = fail_once(started(spec=job()))
     pod = ended("p", 137, attempt=2, disrupted=True)

@@ -9,7 +9,12 @@ from kubedistill_api.exit_codes import ExitCode, policy
 from kubedistill_api.runspec import TERMINATION_MESSAGE_PATH, Outcome
 
 from kubedistill_trainer.checkpoint import Fenced
-from kubedistill_trainer.checkpoint.errors import ForeignLog, LogTooNew
+from kubedistill_trainer.checkpoint.errors import (
+    ForeignLog,
+    InputsChanged,
+    LogTooNew,
+    NoUsableCommit,
+)
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.store import (
     AccessDenied,
@@ -74,6 +79,8 @@ def _code_of(error: BaseException) -> ExitCode:
         return ExitCode.STORAGE_UNAVAILABLE
     if isinstance(error, Fenced):
         return ExitCode.FENCED
+    if isinstance(error, (NoUsableCommit, InputsChanged)):
+        return ExitCode.RESUME_REFUSED
     if isinstance(error, (StreamMismatch, SampleMissing, StreamCorrupt)):
         return ExitCode.UNREADABLE_INPUT
     if isinstance(error, StreamDamaged):

@@ -51,6 +51,7 @@ from kubedistill_trainer.report.document import Finished, document, files
 from kubedistill_trainer.report.evaluate import evaluate, heldout_perplexity
 from kubedistill_trainer.report.figures import Evaluation
 from kubedistill_trainer.report.table import table
+from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.teacher.learn import TaughtText
 
 _log = logging.getLogger(__name__)
@@ -90,11 +91,14 @@ def run_student(
         run=f"{run.namespace}/{run.name}/{run.uid}",
         restart=context.restart.number,
         config=run.configuration(),
+        known_step=run.committed_step or 0,
         committed=partial(_touch, committed_file(context.scratch, local_rank)),
+        waits=partial(_tick_board, board),
     )
     checkpointer.open()
     taught = read_taught(context)
     dataset = load_dataset(run, context.open_store, taught.learnt.conversations if taught else ())
+    checkpointer.pin_inputs(_inputs(context, dataset))
     teacher_folder = _download_teacher(context)
     model = _student_model(context, dataset, teacher_folder)
     objective = spec.distill.objective if spec.distill is not None else None
@@ -108,6 +112,7 @@ def run_student(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     # DeepSpeed makes groups of its own, and would wait half an hour for a rank that died while it
     # loaded; this group has patience with a slow one, and notices a dead one at once.
+    _tick_board(board)
     dist.barrier(groups.uploads)
     engine = wrap(module, spec.training, context.world_size, micro)
     teacher = (
@@ -126,6 +131,26 @@ def run_student(
         return _finish(context, dataset, engine, teacher, board, interruption, group, loop, taught)
     finally:
         teacher.close()
+
+
+def _tick_board(board: exporter.ProgressBoard) -> None:
+    """This rank's part is done: from now on a peer that stands still is what it waits for."""
+    board.update(last_step_time=time.time())
+
+
+def _inputs(context: Context, dataset: Dataset) -> dict[str, str]:
+    """Digests of what this rank reads, under their fields' names, as far as nothing else pins it.
+
+    A stream is pinned by its address, and so are answers: a repair may write others.
+    """
+    found = {
+        "data.sources": dataset.files_digest,
+        "data tokens (tokenizer, template, sequenceLength)": dataset.packing_digest,
+    }
+    spec, model = context.run.spec, context.run.teacher_model
+    if spec.teacher is not None and spec.teacher.delivery == "Online" and model is not None:
+        found["teacher"] = teacher_digest(model, context.open_store(model.uri))
+    return found
 
 
 def _touch(marker: Path) -> None:

@@ -163,6 +163,8 @@ def _finish(step: Pass, verdict: Verdict) -> None:
         charged=verdict.charged,
     )
     if not verdict.retry:
+        if verdict.reason == reasons.RESUME_REFUSED:
+            draft.set(reasons.CHECKPOINT_CURRENT, "False", verdict.reason, verdict.message)
         draft.fail(verdict.reason, verdict.message)
         return
     if verdict.reason == reasons.STREAM_DAMAGED:

@@ -21,8 +21,13 @@ from kubedistill_operator.plan.draft import Draft, Observed, Pass, Timing
 from kubedistill_operator.plan.inputs import parse_spec, student_summary, teacher_summary
 from kubedistill_operator.plan.times import seconds_since
 
-_LIFTED_BY_EDIT = (reasons.BACKOFF_LIMIT_EXCEEDED, reasons.DEADLINE_EXCEEDED)
-"""Failures that a larger limit in the spec undoes."""
+_LIFTED_BY_EDIT = (
+    reasons.BACKOFF_LIMIT_EXCEEDED,
+    reasons.DEADLINE_EXCEEDED,
+    reasons.RESUME_REFUSED,
+)
+"""Failures that a larger limit in the spec undoes. Where commits or inputs were put back, the edit says
+so: nobody tells the operator of the store."""
 _LOOK_FOR_DEPENDENTS_SECONDS = 30.0
 
 

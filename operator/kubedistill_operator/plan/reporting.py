@@ -15,7 +15,12 @@ from kubedistill_operator.plan.times import duration_text, format_time
 _FIGURES = 3
 _SKIPPED_KEPT = 64
 _STRAGGLER_LENGTH = 256
-_PROBLEMS = (reasons.CHECKPOINT_REJECTED, reasons.SAVE_FAILED, reasons.GRACE_TOO_SHORT)
+_PROBLEMS = (
+    reasons.CHECKPOINT_REJECTED,
+    reasons.SAVE_FAILED,
+    reasons.GRACE_TOO_SHORT,
+    reasons.RESUME_REFUSED,
+)
 _BEFORE_THE_STORE = ("Starting", "Generating")
 Standing = tuple[Status, str, str]
 """Status, reason and message of a condition."""

@@ -48,6 +48,7 @@ def student_run_spec(
     mean_seconds_between_failures: float | None = None,
     failures_seen: int = 0,
     save_seconds: float | None = None,
+    committed_step: int = 0,
 ) -> RunSpec:
     """The run spec of one attempt of the gang."""
     number = attempt.number
@@ -67,6 +68,7 @@ def student_run_spec(
             "mean_seconds_between_failures": mean_seconds_between_failures,
             "failures_seen": failures_seen or None,
             "save_seconds": save_seconds,
+            "committed_step": committed_step or None,
         }
     )
 

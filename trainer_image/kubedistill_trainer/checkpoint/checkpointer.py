@@ -10,22 +10,26 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from pydantic import JsonValue
 
-from kubedistill_trainer.checkpoint import retention, shards, snapshot, universal
+from kubedistill_trainer.checkpoint import retention, shards, snapshot
 from kubedistill_trainer.checkpoint.agreement import Gang
 from kubedistill_trainer.checkpoint.configuration import differences
 from kubedistill_trainer.checkpoint.errors import (
     CheckpointCorrupt,
+    CheckpointFailed,
     ConfigChanged,
+    InputsChanged,
+    NoUsableCommit,
 )
+from kubedistill_trainer.checkpoint.history import Slot, State
 from kubedistill_trainer.checkpoint.known import KnownRecords
+from kubedistill_trainer.checkpoint.loading import Loader
 from kubedistill_trainer.checkpoint.log import CommitEntry, CommitLog, Entry, slot_key
 from kubedistill_trainer.checkpoint.records import Commit, Reject, ShardRecord, digest
 from kubedistill_trainer.checkpoint.results import CommitInfo, Flight, Rejected, Restored
@@ -33,6 +37,8 @@ from kubedistill_trainer.checkpoint.staging import HostMemory
 from kubedistill_trainer.store import Store, StoreError
 
 _log = logging.getLogger(__name__)
+_NAMED = 5
+"""Commits that a message names."""
 
 
 class Checkpointer:
@@ -41,7 +47,9 @@ class Checkpointer:
 
     `store` is at the run's prefix, `run` the job's identity. `scratch` is this rank's own folder,
     `node_scratch` one that the ranks of its node share (None: `scratch`). `config` is what
-    `config_digest` is of, by name. `committed` is called on each rank after each commit.
+    `config_digest` is of, by name. `known_step` is the newest step that is known from elsewhere to be
+    committed. `committed` is called on each rank after each commit, `waits` where a rank's own part
+    of a restore is done and it waits for its peers.
     `control_group` and `upload_group` are two gloo groups of all ranks with timeouts (None for a
     single rank): the second one is for uploads and downloads, so its timeout is longer than any of
     them. Not thread-safe.
@@ -66,12 +74,12 @@ class Checkpointer:
         run: str = "",
         restart: int = 0,
         config: Mapping[str, JsonValue] | None = None,
+        known_step: int = 0,
         committed: Callable[[], object] = lambda: None,
+        waits: Callable[[], object] = lambda: None,
     ) -> None:
         self._store = store
         self._scratch = scratch
-        self._node_scratch = node_scratch or scratch
-        self._local_rank = local_rank
         self._fence = fence
         self._rank = rank
         self._world_size = world_size
@@ -81,7 +89,12 @@ class Checkpointer:
         self._transfers = Gang(rank, world_size, upload_group)
         self._memory = HostMemory(memory_limit_bytes)
         self._config = dict(config or {})
+        self._inputs: dict[str, JsonValue] = {}
+        self._known_step = known_step
         self._committed = committed
+        self._loader = Loader(
+            store, scratch, node_scratch or scratch, local_rank, self._gang, self._transfers, waits
+        )
         known = KnownRecords(scratch / "log", fresh=restart == 0)
         self._log = CommitLog(
             store, fence=fence, restart=restart, attempt=attempt, run=run, known=known
@@ -98,6 +111,18 @@ class Checkpointer:
         self._gang.from_first(
             lambda: self._tidy(lambda: retention.collect(self._store, self._log, self._fence))
         )
+
+    def pin_inputs(self, digests: Mapping[str, str]) -> None:
+        """Digests of what the ranks have read, by name: commits say them, and a resume by other ones
+        is refused. CheckpointFailed on every rank where they are not the same on all ranks."""
+        of_first, *others = self._gang.gather(lambda: dict(digests))
+        for rank, mine in enumerate(others, 1):
+            if found := differences(of_first, mine):
+                raise CheckpointFailed(
+                    f"rank {rank} has read other inputs than rank 0, so they were changed while the "
+                    f"attempt started: {', '.join(one.partition(':')[0] for one in found)}"
+                )
+        self._inputs = dict(digests)
 
     @property
     def flight(self) -> Flight | None:
@@ -226,31 +251,38 @@ class Checkpointer:
         With `step` the newest good commit of that step, or where there is none the newest of all.
         No save may be in flight.
 
-        A commit that is missing, altered or torn gets a REJECT and the next older one is tried.
-        Raises ConfigChanged on a good commit that does not fit, StoreError
-        when the store cannot be read (which rejects nothing), Fenced when the run is taken over.
+        One that is missing, altered or torn is passed over for the next older one, and gets a REJECT
+        once an older one is loaded: where none is, the log stays as it was, so that objects that
+        somebody puts back are found.
+
+        Raises NoUsableCommit where something was committed and nothing of it can be loaded,
+        ConfigChanged and InputsChanged on a good commit that does not fit, StoreError when the store
+        cannot be read, Fenced when the run is taken over.
         """
         assert self._flight is None, "finish the save before it"
         # A newer attempt's commits are not ours to go on from.
         self._gang.from_first(self._log.refuse_if_overtaken)
-        rejected = self._gang.from_first(self._reject_unreadable)
-        while True:
-            entry = self._gang.from_first(lambda: self._newest(step))
-            if entry is None:
-                self._refuse_if_all_bad(rejected)
-                return None
-            if problem := self._load(engine, entry):
-                rejected.append(self._gang.from_first(partial(self._reject, entry, problem)))
-                continue
-            self._verified = entry.sequence
-            commit = entry.record
-            uri = self._store.uri_of(commit.data)
-            return Restored(commit.step, dict(commit.cursor), uri, rejected)
+        passed = self._gang.from_first(self._unreadable)
+        while (entry := self._gang.from_first(lambda: self._newest(step, passed))) is not None:
+            self._refuse_misfit(entry)
+            problem = self._loader.load(engine, entry.record)
+            if not problem:
+                break
+            passed.append(self._passed_over(entry.sequence, entry.record.step, problem))
+        else:
+            self._gang.from_first(lambda: self._refuse_to_begin_anew(passed))
+            return None
+        rejected = self._gang.from_first(lambda: self._reject(passed))
+        self._verified = entry.sequence
+        commit = entry.record
+        uri = self._store.uri_of(commit.data)
+        return Restored(commit.step, dict(commit.cursor), uri, rejected)
 
     def _commit(
         self, step: int, cursor: dict[str, JsonValue], data: str, receipts: list[ShardRecord]
     ) -> CommitEntry:
         """Step 3, on rank 0: HEAD every shard, then one COMMIT at the expected slot."""
+        self._log.refuse_if_gone()
         try:
             shards.check_by_head(self._store.child(data), receipts)
         except CheckpointCorrupt:
@@ -265,109 +297,76 @@ class Checkpointer:
             shards=receipts,
             cursor=cursor,
             config_digest=self._config_digest,
-            config=self._config,
+            config=self._config | self._inputs,
         )
         assert isinstance(entry.record, Commit)
         return CommitEntry(entry.sequence, entry.record)
 
-    def _newest(self, step: int | None) -> CommitEntry | None:
-        commits = self._log.commits()
+    def _newest(self, step: int | None, passed: Sequence[Rejected]) -> CommitEntry | None:
+        over = {one.sequence for one in passed}
+        commits = [commit for commit in self._log.commits() if commit.sequence not in over]
         wanted = [commit for commit in commits if commit.record.step == step]
         return next(reversed(wanted or commits), None)
-
-    def _load(self, engine: Any, entry: CommitEntry) -> str:
-        """Load a commit into the engine; or what is wrong with it, and then nothing is loaded."""
-        self._refuse_misfit(entry)
-        commit = entry.record
-        if commit.world_size != self._world_size:
-            return self._load_universal(engine, commit)
-        folder = snapshot.empty(self._scratch / "restore")
-        mine = [shard for shard in commit.shards if shard.shared or shard.rank == self._rank]
-        try:
-            problem = self._fetch(commit, mine, folder)
-            if not problem:
-                # Not by `gather`: a rank that fails in it ends, and so its peers within it do.
-                snapshot.load(engine, folder, self._rank)
-            return problem
-        finally:
-            snapshot.remove(folder)
-
-    def _load_universal(self, engine: Any, commit: Commit) -> str:
-        """The same for a commit of another number of ranks: each node's first rank converts it."""
-        leads = self._local_rank == 0
-        folder = self._node_scratch / "restore-universal"
-        if leads:
-            snapshot.empty(folder)
-        all_but_generators = [
-            s for s in commit.shards if not s.path.startswith(snapshot.RNG_PREFIX)
-        ]
-        try:
-            problem = self._fetch(
-                commit, all_but_generators if leads else [], universal.shard_folder(folder)
-            )
-            if not problem:
-                self._transfers.gather(lambda: universal.convert(folder) if leads else None)
-                universal.load(engine, folder, rank=self._rank, step=commit.step)
-                self._gang.gather(lambda: None)  # before the folder goes
-                _log.info(
-                    "loaded by another number of ranks",
-                    extra={"ranks": self._world_size, "committed_by": commit.world_size},
-                )
-            return problem
-        finally:
-            if leads:
-                snapshot.remove(folder)
-
-    def _fetch(self, commit: Commit, wanted: Sequence[ShardRecord], folder: Path) -> str:
-        """Download what this rank needs, verified; what is wrong on any rank, or nothing."""
-        store = self._store.child(commit.data)
-
-        def fetch() -> str:
-            try:
-                if self._rank == 0:
-                    shards.check_by_head(store, commit.shards)
-                for shard in wanted:
-                    shards.download(store, shard, folder / shard.path)
-            except CheckpointCorrupt as error:
-                return str(error)
-            return ""
-
-        # The agreement is a minimum: one rank that cannot load it is enough to pass it over. Ranks
-        # that need little wait for those that need all: over the group that has the time. No
-        # upload uses it now.
-        return next((problem for problem in self._transfers.gather(fetch) if problem), "")
 
     def _refuse_misfit(self, entry: CommitEntry) -> None:
         commit, uri = entry.record, self._store.uri_of(slot_key(entry.sequence))
         if commit.config_digest != self._config_digest:
-            found = differences(commit.config, self._config) if commit.config else []
+            found = differences(_without(commit.config, self._inputs), self._config)
+            said = "; ".join(found) if commit.config else ""
             raise ConfigChanged(
-                f"{uri}: another model or configuration: {'; '.join(found) or 'nothing is said of it'}"
+                f"{uri}: another model or configuration: {said or 'nothing is said of it'}"
                 f" (digest {commit.config_digest!r}, this run has {self._config_digest!r}); start a "
                 "new job for a changed specification"
             )
+        # Commits of earlier versions say nothing of their inputs.
+        known = {name: value for name, value in commit.config.items() if name in self._inputs}
+        if found := differences(known, {name: self._inputs[name] for name in known}):
+            raise InputsChanged(
+                f"{uri}: step {commit.step} was trained on other inputs: {'; '.join(found)}; put back "
+                "what was there, or start a new job"
+            )
 
-    def _reject(self, entry: CommitEntry, reason: str) -> Rejected:
-        self._log.append(Reject, sequence=entry.sequence, reason=reason)
-        return self._passed_over(entry.sequence, entry.record.step, reason)
-
-    def _reject_unreadable(self) -> list[Rejected]:
+    def _unreadable(self) -> list[Rejected]:
         found: list[Entry] = self._log.unreadable()
-        for entry in found:
-            self._log.append(Reject, sequence=entry.sequence, reason=entry.problem)
         return [self._passed_over(e.sequence, None, e.problem) for e in reversed(found)]
 
     def _passed_over(self, sequence: int, step: int | None, reason: str) -> Rejected:
-        rejected = Rejected(self._store.uri_of(slot_key(sequence)), step, reason)
-        _log.warning("commit rejected", extra={"commit": rejected.uri, "reason": reason})
-        return rejected
+        return Rejected(self._store.uri_of(slot_key(sequence)), step, reason, sequence)
 
-    def _refuse_if_all_bad(self, rejected: list[Rejected]) -> None:
-        if rejected:
-            names = "; ".join(map(str, rejected))
-            raise CheckpointCorrupt(
-                f"{self._store.uri}: no commit can be loaded ({names}); restore the objects, or "
-                "start a new job"
+    def _reject(self, passed: list[Rejected]) -> list[Rejected]:
+        """Write that they were passed over; they, and a commit that has left the log."""
+        for one in passed:
+            self._log.append(Reject, sequence=one.sequence, reason=one.reason)
+            _log.warning("commit rejected", extra={"commit": one.uri, "reason": one.reason})
+        if lost := self._left_the_log():
+            _log.warning("a commit has left the log", extra={"step": lost.step})
+        return [*passed, *([lost] if lost else [])]
+
+    def _left_the_log(self) -> Rejected | None:
+        """The newest step that this run is known to have committed, where the log knows no such step
+        any more: it is an older copy of itself."""
+        history = self._log.history()
+        steps = [s.entry.record.step for s in history if isinstance(s.entry.record, Commit)]
+        torn = any(slot.entry.record is None for slot in history)
+        if torn or max(steps, default=0) >= self._known_step:
+            return None
+        reason = "was committed, and the log does not have it any more"
+        return Rejected(self._store.uri_of("log"), self._known_step, reason)
+
+    def _refuse_to_begin_anew(self, passed: list[Rejected]) -> None:
+        """Nothing starts from the beginning by itself where something was committed."""
+        gone = [
+            Rejected(self._store.uri_of(slot_key(slot.entry.sequence)), _step_of(slot), slot.reason)
+            for slot in self._log.history()
+            if slot.state is State.REJECTED
+        ]
+        lost = self._left_the_log()
+        if found := [*passed, *reversed(gone), *([lost] if lost else [])]:
+            more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+            raise NoUsableCommit(
+                f"{self._store.uri}: no commit can be loaded "
+                f"({'; '.join(map(str, found[:_NAMED]))}{more}); put the objects back (from a version "
+                "or a copy of the bucket), or start a new job"
             )
 
     def _retire(self, keep_step: int | None) -> None:
@@ -385,3 +384,12 @@ class Checkpointer:
             do()
         except StoreError as error:
             _log.warning("clean-up failed", extra={"error": str(error)})
+
+
+def _step_of(slot: Slot) -> int | None:
+    record = slot.entry.record
+    return record.step if isinstance(record, Commit) else None
+
+
+def _without(config: Mapping[str, JsonValue], names: Iterable[str]) -> dict[str, JsonValue]:
+    return {name: value for name, value in config.items() if name not in names}

@@ -23,6 +23,14 @@ class ConfigChanged(CheckpointError):
     """The checkpoint was written under another configuration than the run has now."""
 
 
+class InputsChanged(CheckpointError):
+    """The checkpoint was trained on other data, or by another teacher, than the run has read now."""
+
+
+class NoUsableCommit(CheckpointCorrupt):
+    """Something was committed, and nothing of it can be loaded: no run begins anew by itself."""
+
+
 class LogTooNew(CheckpointError):
     """A later version of this program wrote to the log: only that one may read and go on with it."""
 

@@ -26,6 +26,11 @@ class KnownRecords:
             else:
                 self._load()
 
+    @property
+    def slots(self) -> frozenset[int]:
+        """Slots that hold a record, whatever a list says."""
+        return frozenset(self._records)
+
     def get(self, sequence: int) -> Record | None:
         """The record in a slot, or None where it is not known."""
         return self._records.get(sequence)

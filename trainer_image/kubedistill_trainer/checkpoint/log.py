@@ -11,6 +11,7 @@ from typing import Any
 
 from kubedistill_trainer.checkpoint.errors import (
     CheckpointCorrupt,
+    CheckpointFailed,
     Fenced,
     ForeignLog,
     LogTooNew,
@@ -93,6 +94,7 @@ class CommitLog:
         where a slot lies so far beyond the others that no writer of this log can have made it.
         """
         listed = {slot_of(info.key) for info in self._store.list("log/")}
+        listed |= self._known.slots if self._known is not None else set()
         first, last = len(self._entries), max(listed, default=-1)
         if last + 1 - first - sum(slot >= first for slot in listed) > _MOST_MISSING:
             raise CheckpointCorrupt(
@@ -136,6 +138,17 @@ class CommitLog:
         self.read()
         if self._over or self._fence_sequence is not None:
             self._refuse_if_over(self._entries[self._fence_sequence :])
+
+    def refuse_if_gone(self) -> None:
+        """CheckpointFailed where the own FENCE is not in the store any more: a commit behind it could
+        not be resumed from. A bucket that was deleted comes back, empty, with the first PUT to some
+        servers (SeaweedFS by default)."""
+        own = self._fence_sequence
+        if own is not None and self._store.head(slot_key(own)) is None:
+            raise CheckpointFailed(
+                f"{self._store.uri_of(slot_key(own))}: this attempt's own record is gone, so the "
+                "bucket was emptied or made anew; put its objects back"
+            )
 
     def append(self, make: Callable[..., Record], **fields: Any) -> Entry:
         """Step 3: write one record at the slot that is expected to be next.

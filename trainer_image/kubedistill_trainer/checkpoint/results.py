@@ -38,6 +38,8 @@ class Rejected:
     uri: str
     step: int | None
     reason: str
+    sequence: int | None = None
+    """Its slot; None for one that has left the log."""
 
     def __str__(self) -> str:
         at = "unreadable record" if self.step is None else f"step {self.step}"

@@ -38,7 +38,8 @@ class Dataset:
     """Packed sequences with split and order, and the digests that pin them.
 
     `sources`: a name for each of `spec.data.sources`, which `packed.sources` points to.
-    `template`, `fit`: of the conversations; None where there are none.
+    `template`, `fit`: of the conversations; None where there are none. `files_digest`: of the
+    sources alone, without a teacher's answers.
     """
 
     packed: Packed
@@ -46,6 +47,7 @@ class Dataset:
     order: Order
     total_steps: int
     digest: str
+    files_digest: str
     packing_digest: str
     tokenizer: TextTokenizer
     sources: tuple[str, ...]
@@ -120,6 +122,7 @@ def load_dataset(
         order=order,
         total_steps=order.total_steps(training.epochs, training.max_steps),
         digest=_digest(corpus.digest, answered),
+        files_digest=corpus.digest,
         packing_digest=packing_digest(
             tokenizer.digest,
             data.sequence_length,

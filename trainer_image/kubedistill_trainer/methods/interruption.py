@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from types import FrameType
 
 from kubedistill_api.exit_codes import ExitCode
 
@@ -16,7 +16,9 @@ from kubedistill_api.exit_codes import ExitCode
 class Interruption:
     """Whether this rank was asked to stop, and how much of its grace is left.
 
-    A thread ends the process before the grace does: it never waits for a collective.
+    A thread of its own is woken by the signal, and ends the process before the grace does: it never
+    waits for a collective. Python's own handlers run in the main thread and no sooner than whatever
+    that is within (a backward pass, a collective with a peer that is frozen) has returned.
     """
 
     def __init__(self, grace_seconds: float, margin_seconds: float = 3.0) -> None:
@@ -30,7 +32,13 @@ class Interruption:
         Until then SIGTERM ends the process as ever, at once: a rank that waits for its peers within
         a library would not get to a handler of ours.
         """
-        signal.signal(signal.SIGTERM, self._on_signal)
+        heard, said = socket.socketpair()
+        said.setblocking(False)
+        threading.Thread(target=self._listen, args=(heard,), name="grace", daemon=True).start()
+        # The interpreter writes the signal's number there from within the signal, whatever the main
+        # thread does, and only of signals that have a handler.
+        signal.set_wakeup_fd(said.detach(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
 
     @property
     def asked(self) -> bool:
@@ -42,17 +50,16 @@ class Interruption:
             return self._grace
         return self._grace - (time.monotonic() - self._asked_at)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._asked_at is None:
-            self._asked_at = time.monotonic()
-            wait = max(0.0, self._grace - self._margin)
-            timer = threading.Timer(wait, _end)
-            timer.daemon = True
-            timer.start()
+    def _listen(self, heard: socket.socket) -> None:
+        while signal.SIGTERM not in heard.recv(16):
+            pass
+        self._asked_at = time.monotonic()
+        time.sleep(max(0.0, self._grace - self._margin))
+        _end()
 
 
 def _end() -> None:
     event = {"level": "error", "event": "grace is over: ending without a commit"}
-    sys.stdout.write(json.dumps(event) + "\n")
-    sys.stdout.flush()
+    # Not by sys.stdout, whose lock the main thread may hold.
+    os.write(sys.stdout.fileno(), json.dumps(event).encode() + b"\n")
     os._exit(int(ExitCode.INTERRUPTED))
