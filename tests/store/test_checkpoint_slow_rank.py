@@ -48,6 +48,7 @@ def a_rank(rank: int, folder: Path, uri: str, endpoint: str) -> None:
     meeting = f"file://{folder / 'meeting'}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD)
     store = Store(uri, endpoint=endpoint)
+    waits = list[bool]()
     checkpointer = Checkpointer(
         store=store,
         scratch=folder / str(rank),
@@ -59,6 +60,7 @@ def a_rank(rank: int, folder: Path, uri: str, endpoint: str) -> None:
         keep_last=3,
         control_group=dist.new_group(timeout=timedelta(seconds=PATIENCE_SECONDS)),
         upload_group=dist.new_group(timeout=timedelta(minutes=5)),
+        waits=waits.append,
     )
     checkpointer.open()
     # One of them has read data that somebody has changed since.
@@ -74,7 +76,9 @@ def a_rank(rank: int, folder: Path, uri: str, endpoint: str) -> None:
             "before-send.s3.GetObject", lambda **_: time.sleep(PATIENCE_SECONDS)
         )
     engine.weights = None
+    waits.clear()
     restored = checkpointer.restore(engine)
+    assert waits == [True, False], "it tells that it waits for its peer"
     assert restored is not None
     assert restored.step == 5
     assert engine.weights[0] == rank

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from kubedistill_api import names, reasons
+from kubedistill_api.names import START_SECONDS
 from kubedistill_api.runspec import ProgressReport
 from kubedistill_api.status import CheckpointStatus
 from kubedistill_operator.plan.actions import (
     CreateGang,
     DeleteBatchJob,
+    Plan,
     SuspendBatchJob,
 )
 from kubedistill_operator.plan.draft import Contact
@@ -183,6 +185,26 @@ def test_a_decided_attempt_without_its_job_is_created() -> None:
     plan = settled(started(batch_jobs={}))
     assert plan.actions == (CreateGang(1, 1),)
     assert len(plan.status.attempts) == 1
+
+
+@pytest.mark.parametrize("limit", [10, 900])
+def test_a_gang_that_starts_does_not_wait_for_a_frozen_peer_for_ever(limit: int) -> None:
+    """Rank 0 has loaded what it needs: its peers have as long again as a start may take."""
+    seen = started(pods=(running("p"),), spec=spec(stallTimeoutSeconds=limit))
+    patience = max(limit, START_SECONDS)
+
+    def later(seconds: float, **fields: Any) -> Plan:
+        told = report(phase="Starting", step=0, total_steps=0, **fields)
+        now = NOW + timedelta(seconds=seconds)
+        contact = replace(told, reached_at=now, stepped_at=NOW)
+        return settled(after(seen, seconds=seconds, rank0=contact))
+
+    assert later(patience - 1).status.attempts[-1].reason == ""
+    stalled = later(patience + 1).status.attempts[-1]
+    assert (stalled.reason, stalled.charged) == (reasons.STALLED, True)
+    assert "waits for another rank to load" in stalled.message
+    # Its own load has the time that it takes.
+    assert later(patience + 1, last_step_time=None).status.attempts[-1].reason == ""
 
 
 def test_a_stall_ends_the_attempt_and_is_charged() -> None:

@@ -93,7 +93,7 @@ def run_student(
         config=run.configuration(),
         known_step=run.committed_step or 0,
         committed=partial(_touch, committed_file(context.scratch, local_rank)),
-        waits=partial(_tick_board, board),
+        waits=partial(_waits, board),
     )
     checkpointer.open()
     taught = read_taught(context)
@@ -112,8 +112,9 @@ def run_student(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     # DeepSpeed makes groups of its own, and would wait half an hour for a rank that died while it
     # loaded; this group has patience with a slow one, and notices a dead one at once.
-    _tick_board(board)
+    _waits(board, True)
     dist.barrier(groups.uploads)
+    _waits(board, False)
     engine = wrap(module, spec.training, context.world_size, micro)
     teacher = (
         TextTeacher(taught)
@@ -133,9 +134,11 @@ def run_student(
         teacher.close()
 
 
-def _tick_board(board: exporter.ProgressBoard) -> None:
-    """This rank's part is done: from now on a peer that stands still is what it waits for."""
-    board.update(last_step_time=time.time())
+def _waits(board: exporter.ProgressBoard, waiting: bool) -> None:
+    """While a gang starts, its own work has the time that it takes; the operator counts how long this
+    rank waits for peers, of which one may be frozen."""
+    if board.report.phase == "Starting":
+        board.update(last_step_time=time.time() if waiting else None)
 
 
 def _inputs(context: Context, dataset: Dataset) -> dict[str, str]:

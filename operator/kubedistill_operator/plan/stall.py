@@ -23,9 +23,20 @@ def stall(step: Pass, attempt: Attempt) -> str | None:
     report = contact.report
     if report.last_step_time is None or report.phase in PHASES_AFTER_TRAINING:
         return None
+    if report.phase == "Starting":
+        return _waits_for_peers(step, contact)
     if draft.now.timestamp() - _stepped_at(step, attempt, contact, report.last_step_time) > limit:
         return f"no step for {limit} s; the last one was {report.step:,}"
     return None
+
+
+def _waits_for_peers(step: Pass, contact: Contact) -> str | None:
+    """Of a gang that starts: rank 0 has loaded what it needs, and its peers have not for too long."""
+    patience = max(step.spec.stall_timeout_seconds, START_SECONDS)
+    since = contact.stepped_at
+    if since is None or (step.draft.now - since).total_seconds() <= patience:
+        return None
+    return f"rank 0 has been ready for {patience} s, and waits for another rank to load"
 
 
 def _stepped_at(step: Pass, attempt: Attempt, contact: Contact, reported: float) -> float:

@@ -20,10 +20,19 @@ class Gang:
     Objects travel by pickle between ranks of one gang only, which trust each other.
     """
 
-    def __init__(self, rank: int, world_size: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        group: dist.ProcessGroup | None,
+        waits: Callable[[bool], object] = lambda waiting: None,
+    ) -> None:
+        """`waits` is called with True when this rank's own part is done and it begins to wait for its
+        peers, and with False once it has their answers."""
         self.rank = rank
         self.world_size = world_size
         self._group = group
+        self._waits = waits
 
     def gather(self, do: Callable[[], T]) -> list[T]:
         """Call `do` on every rank; the results by rank.
@@ -55,7 +64,9 @@ class Gang:
         if self.world_size == 1:
             return [outcome]
         outcomes: list[tuple[bool, T | Exception]] = [outcome] * self.world_size
+        self._waits(True)
         dist.all_gather_object(outcomes, outcome, group=self._group)
+        self._waits(False)
         return outcomes
 
 

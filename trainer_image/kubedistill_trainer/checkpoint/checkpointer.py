@@ -48,11 +48,11 @@ class Checkpointer:
     `store` is at the run's prefix, `run` the job's identity. `scratch` is this rank's own folder,
     `node_scratch` one that the ranks of its node share (None: `scratch`). `config` is what
     `config_digest` is of, by name. `known_step` is the newest step that is known from elsewhere to be
-    committed. `committed` is called on each rank after each commit, `waits` where a rank's own part
-    of a restore is done and it waits for its peers.
+    committed. `committed` is called on each rank after each commit.
     `control_group` and `upload_group` are two gloo groups of all ranks with timeouts (None for a
     single rank): the second one is for uploads and downloads, so its timeout is longer than any of
-    them. Not thread-safe.
+    them; `waits` tells when a rank begins to wait for its peers over it (True), and when it has
+    ended (False). Not thread-safe.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Checkpointer:
         config: Mapping[str, JsonValue] | None = None,
         known_step: int = 0,
         committed: Callable[[], object] = lambda: None,
-        waits: Callable[[], object] = lambda: None,
+        waits: Callable[[bool], object] = lambda waiting: None,
     ) -> None:
         self._store = store
         self._scratch = scratch
@@ -86,14 +86,14 @@ class Checkpointer:
         self._config_digest = config_digest
         self._keep_last = keep_last
         self._gang = Gang(rank, world_size, control_group)
-        self._transfers = Gang(rank, world_size, upload_group)
+        self._transfers = Gang(rank, world_size, upload_group, waits)
         self._memory = HostMemory(memory_limit_bytes)
         self._config = dict(config or {})
         self._inputs: dict[str, JsonValue] = {}
         self._known_step = known_step
         self._committed = committed
         self._loader = Loader(
-            store, scratch, node_scratch or scratch, local_rank, self._gang, self._transfers, waits
+            store, scratch, node_scratch or scratch, local_rank, self._gang, self._transfers
         )
         known = KnownRecords(scratch / "log", fresh=restart == 0)
         self._log = CommitLog(
@@ -115,7 +115,7 @@ class Checkpointer:
     def pin_inputs(self, digests: Mapping[str, str]) -> None:
         """Digests of what the ranks have read, by name: commits say them, and a resume by other ones
         is refused. CheckpointFailed on every rank where they are not the same on all ranks."""
-        of_first, *others = self._gang.gather(lambda: dict(digests))
+        of_first, *others = self._transfers.gather(lambda: dict(digests))
         for rank, mine in enumerate(others, 1):
             if found := differences(of_first, mine):
                 raise CheckpointFailed(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,13 @@ class Loader:
         local_rank: int,
         gang: Gang,
         transfers: Gang,
-        waits: Callable[[], object],
     ) -> None:
-        """`waits` is called where this rank's own part is done and it waits for its peers'."""
         self._store = store
         self._scratch = scratch
         self._node_scratch = node_scratch
         self._local_rank = local_rank
         self._gang = gang
         self._transfers = transfers
-        self._waits = waits
 
     def load(self, engine: Any, commit: Commit) -> str:
         """Collective. What is wrong with the commit, and then nothing is loaded; empty where it is.
@@ -70,7 +67,7 @@ class Loader:
                 commit, all_but_generators if leads else [], universal.shard_folder(folder)
             )
             if not problem:
-                self._transfers.gather(lambda: self._convert(folder) if leads else None)
+                self._transfers.gather(lambda: universal.convert(folder) if leads else None)
                 universal.load(engine, folder, rank=self._gang.rank, step=commit.step)
                 self._gang.gather(lambda: None)  # before the folder goes
                 _log.info(
@@ -81,10 +78,6 @@ class Loader:
         finally:
             if leads:
                 snapshot.remove(folder)
-
-    def _convert(self, folder: Path) -> None:
-        universal.convert(folder)
-        self._waits()
 
     def _fetch(self, commit: Commit, wanted: Sequence[ShardRecord], folder: Path) -> str:
         """Download what this rank needs, verified; what is wrong on any rank, or nothing."""
@@ -98,8 +91,6 @@ class Loader:
                     shards.download(store, shard, folder / shard.path)
             except CheckpointCorrupt as error:
                 return str(error)
-            finally:
-                self._waits()
             return ""
 
         # The agreement is a minimum: one rank that cannot load it is enough to pass it over. Ranks
