@@ -190,7 +190,8 @@ def test_a_decided_attempt_without_its_job_is_created() -> None:
 @pytest.mark.parametrize("limit", [10, 900])
 def test_a_gang_that_starts_does_not_wait_for_a_frozen_peer_for_ever(limit: int) -> None:
     """Rank 0 has loaded what it needs: its peers have as long again as a start may take."""
-    seen = started(pods=(running("p"),), spec=spec(stallTimeoutSeconds=limit))
+    seen = started(pods=(running("p"),))
+    seen = replace(seen, spec=dict(seen.spec) | {"stallTimeoutSeconds": limit})
     patience = max(limit, START_SECONDS)
 
     def later(seconds: float, **fields: Any) -> Plan:
