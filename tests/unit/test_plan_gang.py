@@ -196,11 +196,12 @@ def test_a_gang_that_starts_does_not_wait_for_a_frozen_peer_for_ever(limit: int)
 
     def later(seconds: float, **fields: Any) -> Plan:
         told = report(phase="Starting", step=0, total_steps=0, **fields)
-        now = NOW + timedelta(seconds=seconds)
-        contact = replace(told, reached_at=now, stepped_at=NOW)
+        now = seen.now + timedelta(seconds=seconds)
+        contact = replace(told, reached_at=now, stepped_at=seen.now)
         return settled(after(seen, seconds=seconds, rank0=contact))
 
-    assert later(patience - 1).status.attempts[-1].reason == ""
+    early = later(patience - 1).status.attempts[-1]
+    assert early.reason == "", early.message
     stalled = later(patience + 1).status.attempts[-1]
     assert (stalled.reason, stalled.charged) == (reasons.STALLED, True)
     assert "waits for another rank to load" in stalled.message
