@@ -28,8 +28,9 @@ from kubedistill_trainer.teacher.manifest import MANIFEST_KEY, Manifest, publish
 from kubedistill_trainer.teacher.mend import mend
 from kubedistill_trainer.teacher.partition_log import LogRecord, PartitionLog
 from kubedistill_trainer.teacher.payload import TeacherOutputs
+from kubedistill_trainer.teacher.reading import ReaderSettings
 from kubedistill_trainer.teacher.repairs import Repairs
-from kubedistill_trainer.teacher.stream_reader import ReaderSettings, StreamReader
+from kubedistill_trainer.teacher.stream_reader import StreamReader
 from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
 from s3_fixture import Faults, S3Server, s3  # noqa: F401  (s3 is a fixture)
 from teacher_builders import assert_is_sample, hash_of, identity, manifest, outputs_of, tokens_of

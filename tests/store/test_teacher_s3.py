@@ -13,7 +13,8 @@ from kubedistill_trainer.store import Store
 from kubedistill_trainer.teacher.head import load_head, publish_head
 from kubedistill_trainer.teacher.manifest import Manifest, publish_manifest
 from kubedistill_trainer.teacher.partition_log import PartitionLog
-from kubedistill_trainer.teacher.stream_reader import ReaderSettings, StreamReader
+from kubedistill_trainer.teacher.reading import ReaderSettings
+from kubedistill_trainer.teacher.stream_reader import StreamReader
 from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
 from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
 from teacher_builders import (

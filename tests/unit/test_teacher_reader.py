@@ -19,7 +19,8 @@ from kubedistill_trainer.teacher.errors import (
 )
 from kubedistill_trainer.teacher.manifest import publish_manifest
 from kubedistill_trainer.teacher.metrics import DATA_WAIT, STREAM_LAG
-from kubedistill_trainer.teacher.stream_reader import ReaderSettings, StreamReader
+from kubedistill_trainer.teacher.reading import ReaderSettings
+from kubedistill_trainer.teacher.stream_reader import StreamReader
 from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
 from teacher_builders import (
     LENGTH,

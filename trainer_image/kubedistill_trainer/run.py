@@ -34,6 +34,7 @@ from kubedistill_trainer.failures import RunFailure, refuse
 from kubedistill_trainer.imports import tell_late_imports
 from kubedistill_trainer.losses import FeatureMatcher
 from kubedistill_trainer.methods.engine import join_gang, wrap
+from kubedistill_trainer.methods.gathering import gather_teacher
 from kubedistill_trainer.methods.held_out import NotComparable, held_out_teacher
 from kubedistill_trainer.methods.interruption import Interruption
 from kubedistill_trainer.methods.learn_text import TextTeacher, read_taught
@@ -240,6 +241,14 @@ def _finish(
 ) -> Outcome:
     """Evaluate on the held-out text on all ranks; ask, report and export on rank 0."""
     board.update(phase="Evaluating")
+    if not gather_teacher(
+        teacher,
+        dataset.split.heldout,
+        group,
+        asked=lambda: interruption.asked,
+        alive=lambda: board.update(last_step_time=time.time()),
+    ):
+        raise _stopped_in_evaluation()
     found, incomparable = _held_beside(context, dataset, engine, teacher, group)
     weights = gather_weights(engine)
     if weights is None:
@@ -306,11 +315,14 @@ def _tick(board: exporter.ProgressBoard, interruption: Interruption) -> Tick:
     def tick() -> None:
         board.update(last_step_time=time.time())
         if interruption.asked:
-            raise RunFailure(
-                ExitCode.GRACEFUL_CHECKPOINT, "asked to stop while the student was evaluated"
-            )
+            raise _stopped_in_evaluation()
 
     return tick
+
+
+def _stopped_in_evaluation() -> RunFailure:
+    text = "asked to stop while the student was evaluated"
+    return RunFailure(ExitCode.GRACEFUL_CHECKPOINT, text)
 
 
 def _publish(found: Evaluation, initial: float | None, compared: Comparison) -> list[Metric]:

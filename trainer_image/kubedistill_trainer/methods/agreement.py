@@ -27,6 +27,8 @@ class Word:
     """Asked of rank 0 alone."""
     save_failed: bool
     """A save that was in flight has ended with an error."""
+    lacks_teacher: bool
+    """The teacher's outputs for the next step's batch are not there yet."""
     own_seconds: float
     """Of the step, before the rank waited for any other."""
     losses: torch.Tensor
@@ -40,6 +42,7 @@ class Agreed:
     asked_to_stop: bool
     save_is_due: bool
     save_failed: bool
+    lacks_teacher: bool
     own_seconds: list[float]
     """By rank."""
     losses: Losses
@@ -47,10 +50,12 @@ class Agreed:
 
 def agree(word: Word, rank: int, world_size: int, group: Any) -> Agreed:
     """Collective over all ranks. Flags hold where any rank raised them; losses are added up."""
-    flags = [word.asked_to_stop, word.save_is_due and rank == 0, word.save_failed]
+    due = word.save_is_due and rank == 0
+    flags = [word.asked_to_stop, due, word.save_failed, word.lacks_teacher]
     own = torch.zeros(world_size, dtype=torch.float64)
     own[rank] = word.own_seconds
     message = torch.cat([torch.tensor(flags, dtype=torch.float64), own, word.losses])
     dist.all_reduce(message, group=group)
-    stop, due, failed, *rest = message.tolist()
-    return Agreed(stop > 0, due > 0, failed > 0, rest[:world_size], Losses(*rest[world_size:]))
+    stop, is_due, failed, lacks, *rest = message.tolist()
+    own_seconds, losses = rest[:world_size], Losses(*rest[world_size:])
+    return Agreed(stop > 0, is_due > 0, failed > 0, lacks > 0, own_seconds, losses)

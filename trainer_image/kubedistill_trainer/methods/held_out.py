@@ -41,8 +41,9 @@ from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity, publi
 from kubedistill_trainer.teacher.mend import mend
 from kubedistill_trainer.teacher.payload import TeacherOutputs
 from kubedistill_trainer.teacher.payload_spec import HiddenSpec
+from kubedistill_trainer.teacher.reading import ReaderSettings
 from kubedistill_trainer.teacher.request import identity_of
-from kubedistill_trainer.teacher.stream_reader import ReaderSettings, StreamReader
+from kubedistill_trainer.teacher.stream_reader import StreamReader
 from kubedistill_trainer.teacher.stream_writer import StreamWriter
 from kubedistill_trainer.teacher.whole import is_whole
 
@@ -205,6 +206,9 @@ class HeldOutTeacher:
 
     def expect(self, batches: Iterator[Ids]) -> None:
         self._inner.expect(self._places(samples) for samples in batches)
+
+    def there(self, samples: Ids, seconds: float = 0.0) -> bool:
+        return True  # the stream was whole when it was opened
 
     def batch(self, samples: Ids, tokens: Tensor, positions: Tensor) -> TeacherBatch:
         try:

@@ -26,8 +26,9 @@ from kubedistill_trainer.teacher.errors import StreamStalled
 from kubedistill_trainer.teacher.head import load_head
 from kubedistill_trainer.teacher.manifest import StreamIdentity
 from kubedistill_trainer.teacher.payload import TeacherOutputs
+from kubedistill_trainer.teacher.reading import ReaderSettings
 from kubedistill_trainer.teacher.request import Resolution, resolved
-from kubedistill_trainer.teacher.stream_reader import ReaderSettings, StreamReader
+from kubedistill_trainer.teacher.stream_reader import StreamReader
 
 _log = logging.getLogger(__name__)
 Ids = npt.NDArray[np.int64]
@@ -40,6 +41,10 @@ class Signal(Protocol):
 
     def expect(self, batches: Iterator[Ids]) -> None:
         """Sample ids in the order in which `batch` will be asked for them."""
+
+    def there(self, samples: Ids, seconds: float = 0.0) -> bool:
+        """Whether `batch` would find the outputs for these sequences, after a wait of at most so long
+        for their teacher. Raises what `batch` raises where they do not come."""
 
     def batch(self, samples: Ids, tokens: Tensor, positions: Tensor) -> TeacherBatch:
         """The teacher's outputs for sequences [B] with tokens and positions [B, L]."""
@@ -55,6 +60,9 @@ class NoTeacher:
 
     def expect(self, batches: Iterator[Ids]) -> None:
         """Nothing to prepare."""
+
+    def there(self, samples: Ids, seconds: float = 0.0) -> bool:
+        return True
 
     def batch(self, samples: Ids, tokens: Tensor, positions: Tensor) -> TeacherBatch:
         return None
@@ -78,6 +86,9 @@ class OnlineTeacher:
 
     def expect(self, batches: Iterator[Ids]) -> None:
         """Nothing to prepare."""
+
+    def there(self, samples: Ids, seconds: float = 0.0) -> bool:
+        return True
 
     @torch.no_grad()
     def batch(self, samples: Ids, tokens: Tensor, positions: Tensor) -> TeacherBatch:
@@ -120,6 +131,9 @@ class StreamTeacher:
         self._reader.prefetch(
             (int(sample), self._hash(int(sample))) for ids in batches for sample in ids
         )
+
+    def there(self, samples: Ids, seconds: float = 0.0) -> bool:
+        return self._reader.there([int(sample) for sample in samples], seconds)
 
     def batch(self, samples: Ids, tokens: Tensor, positions: Tensor) -> TeacherBatch:
         outputs = [self._reader.get(int(s), self._hash(int(s))) for s in samples]

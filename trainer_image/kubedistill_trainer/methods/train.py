@@ -21,6 +21,7 @@ from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.methods.agreement import Agreed, Losses, Word, agree
+from kubedistill_trainer.methods.gathering import gather_teacher
 from kubedistill_trainer.methods.history import History
 from kubedistill_trainer.methods.interruption import Interruption
 from kubedistill_trainer.methods.overfitting import overfitting
@@ -116,18 +117,21 @@ class Loop:
         """From `step` on until the end, or until the held-out loss says stop; the step then."""
         self._teacher.expect(self._micro_batches(step))
         self._engine.train()
-        pace = Pace(step)
+        pace, together = Pace(step), False
         while step < total and not self.watch.stopped:
             if step in self.skipped:
                 step += 1
                 pace.left_out()
                 self._board.update(step=step)
                 continue
+            if not together and not self._gather_teacher(step):
+                self._stop(step)
             begun = time.monotonic()
             agreed = self._agree(step, *self._step(step))
             seconds = time.monotonic() - begun
+            together = not agreed.lacks_teacher
             if self._diverged(agreed.losses):
-                step = self._go_back(step, agreed.losses)
+                step, together = self._go_back(step, agreed.losses), False
                 pace.begin(step)
                 continue
             step += 1
@@ -243,10 +247,28 @@ class Loop:
         """This rank's sample ids from `first_step` on, a micro-batch at a time."""
         for step in range(first_step, self._dataset.total_steps):
             if step not in self.skipped:
-                yield from self._micro_batches_of(self._dataset.order.batch(step))
+                yield from self._micro_batches_of(step)
 
-    def _micro_batches_of(self, batch: Ids) -> Iterator[Ids]:
-        mine = batch[self._context.rank * self._per_rank :][: self._per_rank]
+    def _mine(self, step: int) -> Ids:
+        """This rank's sample ids of a step; none where there is no such step."""
+        if step >= self._dataset.total_steps:
+            return np.empty(0, np.int64)
+        return self._dataset.order.batch(step)[self._context.rank * self._per_rank :][
+            : self._per_rank
+        ]
+
+    def _gather_teacher(self, step: int) -> bool:
+        """Collective: wait until all ranks can make this step; False when one is asked to stop."""
+        return gather_teacher(
+            self._teacher,
+            self._mine(step),
+            self._control_group,
+            asked=lambda: self._interruption.asked,
+            alive=lambda: self._board.update(last_step_time=time.time()),
+        )
+
+    def _micro_batches_of(self, step: int) -> Iterator[Ids]:
+        mine = self._mine(step)
         for start in range(0, self._per_rank, self._micro):
             yield mine[start : start + self._micro]
 
@@ -260,15 +282,14 @@ class Loop:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         exporter.LEARNING_RATE.set(rate)
-        batch = self._dataset.order.batch(step)
         # All ranks know all data, so the step's valid tokens need no communication.
-        valid = self._dataset.packed.take(batch).valid_tokens
+        valid = self._dataset.packed.take(self._dataset.order.batch(step)).valid_tokens
         sums = torch.zeros(len(Losses._fields), dtype=torch.float64)
         # DeepSpeed divides by the ranks and by the accumulation steps; the normaliser already
         # speaks of the whole step.
         scale = self._context.world_size * self._engine.gradient_accumulation_steps()
         begun, own_seconds = time.monotonic(), 0.0
-        for samples in self._micro_batches_of(batch):
+        for samples in self._micro_batches_of(step):
             parts = self._forward(samples, float(max(1, valid)))
             features = torch.zeros_like(parts.total) if parts.features is None else parts.features
             shares = (parts.soft, parts.hard, features, parts.total)
@@ -300,6 +321,7 @@ class Loop:
             asked_to_stop=self._interruption.asked,
             save_is_due=self._saver.due(step + 1),
             save_failed=self._saver.failed,
+            lacks_teacher=not self._teacher.there(self._mine(step + 1)),
             own_seconds=own_seconds,
             losses=sums,
         )

@@ -12,15 +12,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
-
-import torch
 
 from kubedistill_trainer.store.client import Store
 from kubedistill_trainer.store.errors import StoreUnavailable
@@ -37,38 +34,14 @@ from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity, read_
 from kubedistill_trainer.teacher.metrics import DATA_WAIT, STREAM_LAG
 from kubedistill_trainer.teacher.partition_log import LogRecord, PartitionLog
 from kubedistill_trainer.teacher.payload import TeacherOutputs
+from kubedistill_trainer.teacher.reading import ReaderSettings, StreamProgress
 from kubedistill_trainer.teacher.repairs import Repairs
 from kubedistill_trainer.teacher.shard_cache import ShardCache
 
 _log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
-
-
-@dataclass(frozen=True, slots=True)
-class ReaderSettings:
-    """How far ahead a reader works and how long it waits."""
-
-    ahead_samples: int = 8
-    """Samples decoded before training asks for them; each costs its decoded size in memory."""
-    cache_bytes: int = 4 << 30
-    """Local disk for shards."""
-    stall_seconds: float = 1800.0
-    """A partition without a new commit for so long is stalled."""
-    poll_seconds: float = 0.2
-    """First wait between two looks at a partition's log; it doubles up to `poll_limit_seconds`."""
-    poll_limit_seconds: float = 5.0
-    dtype: torch.dtype = torch.float32
-    """Of the hidden states that `get` returns."""
-
-
-@dataclass(frozen=True, slots=True)
-class StreamProgress:
-    """What the reader knows to be committed; `ended` when every partition has its END."""
-
-    size_bytes: int
-    tokens: int
-    samples: int
-    ended: bool
+_REPAIR_SECONDS = 300.0
+"""The longest wait for a repair of a shard."""
 
 
 class StreamReader:
@@ -98,6 +71,7 @@ class StreamReader:
         self._closed = threading.Event()
         self._store = store.child(identity.address)
         self._wait_seconds = 0.0
+        self._vain_since: float | None = None
         self._read_samples: set[int] = set()
         self._scheduled: dict[tuple[int, int], deque[Future[TeacherOutputs]]] = {}
         self._order: Iterator[tuple[int, int]] = iter(())
@@ -166,6 +140,22 @@ class StreamReader:
         self._report_lag()
         return outputs
 
+    def there(self, samples: Sequence[int], seconds: float = 0.0) -> bool:
+        """Whether all these samples are committed, after a wait of at most `seconds`.
+
+        Raises what `get` raises of a sample that does not come. Where calls in a row are in vain, the
+        patience with their partitions counts from the first of them.
+        """
+        started = self._clock()
+        since = self._vain_since = started if self._vain_since is None else self._vain_since
+        try:
+            if not all(self._comes(sample, since, started + seconds) for sample in samples):
+                return False
+        finally:
+            self._waited(started)
+        self._vain_since = None
+        return True
+
     def refresh(self) -> StreamProgress:
         """Look at every partition's log once, then `progress`."""
         for partition in range(self.manifest.partitions):
@@ -221,12 +211,7 @@ class StreamReader:
             self._ahead += 1
 
     def _load(self, sample: int, token_hash: int) -> TeacherOutputs:
-        if not 0 <= sample < self.manifest.samples:
-            raise SampleMissing(
-                f"sample {sample} is not one of the stream's 0…{self.manifest.samples - 1}"
-            )
-        partition = self.manifest.partition_of(sample)
-        position = sample // self.manifest.partitions
+        partition, position = self._place(sample)
         entry = self._committed(partition, position)
         entry, record = self._record(partition, entry, sample, token_hash)
         try:
@@ -246,6 +231,37 @@ class StreamReader:
                 lambda: self._last_commit(partition),
                 lambda: self._moved[partition],
             )
+
+    def _comes(self, sample: int, since: float, until: float) -> bool:
+        """Whether a sample is committed, after a wait until that time; stalls are counted from `since`."""
+        partition, position = self._place(sample)
+
+        def look() -> bool | None:
+            try:
+                found = self._find(partition, position) is not None
+            except StoreUnavailable:
+                if self._clock() < until:
+                    raise
+                found = False
+            return found if found or self._clock() >= until else None
+
+        if self._logs[partition].shard_of(position) is not None:
+            return True
+        with self._cursor.waiting(partition) if self._cursor else nullcontext():
+            return self._await(
+                look,
+                lambda: self._last_commit(partition),
+                lambda: self._moved[partition],
+                since=since,
+            )
+
+    def _place(self, sample: int) -> tuple[int, int]:
+        """(partition, position in it) of a sample."""
+        if not 0 <= sample < self.manifest.samples:
+            raise SampleMissing(
+                f"sample {sample} is not one of the stream's 0…{self.manifest.samples - 1}"
+            )
+        return self.manifest.partition_of(sample), sample // self.manifest.partitions
 
     def _record(
         self, partition: int, shard: LogRecord, sample: int, token_hash: int
@@ -297,8 +313,9 @@ class StreamReader:
             _log.warning("damaged shard", extra={"shard": error.uri, "found": error.found})
         if version in self._asked and self._logs[partition].ended:
             raise error
-        # Before the operator takes the run for stalled: it has to learn what is wrong.
-        patience = self._settings.stall_seconds / 2
+        # Before the operator takes the run for stalled, and this rank's peers, which wait for it in
+        # a step, take it for dead: they have to learn what is wrong.
+        patience = min(self._settings.stall_seconds / 2, _REPAIR_SECONDS)
         try:
             return self._await(look, lambda: str(error), seconds=patience)
         except StreamStalled:
@@ -335,13 +352,16 @@ class StreamReader:
         describe: Callable[[], str],
         moved: Callable[[], float] | None = None,
         seconds: float | None = None,
+        since: float | None = None,
     ) -> _Found:
         """What `look` finds. A store that does not answer counts as no news.
 
-        Raises StreamStalled `seconds` (or `stall_seconds`) after the later of now and `moved()`.
+        Raises StreamStalled `seconds` (or `stall_seconds`) after the later of `since` (or now) and
+        `moved()`.
         """
         patience = self._settings.stall_seconds if seconds is None else seconds
-        started, delay, trouble = self._clock(), self._settings.poll_seconds, ""
+        started = self._clock() if since is None else since
+        delay, trouble = self._settings.poll_seconds, ""
         cause: StoreUnavailable | None = None
         while True:
             try:
@@ -350,8 +370,8 @@ class StreamReader:
                 trouble, cause = "", None
             except StoreUnavailable as error:
                 trouble, cause = f" ({error})", error
-            since = max(started, moved()) if moved else started
-            if self._clock() - since >= patience:
+            latest = max(started, moved()) if moved else started
+            if self._clock() - latest >= patience:
                 raise StreamStalled(
                     f"{self._store.uri}: nothing new for {patience:g} s: {describe()}{trouble}"
                 ) from cause
