@@ -196,6 +196,29 @@ def test_a_student_without_its_writer_is_not_charged(
     assert CreateGang(2, 2) not in plan.actions
 
 
+@pytest.mark.parametrize(
+    ("change", "silent", "charged"),
+    [
+        ({"phase": "Pending"}, False, False),
+        ({"phase": "Pending"}, True, True),  # nobody knows what it waited for
+        ({}, False, True),
+    ],
+)
+def test_a_student_that_the_operator_ends_without_its_writer_is_not_charged(
+    change: dict[str, Any], silent: bool, charged: bool
+) -> None:
+    """The stream's reader has the same patience, and has waited since after the last step."""
+    seen = shards_there(writing(writer(**change)))
+    later = after(seen, seconds=1000)
+    stepped = NOW + timedelta(seconds=5)
+    heard = stepped if silent else later.now
+    last = {"phase": "Training", "attempt": 1, "step": 3, "lastStepTime": stepped.timestamp()}
+    contact = Contact(ProgressReport.model_validate(last), heard, stepped, moved=True)
+    plan = settled(replace(later, rank0=contact))
+    attempt = plan.status.attempts[0]
+    assert (attempt.reason, attempt.charged) == (reasons.STALLED, charged)
+
+
 def test_the_next_attempt_follows_when_the_writer_runs_again() -> None:
     seen = starved(writer(phase="Pending", unschedulable="no GPU"))
     plan = settled(seen)

@@ -27,7 +27,7 @@ from kubedistill_operator.plan.ending import (
 from kubedistill_operator.plan.exits import Verdict, judge, no_pods, pod_trouble
 from kubedistill_operator.plan.reporting import apply_report
 from kubedistill_operator.plan.room import in_vain, shortage
-from kubedistill_operator.plan.stall import PHASES_AFTER_TRAINING, stall, stalled
+from kubedistill_operator.plan.stall import PHASES_AFTER_TRAINING, answers, stall, stalled
 from kubedistill_operator.plan.times import format_time, seconds_since
 from kubedistill_operator.plan.views import BatchJobView, PodView
 
@@ -68,7 +68,9 @@ def _during(step: Pass, attempt: Attempt) -> None:
     elif (lost := lost_with_node(draft, pods)) is not None:
         stop(step, Verdict(reasons.DISRUPTED, lost[1], retry=True, charged=False))
     elif (still := stall(step, attempt)) is not None:
-        stop(step, stalled(pods, still))
+        verdict = stalled(pods, still)
+        # What waits for the stream answers meanwhile; the stream's reader would say so, but later.
+        stop(step, teacher.without_writers(step, verdict) if answers(step) else verdict)
     else:
         _going(step, attempt, batch_job, pods)
 

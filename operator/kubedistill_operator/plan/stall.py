@@ -24,8 +24,7 @@ def stall(step: Pass, attempt: Attempt) -> str | None:
     limit = step.spec.stall_timeout_seconds
     if contact is None or contact.report.attempt != attempt.number:
         return _silent(step, attempt)
-    silence = (draft.now - contact.reached_at).total_seconds()
-    if silence > limit:
+    if not answers(step):
         return f"rank 0 did not answer for {limit} s"
     report = contact.report
     if report.last_step_time is None or report.phase in PHASES_AFTER_TRAINING:
@@ -33,6 +32,12 @@ def stall(step: Pass, attempt: Attempt) -> str | None:
     if draft.now.timestamp() - _stepped_at(step, attempt, contact, report.last_step_time) > limit:
         return f"no step for {limit} s; the last one was {report.step:,}"
     return None
+
+
+def answers(step: Pass) -> bool:
+    """Whether rank 0 has answered within the limit."""
+    contact, limit = step.seen.rank0, step.spec.stall_timeout_seconds
+    return contact is not None and (step.draft.now - contact.reached_at).total_seconds() <= limit
 
 
 def stalled(pods: list[PodView], why: str) -> Verdict:
