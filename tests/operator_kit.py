@@ -54,6 +54,8 @@ if role == "report":
 if role == "teacher":
     if behaviour == "teacher-fails":
         end(13, reason="UnreadableInput", message="the teacher has no config.json")
+    if behaviour == "teacher-crashes":
+        end(1, reason="Error", message="boom")
     stream = {"uri": "s3://runs/streams/1", "payload": "Hidden", "tokens": 10, "bytes": 100}
     quiet = "TEACHER_QUIET" in os.environ
     report.update(phase="Generating", **({} if quiet else {"teacherStream": stream}))

@@ -315,7 +315,8 @@ class DistillationJobSpec(ApiModel):
         6,
         ge=0,
         le=1000,
-        description="Retries without progress before the job fails; disruptions are free.",
+        description="Retries without progress, of the gang and of each of the teacher's writers, "
+        "before the job fails; disruptions are free.",
     )
     active_deadline_seconds: int | None = Field(
         None,

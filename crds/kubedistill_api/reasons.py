@@ -176,11 +176,11 @@ WHAT_TO_DO: dict[str, str] = {
     ),
     STALLED: (
         "Look at the pods' logs of that attempt; raise stallTimeoutSeconds when steps are "
-        "really that slow."
+        "really that slow. One that is not charged waited for a teacher's writer: see TeacherReady."
     ),
     PEER_LOST: "Look at the other pods of that attempt: one ended first.",
     INTERRUPTED: "Raise the pods' termination grace when this repeats.",
-    DISRUPTED: "Nothing: a pod was evicted or preempted; the retry is free.",
+    DISRUPTED: "Nothing: a pod was evicted or preempted, or its node is lost; the retry is free.",
     FENCED: "Nothing at first: the next attempt takes the run over. Where it comes again, something "
     "else runs pods of this job: another operator, or a Job that somebody made.",
     GRACEFUL_CHECKPOINT: "Nothing: the attempt committed before it stopped.",
@@ -195,7 +195,8 @@ WHAT_TO_DO: dict[str, str] = {
     ),
     ERROR: "Read the logs of the pod that the message names.",
     DEADLINE_EXCEEDED: "Raise activeDeadlineSeconds and apply the job again.",
-    BACKOFF_LIMIT_EXCEEDED: "Read status.attempts, mend the cause, raise backoffLimit.",
+    BACKOFF_LIMIT_EXCEEDED: "Read status.attempts (TeacherReady, where its writers failed), mend the "
+    "cause, raise backoffLimit.",
     STAGE_FAILED: "Mend the stage that the message names.",
     STAGE_RUNNING: "Nothing.",
 }

@@ -189,6 +189,17 @@ class DistillationJobStatus(ApiModel):
     gpus: int = Field(0, description="GPUs of the gang, for the table.")
     restarts: int = Field(0, description="Attempts after the first.")
     failures: int = Field(0, description="Charged attempts since the last progress.")
+    teacher_failures: list[int] = Field(
+        [],
+        max_length=256,
+        description="By part of the data: charged failures of its writer since the stream grew.",
+    )
+    forgiven_failures: list[int] = Field(
+        [],
+        max_length=256,
+        description="By part of the data: failures that the writers' Job counts and we do not, "
+        "since the stream grew after them; below 0: those of a Job before it.",
+    )
     furthest_commit: int = Field(
         0, description="Highest step that was ever committed: beyond it is progress."
     )

@@ -149,10 +149,15 @@ class Cluster:
         return await self._write("POST", path, query, body, "application/json")
 
     async def merge_patch(
-        self, resource: Resource, namespace: str, name: str, patch: Mapping[str, Any]
+        self,
+        resource: Resource,
+        namespace: str,
+        name: str,
+        patch: Mapping[str, Any],
+        subresource: str = "",
     ) -> dict[str, Any]:
         query = {"fieldManager": FIELD_MANAGER}
-        path = resource.path(namespace, name)
+        path = resource.path(namespace, name, subresource)
         return await self._write("PATCH", path, query, patch, "application/merge-patch+json")
 
     async def apply_status(
@@ -181,10 +186,12 @@ class Cluster:
         namespace: str,
         name: str,
         propagation: str = "Background",
+        grace_seconds: int | None = None,
         **preconditions: str,
     ) -> dict[str, Any] | None:
         """Delete an object. What is left of it, or None when it was not there.
 
+        `grace_seconds` of a pod: None for its own; 0 waits for nobody.
         `preconditions` are of its `uid` and `resourceVersion`: Conflict where one does not hold.
         """
         body: dict[str, Any] = {
@@ -192,6 +199,8 @@ class Cluster:
             "apiVersion": "v1",
             "propagationPolicy": propagation,
         }
+        if grace_seconds is not None:
+            body["gracePeriodSeconds"] = grace_seconds
         if preconditions:
             body["preconditions"] = preconditions
         path = resource.path(namespace, name)

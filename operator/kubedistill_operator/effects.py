@@ -27,6 +27,7 @@ from kubedistill_operator.cluster import (
 from kubedistill_operator.observe import job_status, owner_of
 from kubedistill_operator.plan import restart
 from kubedistill_operator.plan.actions import (
+    AbandonPod,
     Action,
     CreateGang,
     CreatePreflight,
@@ -108,6 +109,8 @@ class Effects:
                 self._remember(left)
             case DeletePod():
                 await self._cluster.delete(PODS, namespace, action.name, uid=action.uid)
+            case AbandonPod():
+                await self._abandon(namespace, action)
             case SuspendBatchJob():
                 await self._patch_job(namespace, action.name, {"suspend": action.suspend})
             case ScaleBatchJob():
@@ -119,6 +122,17 @@ class Effects:
                 await self._patch_stage(namespace, action.name, {"gates": gates})
             case _:
                 assert_never(action)
+
+    async def _abandon(self, namespace: str, action: AbandonPod) -> None:
+        """As Kubernetes does with pods of nodes that are gone: failed first, else its Job waits on."""
+        patch = {"metadata": {"uid": action.uid}, "status": {"phase": "Failed"}}
+        try:
+            self._cache.pods.put(
+                await self._cluster.merge_patch(PODS, namespace, action.name, patch, "status")
+            )
+        except NotFound:
+            return
+        await self._cluster.delete(PODS, namespace, action.name, grace_seconds=0, uid=action.uid)
 
     async def _patch_job(self, namespace: str, name: str, spec: dict[str, Any]) -> None:
         patch = {"spec": spec}

@@ -34,6 +34,8 @@ RULES: list[dict[str, Any]] = [
     },
     # Patch: labels that somebody took off. Delete: pods that a Job left behind as orphans.
     {"apiGroups": [""], "resources": ["pods"], "verbs": [*WATCH, "patch", "delete"]},
+    # The phase of a pod whose node is lost and cannot say so.
+    {"apiGroups": [""], "resources": ["pods/status"], "verbs": ["patch"]},
     # Patch: a selector that somebody changed.
     {"apiGroups": [""], "resources": ["services"], "verbs": ["get", "create", "patch"]},
     {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get", "create", "delete"]},

@@ -75,6 +75,24 @@ def test_failures_are_what_the_next_attempt_is_told_of(
     assert told == (ends[1] - ends[0]).total_seconds()
 
 
+def test_a_writer_is_retried_by_its_job_as_often_as_the_limit_says(
+    bench: Bench, operator: Operator, book: Path
+) -> None:
+    bench.apply(job("crashes", template(book, "teacher-crashes"), backoffLimit=1))
+    status = bench.wait_state("crashes", "BackoffLimitExceeded")
+    assert status["teacherFailures"] == [2]
+    words = (
+        "writer 0 failed 2 times in a row while the stream did not grow (backoffLimit 1); the last"
+    )
+    assert bench.condition("crashes")["message"].startswith(words)
+    assert bench.condition("crashes")["message"].endswith("exit code 1: boom")
+    assert bench.condition("crashes", "TeacherReady")["reason"] == "TeacherFailed"
+    patch = '{"spec": {"backoffLimit": 2}}'
+    bench.kubectl("patch", "dj", "crashes", "--type=merge", "-p", patch)
+    wait_for(lambda: bench.status("crashes")["teacherFailures"] == [3], "it was not tried again")
+    bench.wait_state("crashes", "BackoffLimitExceeded")
+
+
 def alone(pods: dict[str, Any], name: str) -> dict[str, Any]:
     """One pod of this job on a node; the cluster has one node."""
     term = {

@@ -180,6 +180,29 @@ def test_progress_that_nobody_saw_is_seen_by_the_next_attempt() -> None:
     assert (plan.status.failures, plan.status.furthest_commit) == (1, 40)
 
 
+def test_a_commit_before_ranks_came_back_in_their_pods_is_followed_by_no_failure_yet() -> None:
+    """The commit and the kill were within one poll: with a limit of 1 there is one retry left."""
+    seen = fail_once(started(spec=job(backoffLimit=1)))
+    contact = report(attempt=2, resumed_from_step=40, step=41, rank_restarts=1)
+    seen = replace(seen, rank0=contact, pods=(running("p", attempt=2),))
+    plan = plan_job(seen, TIMING)
+    assert (plan.status.failures, plan.status.furthest_commit) == (0, 40)
+    seen = fail_once(after(seen, pods=()))
+    assert seen.status.failures == 1
+    assert state(plan_job(seen, TIMING))[0] == "Unknown"
+
+
+def test_a_commit_that_nobody_saw_before_a_free_end_is_followed_by_no_failure() -> None:
+    seen = fail_once(started(spec=job()))
+    free = ended("p", 137, attempt=2, disrupted=True)
+    seen = after(replace(seen, batch_jobs=gang_job(2, **FAILED), pods=(free,)))
+    seen = replace(
+        seen, batch_jobs=gang_job(3), rank0=report(attempt=3, resumed_from_step=40, step=41)
+    )
+    plan = plan_job(seen, TIMING)
+    assert (plan.status.failures, plan.status.furthest_commit) == (0, 40)
+
+
 def test_a_commit_resets_the_count_when_it_is_seen() -> None:
     seen = started(pods=(running("p"),))
     seen = replace(seen, status=seen.status.model_copy(update={"failures": 5}))

@@ -102,6 +102,10 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
   resources: [pods]
   # Patch: labels that somebody took off. Delete: pods that a Job left behind as orphans.
   verbs: [get, list, watch, patch, delete]
+# The phase of a pod whose node is lost and cannot say so.
+- apiGroups: [""]
+  resources: [pods/status]
+  verbs: [patch]
 - apiGroups: [""]
   resources: [services]
   # Patch: a selector that somebody changed.

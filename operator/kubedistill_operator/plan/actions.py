@@ -64,6 +64,17 @@ class DeletePod:
 
 
 @dataclass(frozen=True)
+class AbandonPod:
+    """Say in its stead that a pod of a lost node has failed, and remove it.
+
+    Its Job makes no other one before that. Should its processes still run, they run on.
+    """
+
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
 class DeleteFinished:
     """Delete the DistillationJob itself, as it was when that was decided; its children follow."""
 
@@ -132,6 +143,7 @@ Action = (
     | CreateGang
     | DeleteBatchJob
     | DeletePod
+    | AbandonPod
     | DeleteFinished
     | RestoreInputs
     | ScaleBatchJob

@@ -7,7 +7,7 @@ from kubedistill_api.names import ROLE_STUDENT
 from kubedistill_api.status import Attempt
 
 from kubedistill_operator.plan import shape
-from kubedistill_operator.plan.actions import DeleteBatchJob
+from kubedistill_operator.plan.actions import AbandonPod, DeleteBatchJob
 from kubedistill_operator.plan.draft import Draft, Pass
 from kubedistill_operator.plan.exits import Verdict, judge_stopped
 from kubedistill_operator.plan.reporting import apply_report
@@ -48,18 +48,39 @@ def over(draft: Draft, batch_job: BatchJobView | None, pods: list[PodView]) -> b
     return True
 
 
-def lost_with_node(draft: Draft, pods: list[PodView]) -> str | None:
-    """Why the gang has lost a pod, where a node that is lost cannot say so.
+def lost_with_node(
+    draft: Draft, pods: list[PodView], margin: float = 0.0
+) -> tuple[PodView, str] | None:
+    """A pod that is lost with its node, which cannot say so, and that in words.
 
-    Kubernetes gives up the node's pods, and they stay: their Job would fail when they have ended.
+    Kubernetes gives up the node's pods, and they stay: their Job would go on when they have ended.
+    They get their grace, and `margin` seconds more.
     """
     for pod in pods:
         if not (pod.active and pod.disrupted and pod.deleting_since):
             continue
-        left = pod.grace_seconds - (draft.now - pod.deleting_since).total_seconds()
+        left = pod.grace_seconds + margin - (draft.now - pod.deleting_since).total_seconds()
         if left < 0:
-            return f"pod {pod.name} was evicted and does not end: its node is lost"
+            return pod, f"pod {pod.name} was evicted and does not end: its node is lost"
         draft.look_again(left + 1.0)
+    return None
+
+
+def give_up_lost(draft: Draft, pods: list[PodView]) -> tuple[str, str] | None:
+    """(reason, message) of a pod that is being evicted; one that is lost with its node is given up.
+
+    Of pods that stand alone: their Job makes another one then. Two of a kind do no harm to each
+    other, should a lost one wake.
+    """
+    lost = lost_with_node(draft, pods, draft.timing.margin)
+    if lost is not None:
+        pod, text = lost
+        draft.act(AbandonPod(pod.name, pod.uid))
+        return reasons.DISRUPTED, f"{text}, and another one takes its place"
+    for pod in pods:
+        if pod.active and pod.disrupted and pod.deleting_since:
+            text = f"pod {pod.name} was evicted and has not ended yet; another one follows it"
+            return reasons.DISRUPTED, text
     return None
 
 

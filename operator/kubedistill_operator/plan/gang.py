@@ -27,7 +27,7 @@ from kubedistill_operator.plan.ending import (
 from kubedistill_operator.plan.exits import Verdict, judge, no_pods, pod_trouble
 from kubedistill_operator.plan.reporting import apply_report
 from kubedistill_operator.plan.room import in_vain, shortage
-from kubedistill_operator.plan.stall import PHASES_AFTER_TRAINING, stall
+from kubedistill_operator.plan.stall import PHASES_AFTER_TRAINING, answers, stall, stalled
 from kubedistill_operator.plan.times import format_time, seconds_since
 from kubedistill_operator.plan.views import BatchJobView, PodView
 
@@ -66,9 +66,11 @@ def _during(step: Pass, attempt: Attempt) -> None:
     elif step.spec.suspend:
         stop(step, Verdict(reasons.INTERRUPTED, "suspended", retry=True, charged=False))
     elif (lost := lost_with_node(draft, pods)) is not None:
-        stop(step, Verdict(reasons.DISRUPTED, lost, retry=True, charged=False))
+        stop(step, Verdict(reasons.DISRUPTED, lost[1], retry=True, charged=False))
     elif (still := stall(step, attempt)) is not None:
-        stop(step, Verdict(reasons.STALLED, still, retry=True, charged=True))
+        verdict = stalled(pods, still)
+        # What waits for the stream answers meanwhile; the stream's reader would say so, but later.
+        stop(step, teacher.without_writers(step, verdict) if answers(step) else verdict)
     else:
         _going(step, attempt, batch_job, pods)
 
@@ -156,6 +158,7 @@ def _finish(step: Pass, verdict: Verdict) -> None:
     pods = observed(draft, attempt)[1]
     take_last_report(draft, attempt, pods)
     verdict = in_vain(step, pods, shrunk(step, attempt, verdict))
+    verdict = teacher.without_writers(step, verdict)
     draft.change_attempt(
         end_time=format_time(draft.now),
         reason=verdict.reason,
@@ -182,7 +185,8 @@ def _ended(step: Pass) -> None:
         draft.update(failures=draft.status.failures + 1)
     text = f"attempt {attempt.number} ended ({attempt.reason}): {attempt.message}"
     draft.tell(attempt.reason, text, warning=attempt.charged)
-    ready = attempt.reason != reasons.STREAM_DAMAGED or teacher.run_teacher(step)
+    waits = attempt.reason in (reasons.STREAM_DAMAGED, reasons.STALLED)
+    ready = not waits or teacher.run_teacher(step)
     _between(step, attempt, teacher_ready=ready)
 
 
@@ -205,6 +209,9 @@ def _between(step: Pass, last: Attempt | None, *, teacher_ready: bool) -> None:
     if last is not None and _must_wait(step, last):
         return
     if not teacher_ready:
+        if last is not None:
+            text = f"attempt {last.number + 1} waits for the teacher"
+            draft.set(reasons.RUNNING, "False", reasons.RESTARTING, text)
         return
     attempt = _next_attempt(step)
     draft.act(CreateGang(attempt.number, attempt.fence))

@@ -13,6 +13,7 @@ from kubedistill_api.runspec import Outcome
 from kubedistill_operator.plan import hands
 from kubedistill_operator.plan.actions import CreatePreflight, DeleteBatchJob, Inputs
 from kubedistill_operator.plan.draft import Pass
+from kubedistill_operator.plan.ending import give_up_lost
 from kubedistill_operator.plan.exits import (
     Verdict,
     judge,
@@ -45,8 +46,12 @@ def check(step: Pass, inputs: Inputs) -> bool:
         return False
     found = seen.pods_of(ROLE_PREFLIGHT, batch_job.tries)
     pods = [p for p in found if p.name.startswith(f"{name}-") and batch_job.owns(p)]
+    leaving = give_up_lost(draft, pods)
     if batch_job.complete:
         return _accepted(step, inputs, batch_job, pods)
+    if leaving:
+        _trouble(step, leaving)
+        return False
     if batch_job.failed or any(p.failed for p in pods):
         _refused(step, batch_job, pods)
         return False
@@ -59,6 +64,11 @@ def check(step: Pass, inputs: Inputs) -> bool:
 def _validating(step: Pass, message: str) -> None:
     step.draft.set(reasons.VALIDATED, "Unknown", reasons.VALIDATING, message)
     step.draft.summary(reasons.VALIDATING, message)
+
+
+def _trouble(step: Pass, trouble: tuple[str, str]) -> None:
+    step.draft.set(reasons.VALIDATED, "Unknown", *trouble)
+    step.draft.summary(*trouble)
 
 
 def _accepted(step: Pass, inputs: Inputs, batch_job: BatchJobView, pods: list[PodView]) -> bool:
@@ -168,7 +178,6 @@ def _waiting(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> None:
         return
     trouble = pod_trouble(pods) or no_pods(step.draft, batch_job, pods)
     if trouble:
-        step.draft.set(reasons.VALIDATED, "Unknown", *trouble)
-        step.draft.summary(*trouble)
+        _trouble(step, trouble)
         return
     _validating(step, _CHECKS)

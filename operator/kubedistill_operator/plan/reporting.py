@@ -8,6 +8,7 @@ from kubedistill_api import reasons
 from kubedistill_api.runspec import ProgressReport
 from kubedistill_api.status import Attempt, CheckpointStatus, Progress, TeacherStreamStatus
 
+from kubedistill_operator.plan import writers
 from kubedistill_operator.plan.conditions import Status
 from kubedistill_operator.plan.draft import Draft
 from kubedistill_operator.plan.times import duration_text, format_time
@@ -69,9 +70,11 @@ def apply_report(draft: Draft, attempt: Attempt, report: ProgressReport) -> None
         _tell_of_ranks(draft, known or Progress(), fresh)
     _take_save_time(draft, report.save_seconds)
     if (report.resumed_from_step or 0) > draft.status.furthest_commit:
-        # The attempt before committed this unseen: it made progress, and then it failed.
+        # This was committed unseen: progress. The failure after it, if one was charged, is the
+        # first of a new row.
         draft.update(
-            furthest_commit=report.resumed_from_step, failures=min(1, draft.status.failures)
+            furthest_commit=report.resumed_from_step,
+            failures=min(_charged_since(draft, report), draft.status.failures),
         )
     _tell_of_restart(draft, attempt, report)
     # Ranks that were started again in their pods resume from what this attempt itself committed.
@@ -96,6 +99,15 @@ def apply_report(draft: Draft, attempt: Attempt, report: ProgressReport) -> None
             draft.tell(standing[1], standing[2], warning=True)
     if report.teacher_stream is not None:
         apply_stream(draft, report.teacher_stream)
+
+
+def _charged_since(draft: Draft, report: ProgressReport) -> int:
+    """Charged ends (one or none) since the commit that a report of the newest attempt resumed from.
+
+    Ranks that were started again in their pods resume from what this attempt itself committed.
+    """
+    before = draft.status.attempts[-2:-1]
+    return int(report.rank_restarts == 0 and bool(before) and before[0].charged)
 
 
 def checkpoint_standing(report: ProgressReport, newest: CheckpointStatus | None) -> Standing | None:
@@ -146,6 +158,8 @@ def _tell_of_ranks(draft: Draft, old: Progress, fresh: Progress) -> None:
 def apply_stream(draft: Draft, stream: TeacherStreamStatus) -> None:
     """Take over a stream's figures, unless they are older than what is known."""
     old = draft.status.teacher_stream
+    if stream.tokens > (old.tokens if old else 0):
+        writers.forgive(draft)
     if old is None or (stream.tokens >= old.tokens and not (old.complete and not stream.complete)):
         # A container's last word is short: it has some rows of the table, or none.
         same = old is not None and old.digest == stream.digest

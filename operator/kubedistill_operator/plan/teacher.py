@@ -7,10 +7,12 @@ from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.names import ROLE_TEACHER, teacher_name
 from kubedistill_api.status import DistillationJobStatus, TeacherStreamStatus
 
-from kubedistill_operator.plan import hands
+from kubedistill_operator.plan import hands, writers
 from kubedistill_operator.plan.actions import CreateTeacher, DeleteBatchJob
+from kubedistill_operator.plan.conditions import Status
 from kubedistill_operator.plan.draft import Draft, Pass
-from kubedistill_operator.plan.exits import judge, no_pods, pod_trouble
+from kubedistill_operator.plan.ending import give_up_lost
+from kubedistill_operator.plan.exits import Verdict, judge, no_pods, pod_trouble
 from kubedistill_operator.plan.reporting import apply_stream
 from kubedistill_operator.plan.views import BatchJobView, PodView
 
@@ -36,13 +38,21 @@ def run_teacher(step: Pass) -> bool:
         return True
     name = teacher_name(seen.name)
     batch_job = seen.batch_jobs.get(name)
+    leaving = give_up_lost(draft, seen.pods_of(ROLE_TEACHER))
     if _complete(step):
         return True
     damaged = _damaged_attempt(draft)
     if batch_job is None:
         if spec.suspend:
             return False
+        if _too_many(step):
+            # Another field was edited than the limit that ended it.
+            _give_up(
+                step, writers.failing_text([], draft.status.teacher_failures, spec.backoff_limit)
+            )
+            return False
         draft.act(CreateTeacher(damaged))
+        writers.carry(draft)
         _generating(step, "the teacher's pods are asked for")
         return False
     if batch_job.tries < damaged:
@@ -50,10 +60,10 @@ def run_teacher(step: Pass) -> bool:
             draft.act(DeleteBatchJob(name))
         _generating(step, f"attempt {damaged} found the stream damaged: the teacher runs again")
         return False
-    pods = [p for p in seen.pods_of(ROLE_TEACHER) if batch_job.owns(p)]
+    pods = writers.pods_of(draft, batch_job)
     if batch_job.complete and any(p.active for p in pods):
         draft.look_again(2.0)  # their last words, with the stream's figures, are on their way to us
-        return _running(step, batch_job, pods)
+        return _running(step, batch_job, pods, leaving)
     if batch_job.complete:
         _take_outcomes(step, pods)
         return True
@@ -61,7 +71,7 @@ def run_teacher(step: Pass) -> bool:
         _failed(step, batch_job, pods)
         return False
     hands.mend_job(draft, batch_job, suspend=spec.suspend)
-    return _running(step, batch_job, pods)
+    return _running(step, batch_job, pods, leaving)
 
 
 def take_damage(draft: Draft) -> None:
@@ -92,6 +102,7 @@ def _take_outcomes(step: Pass, pods: list[PodView]) -> None:
     stream = draft.status.teacher_stream or TeacherStreamStatus()
     uri = stream.uri or (draft.status.resolved.stream_uri if draft.status.resolved else "")
     draft.update(teacher_stream=stream.model_copy(update={"complete": True, "uri": uri}))
+    draft.update(teacher_failures=[], forgiven_failures=[])
     message = stream_text(stream)
     if draft.set(reasons.TEACHER_READY, "True", reasons.STREAM_COMPLETE, message):
         draft.tell(reasons.STREAM_COMPLETE, f"the teacher's stream is complete {message}".strip())
@@ -125,34 +136,118 @@ def _failed(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> None:
     step.draft.fail(reasons.TEACHER_FAILED, message)
 
 
-def _running(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> bool:
-    draft, contact = step.draft, step.seen.teacher
+def _running(
+    step: Pass, batch_job: BatchJobView, pods: list[PodView], leaving: tuple[str, str] | None
+) -> bool:
+    draft, text = step.draft, learns_text(step.spec)
+    held = _take_reports(step)
+    if any(p.active and p.phase == "Running" for p in pods):
+        draft.look_again(draft.timing.poll)
+    hands.restore_inputs(draft, ROLE_TEACHER, pods)
+    words = _count_failures(step, batch_job, pods)
+    if _too_many(step):
+        _give_up(step, words)
+        return False
+    trouble = leaving or pod_trouble(pods)
+    if trouble is None and not batch_job.suspended:
+        trouble = no_pods(draft, batch_job, pods)
+    known = draft.status.teacher_stream
+    if known is not None and known.tokens > 0 and not text:
+        _shards_there(draft, held, trouble, words)
+        return not _awaited(step, batch_job, trouble, words)
+    if trouble:
+        _say(draft, "False", trouble[0], _joined(trouble[1], words), trouble)
+        draft.summary(*trouble)
+        return False
+    answers = "the teacher answers; the student starts when all answers are there"
+    _generating(step, _joined(answers if text else "the teacher writes its stream", words))
+    return False
+
+
+def _count_failures(step: Pass, batch_job: BatchJobView, pods: list[PodView]) -> str:
+    """Keep the counts, and say who fails. A Job that is stopped ends its pods: that does not count."""
+    draft = step.draft
+    if not (batch_job.complete or batch_job.deleting_since or batch_job.suspended):
+        counts = writers.failures(pods, draft.status.forgiven_failures)
+        draft.update(teacher_failures=counts)
+    limit = step.spec.backoff_limit
+    return writers.failing_text(pods, draft.status.teacher_failures, limit)
+
+
+def _too_many(step: Pass) -> bool:
+    return max(step.draft.status.teacher_failures, default=0) > step.spec.backoff_limit
+
+
+def _give_up(step: Pass, words: str) -> None:
+    step.draft.set(reasons.TEACHER_READY, "False", reasons.TEACHER_FAILED, words)
+    step.draft.fail(reasons.BACKOFF_LIMIT_EXCEEDED, words)
+
+
+def _say(
+    draft: Draft, status: Status, reason: str, message: str, trouble: tuple[str, str] | None
+) -> None:
+    """Set TeacherReady; a writer that is lost gets an event, once."""
+    new = draft.conditions[reasons.TEACHER_READY].message != message
+    draft.set(reasons.TEACHER_READY, status, reason, message)
+    if new and trouble and trouble[0] == reasons.DISRUPTED:
+        draft.tell(*trouble)
+
+
+def _take_reports(step: Pass) -> str:
+    """Take over the stream's figures, the student's too: it sees all writers' parts.
+
+    What to add of writers that wait on purpose.
+    """
+    draft, contact, rank0 = step.draft, step.seen.teacher, step.seen.rank0
     stream = contact.report.teacher_stream if contact else None
     if stream is not None and stream.tokens > 0:
         apply_stream(draft, stream.model_copy(update={"complete": False}))
-    if any(p.active and p.phase == "Running" for p in pods):
-        draft.look_again(draft.timing.poll)
-    known = draft.status.teacher_stream
-    if known is not None and known.tokens > 0 and not learns_text(step.spec):
-        if draft.set(
-            reasons.TEACHER_READY, "True", reasons.SHARDS_COMMITTED,
-            "the student can start on what is there"
-            + ("; the writers wait: byteBudget is used up" if stream and stream.held else ""),
-        ):  # fmt: skip
-            draft.tell(reasons.SHARDS_COMMITTED, "the teacher committed its first shards")
-        return True
-    hands.restore_inputs(draft, ROLE_TEACHER, pods)
-    trouble = pod_trouble(pods)
-    if trouble is None and not batch_job.suspended:
-        trouble = no_pods(draft, batch_job, pods)
-    if trouble:
-        draft.set(reasons.TEACHER_READY, "False", *trouble)
-        draft.summary(*trouble)
-    elif learns_text(step.spec):
-        _generating(step, "the teacher answers; the student starts when all answers are there")
-    else:
-        _generating(step, "the teacher writes its stream")
-    return False
+    attempt = draft.attempt
+    current = attempt is not None and not attempt.end_time and not attempt.reason
+    if rank0 and attempt and current and rank0.report.attempt == attempt.number:
+        seen = rank0.report.teacher_stream
+        if seen is not None:
+            apply_stream(draft, seen)
+    return "the writers wait: byteBudget is used up" if stream and stream.held else ""
+
+
+def _shards_there(draft: Draft, held: str, trouble: tuple[str, str] | None, words: str) -> None:
+    parts = ("the student can start on what is there", held, trouble[1] if trouble else "", words)
+    ready = draft.conditions[reasons.TEACHER_READY]
+    if (ready.status, ready.reason) != ("True", reasons.SHARDS_COMMITTED):
+        draft.tell(reasons.SHARDS_COMMITTED, "the teacher committed its first shards")
+    _say(draft, "True", reasons.SHARDS_COMMITTED, _joined(*parts), trouble)
+
+
+def _awaited(
+    step: Pass, batch_job: BatchJobView, trouble: tuple[str, str] | None, words: str
+) -> bool:
+    """Whether the next attempt waits for writers: the last one ended for want of them.
+
+    Without them it would stand still again, and hold its GPUs.
+    """
+    draft, last = step.draft, step.draft.attempt
+    wanted = last is not None and last.end_time and last.reason == reasons.STALLED
+    if last is None or not wanted or last.charged or not writers.missing(draft, batch_job):
+        return False
+    draft.summary(*(trouble or (reasons.GENERATING, _joined("the teacher's writers start", words))))
+    return True
+
+
+def without_writers(step: Pass, verdict: Verdict) -> Verdict:
+    """Of an attempt that stood still for want of a writer that does not run: it did not fail."""
+    draft, stream = step.draft, step.draft.status.teacher_stream
+    if verdict.reason != reasons.STALLED or not needed(step.spec, draft.status):
+        return verdict
+    missing = writers.missing(draft, draft.seen.batch_jobs.get(teacher_name(draft.seen.name)))
+    if missing < 1 or (stream is not None and stream.complete):
+        return verdict
+    text = f"; {missing} of the teacher's writers did not run: TeacherReady says why"
+    return Verdict(verdict.reason, verdict.message[:900] + text, retry=True, charged=False)
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
 
 
 def _generating(step: Pass, message: str) -> None:

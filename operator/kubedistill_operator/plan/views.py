@@ -17,6 +17,7 @@ from kubedistill_operator.plan.times import parse_time
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 GENERATION_ANNOTATION = "kubedistill.dev/generation"
 TRY_ANNOTATION = "kubedistill.dev/try"
+FAILURES_ANNOTATION = "batch.kubernetes.io/job-index-failure-count"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class PodView:
     """Whether it has an owner that takes it along: an orphan is left to us."""
     owner_uid: str = ""
     uid: str = ""
+    unreachable: bool = False
+    """Whether Kubernetes hears nothing of its node, which may hold it for minutes more."""
+    failures_before: int = 0
+    """Pods of the same index of its Job that failed before it, and count."""
     gone: bool = False
 
     @property
@@ -87,6 +92,8 @@ class BatchJobView:
     completions: int | None = None
     active: int = 0
     """Pods that it says it has; more than we see means that some are out of sight."""
+    succeeded: int = 0
+    """Pods (of an indexed Job: indexes) that are done, also where the pods were removed since."""
     uid: str = ""
 
     def owns(self, pod: PodView) -> bool:
@@ -146,8 +153,23 @@ def pod_view(raw: Mapping[str, Any], *, gone: bool = False) -> PodView:
         owned=bool(metadata.get("ownerReferences")),
         owner_uid=next((o.get("uid", "") for o in metadata.get("ownerReferences") or []), ""),
         uid=metadata.get("uid", ""),
+        unreachable=_unreachable(raw),
+        failures_before=_number(metadata.get("annotations", {}).get(FAILURES_ANNOTATION)),
         gone=gone,
     )
+
+
+def _unreachable(raw: Mapping[str, Any]) -> bool:
+    """Whether somebody else than the pod's kubelet says that it is not ready.
+
+    Of a node that is silent the control plane sets `Ready` alone. A kubelet derives it from
+    `ContainersReady` and from the pod's own gates.
+    """
+    status = raw.get("status", {})
+    if raw.get("spec", {}).get("readinessGates") or status.get("phase") != "Running":
+        return False
+    found = {c["type"]: c.get("status") for c in status.get("conditions") or []}
+    return found.get("ContainersReady") == "True" and found.get("Ready") in ("False", "Unknown")
 
 
 def _asked_to_go(metadata: Mapping[str, Any]) -> datetime | None:
@@ -181,5 +203,6 @@ def batch_job_view(raw: Mapping[str, Any]) -> BatchJobView:
         parallelism=spec.get("parallelism"),
         completions=spec.get("completions"),
         active=raw.get("status", {}).get("active") or 0,
+        succeeded=raw.get("status", {}).get("succeeded") or 0,
         uid=metadata.get("uid", ""),
     )

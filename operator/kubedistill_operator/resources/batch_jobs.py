@@ -17,7 +17,7 @@ from kubedistill_operator.resources.pods import (
     preflight_part,
 )
 
-_TRIES_PER_PARTITION = 3
+_WITHOUT_END = 2_147_483_647
 _REPORT_TRIES = 4
 _WRITER_GRACE_SECONDS = 30
 _HOPELESS = sorted(
@@ -83,7 +83,11 @@ def report(owner: Owner, spec: DistillationJobSpec, trainer: TrainerImage) -> di
 def teacher(
     owner: Owner, spec: DistillationJobSpec, trainer: TrainerImage, *, tries: int = 0
 ) -> dict[str, Any]:
-    """Independent writers: an index is a part of the data, retried by itself."""
+    """Independent writers: an index is a part of the data, retried by itself.
+
+    Without end: when it is enough is the operator's to say (plan/writers.py), as the Job counts no
+    progress.
+    """
     if spec.teacher is None:
         raise ValueError(f"{owner.namespace}/{owner.name} has no teacher")
     workers, name = spec.teacher.workers, names.teacher_name(owner.name)
@@ -105,10 +109,8 @@ def teacher(
             "completionMode": "Indexed",
             "completions": workers.replicas,
             "parallelism": workers.replicas,
-            "backoffLimitPerIndex": _TRIES_PER_PARTITION,
-            "maxFailedIndexes": 0,
-            # Retries of an index must not be cut short by the default of the whole Job.
-            "backoffLimit": 2_147_483_647,
+            "backoffLimitPerIndex": _WITHOUT_END,
+            "backoffLimit": _WITHOUT_END,
             "suspend": spec.suspend,
             "podFailurePolicy": {
                 "rules": [
