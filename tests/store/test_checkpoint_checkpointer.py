@@ -277,11 +277,23 @@ def test_a_full_disk_fails_loudly_and_leaves_the_last_commit(store: Store, tmp_p
     save(short, 10)
     with pytest.raises(CheckpointFailed, match=r"no room for a snapshot in memory, and \d+ bytes"):
         short.save(Full(), step=20, cursor={})
+    assert not (tmp_path / "save").exists(), "a disk that is full has room again"
     save(short, 30)
     assert [commit.step for commit in commits(store)] == [10, 30]
     roomy = opened(store, tmp_path, 2)
     roomy.save(Full(), step=40, cursor={})
     assert [commit.step for commit in commits(store)] == [10, 30, 40], "memory has room"
+
+
+def test_a_rank_that_comes_back_has_the_room_of_the_snapshot_that_it_left(
+    store: Store, tmp_path: Path
+) -> None:
+    """Killed while it uploaded from the disk, it needs that room for what it restores."""
+    left = tmp_path / "save" / "state" / "mp_rank_00_model_states.pt"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"x")
+    opened(store, tmp_path, 1, restart=1)
+    assert not left.exists()
 
 
 def test_training_goes_on_while_a_save_is_in_flight(store: Store, tmp_path: Path) -> None:

@@ -88,6 +88,9 @@ class Checkpointer:
         )
         self._verified: int | None = None
         self._flight: Flight | None = None
+        self._staging = scratch / "save"
+        # A rank that was killed in a save may have left its snapshot.
+        snapshot.remove(self._staging)
 
     def open(self) -> None:
         """Step 1: rank 0 writes FENCE; then it clears away what earlier attempts left.
@@ -123,13 +126,18 @@ class Checkpointer:
         """
         assert self._flight is None, "finish the save before it"
         flight = Flight(step)
-        folder = self._scratch / "save"
+        folder = self._staging
         taken: list[snapshot.Snapshot] = []
 
         def take() -> None:
             taken.append(snapshot.take(engine, folder, self._rank, self._memory))
 
-        self._gang.gather(take)
+        try:
+            self._gang.gather(take)
+        except Exception:
+            # Until the next save the disk has room again: on the ranks that had enough of it too.
+            snapshot.remove(folder)
+            raise
         stall = time.monotonic() - flight.began
         limits = self._store.limits
         flight.limit_seconds = stall + sum(
