@@ -65,6 +65,9 @@ class Saver:
         self._began = self._started_at = time.monotonic()
         self.committed_step = -1
         """The newest commit's, as far as `settle` has seen."""
+        if known_save_seconds is not None:
+            board.update(save_seconds=known_save_seconds)
+            self._tell_grace()
 
     @property
     def saves(self) -> list[float]:
@@ -80,6 +83,8 @@ class Saver:
         flight = self._checkpointer.flight
         beside = flight is not None and not flight.ended.is_set()
         (self._busy if beside else self._calm).append(seconds)
+        if not self._saves:  # from the first commit on, commits tell
+            self._tell_grace()
 
     @property
     def longest_step(self) -> float:
@@ -194,9 +199,12 @@ class Saver:
             },
         )
 
+    def _tell_grace(self) -> None:
+        self._board.update(grace_problem=self._grace_problem())
+
     def _grace_problem(self) -> str:
         steps, saves = list(self._steps), self.saves
-        if fits_grace(steps, saves, self._grace, GRACE_MARGIN_SECONDS):
+        if not saves or fits_grace(steps, saves, self._grace, GRACE_MARGIN_SECONDS):
             return ""
         needed = p99(saves) + (p99(steps) if steps else 0.0) + GRACE_MARGIN_SECONDS
         return (
