@@ -108,6 +108,19 @@ def test_the_newest_commit_is_restored(store: Store, tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.pt")) == [], "scratch is left empty"
 
 
+def test_a_restore_shows_life_with_each_part_that_comes(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the midst of training one that takes minutes is no gang that stands still."""
+    monkeypatch.setattr("kubedistill_trainer.checkpoint.shards.PART_BYTES", 1000)
+    save(opened(store, tmp_path, 1), 10)
+    [commit] = commits(store)
+    parts = sum(len(shard.crc32c) for shard in commit.shards)
+    signs: list[bool] = []
+    assert opened(store, tmp_path, 2, alive=lambda: signs.append(True)).restore(Engine())
+    assert len(signs) == parts > len(commit.shards)
+
+
 def test_keys_are_new_every_time(store: Store, tmp_path: Path) -> None:
     saver = opened(store, tmp_path, 4)
     save(saver, 10, 10)

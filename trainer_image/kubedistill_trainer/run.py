@@ -91,6 +91,7 @@ def run_student(
         restart=context.restart.number,
         config=run.configuration(),
         committed=partial(_touch, committed_file(context.scratch, local_rank)),
+        alive=board.show_life,
     )
     checkpointer.open()
     taught = read_taught(context)

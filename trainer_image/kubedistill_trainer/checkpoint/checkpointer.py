@@ -41,7 +41,8 @@ class Checkpointer:
 
     `store` is at the run's prefix, `run` the job's identity. `scratch` is this rank's own folder,
     `node_scratch` one that the ranks of its node share (None: `scratch`). `config` is what
-    `config_digest` is of, by name. `committed` is called on each rank after each commit.
+    `config_digest` is of, by name. `committed` is called on each rank after each commit, `alive`
+    after each part of what it restores.
     `control_group` and `upload_group` are two gloo groups of all ranks with timeouts (None for a
     single rank): the second one is for uploads and downloads, so its timeout is longer than any of
     them. Not thread-safe.
@@ -67,6 +68,7 @@ class Checkpointer:
         restart: int = 0,
         config: Mapping[str, JsonValue] | None = None,
         committed: Callable[[], object] = lambda: None,
+        alive: Callable[[], object] = lambda: None,
     ) -> None:
         self._store = store
         self._scratch = scratch
@@ -82,6 +84,7 @@ class Checkpointer:
         self._memory = HostMemory(memory_limit_bytes)
         self._config = dict(config or {})
         self._committed = committed
+        self._alive = alive
         known = KnownRecords(scratch / "log", fresh=restart == 0)
         self._log = CommitLog(
             store, fence=fence, restart=restart, attempt=attempt, run=run, known=known
@@ -335,7 +338,7 @@ class Checkpointer:
                 if self._rank == 0:
                     shards.check_by_head(store, commit.shards)
                 for shard in wanted:
-                    shards.download(store, shard, folder / shard.path)
+                    shards.download(store, shard, folder / shard.path, self._alive)
             except CheckpointCorrupt as error:
                 return str(error)
             return ""
