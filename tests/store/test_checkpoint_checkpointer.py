@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -406,6 +407,32 @@ def test_death_at_any_call_leaves_the_old_or_the_new(
     assert restored_steps == sorted(restored_steps)
     assert {20, 30} == set(restored_steps)
     assert len(restored_steps) > 8, "uploads, HEADs, COMMIT, RETIRE, list and delete"
+
+
+def test_an_attempt_aborts_the_exports_of_those_before_it_and_never_of_a_later_one(
+    store: Store, tmp_path: Path
+) -> None:
+    """Parts of a model whose export was killed are in no listing, and cost as long as they are there."""
+    models, client = store.child("model"), store._connection.client
+
+    def export(name: str) -> None:
+        client.create_multipart_upload(Bucket=models.bucket, Key=f"{models.prefix}/d/{name}")
+
+    export("killed")
+    time.sleep(1.1)  # the server's clock counts seconds
+    zombie = opened(store, tmp_path / "z", 1)
+    export("of-the-first")
+    zombie.abort_earlier_uploads(models)
+    assert [upload.key for upload in models.uploads()] == ["d/of-the-first"]
+    time.sleep(1.1)
+    winner = opened(store, tmp_path / "w", 2)
+    export("of-the-second")
+    zombie.abort_earlier_uploads(models)
+    assert len(models.uploads()) == 2
+    winner.abort_earlier_uploads(models)
+    assert [upload.key for upload in models.uploads()] == ["d/of-the-second"]
+    Faults(store).lose_answers("GET", 1000)
+    winner.abort_earlier_uploads(models)
 
 
 def test_each_commit_is_told_once_it_is_in_the_log(store: Store, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def run_student(
         alive=board.show_life,
     )
     checkpointer.open()
+    checkpointer.abort_earlier_uploads(context.models_store)
     taught = read_taught(context)
     dataset = load_dataset(run, context.open_store, taught.learnt.conversations if taught else ())
     teacher_folder = _download_teacher(context)

@@ -105,6 +105,14 @@ class Checkpointer:
             lambda: self._tidy(lambda: retention.collect(self._store, self._log, self._fence))
         )
 
+    def abort_earlier_uploads(self, store: Store) -> None:
+        """Rank 0 aborts the multipart uploads below `store` that attempts before this one left."""
+        self._gang.from_first(
+            lambda: self._tidy(
+                lambda: retention.abort_earlier_uploads(self._store, self._log, store)
+            )
+        )
+
     @property
     def flight(self) -> Flight | None:
         """The save that was started last, until `finish` has told how it ended."""
