@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from kubedistill_api.training import Training
 from kubedistill_trainer.checkpoint import CommitInfo
-from kubedistill_trainer.checkpoint.results import Flight
+from kubedistill_trainer.checkpoint.results import Flight, Rejected, Restored
 from kubedistill_trainer.data.order import Order, Part
 from kubedistill_trainer.data.packing import pack
 from kubedistill_trainer.exporter import ProgressBoard
@@ -34,6 +34,8 @@ class Commits:
         self.damaged: int | None = None
         self.failures: list[Exception] = []
         """What the next saves end with, in order."""
+        self.rejected: list[Rejected] = []
+        """What the next restore passes over."""
         self.flight: Flight | None = None
 
     def start(self, engine: Any, step: int, cursor: Any, keep_step: int | None, then: Any) -> None:
@@ -62,7 +64,8 @@ class Commits:
             return None
         cursors = [json.loads(cursor) for cursor in self.cursors]
         cursor = next((c for c in cursors if c["step"] == step != self.damaged), cursors[-1])
-        return SimpleNamespace(step=cursor["step"], cursor=cursor, uri="", rejected=[])
+        rejected, self.rejected = self.rejected, []
+        return Restored(cursor["step"], cursor, "", rejected)
 
 
 class Engine:
@@ -99,7 +102,8 @@ class Clock:
     """Asks to stop when the step of a number is done."""
 
     def __init__(self, after: int) -> None:
-        self._left = after
+        # The loop also asks before its first step, where it waits for its teacher.
+        self._left = after + 1 if after else 0
 
     @property
     def asked(self) -> bool:
@@ -141,24 +145,31 @@ def loop(
     stop_after: int = 0,
     heldout: Callable[[], float] | None = None,
     engine: Engine | None = None,
+    rank: int = 0,
+    world_size: int = 1,
     **training: Any,
 ) -> Loop:
-    """Ten steps of one rank; `heldout` gives the perplexity whenever it is asked for."""
-    fields = {"globalBatchSize": 1, "learningRate": 0.1, **training}
+    """Ten steps of a rank; `heldout` gives the perplexity whenever it is asked for."""
+    fields = {"globalBatchSize": world_size, "learningRate": 0.1, **training}
     context = SimpleNamespace(
         run=run_of(Training.model_validate(fields), interval=4),
-        world_size=1,
-        rank=0,
+        world_size=world_size,
+        rank=rank,
         mean_seconds_between_failures=None,
     )
     dataset = SimpleNamespace(
         total_steps=10,
-        order=Order([Part(np.arange(6))], 1, seed=0),
+        order=Order([Part(np.arange(6))], world_size, seed=0),
         packed=pack([np.full(3, i) for i in range(6)], 3),
     )
+
+    def look(tick: Any) -> float:
+        assert heldout is not None
+        return heldout()
+
     # Namespaces stand for what the loop takes of a run.
     parts: list[Any] = [
         context, dataset, engine or Engine(), NoTeacher(), commits, ProgressBoard(),
-        Clock(stop_after), None, heldout,
+        Clock(stop_after), None, look if heldout else None,
     ]  # fmt: skip
     return Loop(*parts)

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -106,6 +107,19 @@ def test_the_newest_commit_is_restored(store: Store, tmp_path: Path) -> None:
     assert restored.rejected == []
     assert engine.value == 20.0
     assert list(tmp_path.rglob("*.pt")) == [], "scratch is left empty"
+
+
+def test_a_restore_shows_life_with_each_part_that_comes(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the midst of training one that takes minutes is no gang that stands still."""
+    monkeypatch.setattr("kubedistill_trainer.checkpoint.shards.PART_BYTES", 1000)
+    save(opened(store, tmp_path, 1), 10)
+    [commit] = commits(store)
+    parts = sum(len(shard.crc32c) for shard in commit.shards)
+    signs: list[bool] = []
+    assert opened(store, tmp_path, 2, alive=lambda: signs.append(True)).restore(Engine())
+    assert len(signs) == parts > len(commit.shards)
 
 
 def test_keys_are_new_every_time(store: Store, tmp_path: Path) -> None:
@@ -270,11 +284,23 @@ def test_a_full_disk_fails_loudly_and_leaves_the_last_commit(store: Store, tmp_p
     save(short, 10)
     with pytest.raises(CheckpointFailed, match=r"no room for a snapshot in memory, and \d+ bytes"):
         short.save(Full(), step=20, cursor={})
+    assert not (tmp_path / "save").exists(), "a disk that is full has room again"
     save(short, 30)
     assert [commit.step for commit in commits(store)] == [10, 30]
     roomy = opened(store, tmp_path, 2)
     roomy.save(Full(), step=40, cursor={})
     assert [commit.step for commit in commits(store)] == [10, 30, 40], "memory has room"
+
+
+def test_a_rank_that_comes_back_has_the_room_of_the_snapshot_that_it_left(
+    store: Store, tmp_path: Path
+) -> None:
+    """Killed while it uploaded from the disk, it needs that room for what it restores."""
+    left = tmp_path / "save" / "state" / "mp_rank_00_model_states.pt"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"x")
+    opened(store, tmp_path, 1, restart=1)
+    assert not left.exists()
 
 
 def test_training_goes_on_while_a_save_is_in_flight(store: Store, tmp_path: Path) -> None:
@@ -374,6 +400,32 @@ def test_death_at_any_call_leaves_the_old_or_the_new(
     assert restored_steps == sorted(restored_steps)
     assert {20, 30} == set(restored_steps)
     assert len(restored_steps) > 8, "uploads, HEADs, COMMIT, RETIRE, list and delete"
+
+
+def test_an_attempt_aborts_the_exports_of_those_before_it_and_never_of_a_later_one(
+    store: Store, tmp_path: Path
+) -> None:
+    """Parts of a model whose export was killed are in no listing, and cost as long as they are there."""
+    models, client = store.child("model"), store._connection.client
+
+    def export(name: str) -> None:
+        client.create_multipart_upload(Bucket=models.bucket, Key=f"{models.prefix}/d/{name}")
+
+    export("killed")
+    time.sleep(1.1)  # the server's clock counts seconds
+    zombie = opened(store, tmp_path / "z", 1)
+    export("of-the-first")
+    zombie.abort_earlier_uploads(models)
+    assert [upload.key for upload in models.uploads()] == ["d/of-the-first"]
+    time.sleep(1.1)
+    winner = opened(store, tmp_path / "w", 2)
+    export("of-the-second")
+    zombie.abort_earlier_uploads(models)
+    assert len(models.uploads()) == 2
+    winner.abort_earlier_uploads(models)
+    assert [upload.key for upload in models.uploads()] == ["d/of-the-second"]
+    Faults(store).lose_answers("GET", 1000)
+    winner.abort_earlier_uploads(models)
 
 
 def test_each_commit_is_told_once_it_is_in_the_log(store: Store, tmp_path: Path) -> None:

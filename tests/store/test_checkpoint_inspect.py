@@ -14,16 +14,18 @@ import pytest
 from botocore.awsrequest import AWSResponse
 from kubedistill_trainer.checkpoint import CommitLog, pins
 from kubedistill_trainer.checkpoint.__main__ import main
+from kubedistill_trainer.checkpoint.errors import ForeignLog, LogTooNew
 from kubedistill_trainer.checkpoint.history import Entry, replay
 from kubedistill_trainer.checkpoint.inspection import Inspection, inspect
 from kubedistill_trainer.checkpoint.inspection_view import MOST_ROWS, as_json, bytes_text, show
 from kubedistill_trainer.checkpoint.log import slot_key
-from kubedistill_trainer.checkpoint.records import Commit, Fence, Reject, encode
+from kubedistill_trainer.checkpoint.records import VERSION, Commit, Fence, Reject
 from kubedistill_trainer.checkpoint.retention import retire
 from kubedistill_trainer.store import Store
 from rich.console import Console
 from run_kit import RUN, Run, described
 from s3_fixture import Faults, S3Server, s3  # noqa: F401  (s3 is a fixture)
+from test_checkpoint_records import signed
 
 
 @pytest.fixture
@@ -110,18 +112,6 @@ SHARD = "data/e2/s300/u300/state/a.pt"
             "slot 2 is unreadable: the slot is empty and a later one is not",
             False,
         ),
-        (
-            lambda s: s.put(
-                slot_key(6),
-                encode(
-                    Fence(
-                        nonce="1" * 32, fence=9, attempt="", trainer_version="", time="", run="o/o/o"
-                    )
-                ),
-            ),
-            "slot 6 is foreign: of run o/o/o",
-            False,
-        ),
     ],
 )  # fmt: skip
 def test_damage(
@@ -136,6 +126,41 @@ def test_damage(
     found: dict[str, Any] = json.loads(say("inspect", store.uri, "--deep", "--json")[1])
     assert len(found["findings"]) == 1
     assert found["resume"]["step"] in (200, 300)
+
+
+@pytest.mark.parametrize(
+    ("record", "refusal", "why", "finding"),
+    [
+        (
+            signed(version=VERSION + 1, run=RUN),
+            LogTooNew,
+            "slot 6 is of a later version",
+            "too new",
+        ),
+        (
+            signed(run="o/o/o", restart=...),
+            ForeignLog,
+            f"slot 6 is of run o/o/o, and the log of run {RUN}",
+            "foreign",
+        ),
+    ],
+)
+def test_a_log_that_the_program_refuses_promises_no_resume(
+    store: Store, say: Say, record: bytes, refusal: type[Exception], why: str, finding: str
+) -> None:
+    store.put(slot_key(6), record)
+    with pytest.raises(refusal):
+        Run(store, 10)
+    code, out, _ = say("inspect", store.uri)
+    assert code == 1
+    assert f"No resume: {why}" in " ".join(out.split())
+    assert "A resume takes" not in out
+    assert row(out, 5)[-3:] == ["live,", "sizes", "right"]
+    found = json.loads(say("inspect", store.uri, "--json")[1])
+    assert found["resume"] is None
+    assert found["refusal"].startswith(why)
+    assert found["passedOver"] == []
+    assert [text.startswith(f"slot 6 is {finding}: ") for text in found["findings"]] == [True]
 
 
 def test_a_resume_and_why_newer_ones_are_not_taken(store: Store, say: Say) -> None:

@@ -119,6 +119,16 @@ def test_stale_multipart_uploads_are_aborted(store: Store) -> None:
     assert store.abort_uploads("data/", later.last_modified) == 0
 
 
+def test_uploads_of_writers_that_must_be_dead_are_aborted_by_the_stores_clock(store: Store) -> None:
+    client = store._connection.client
+    client.create_multipart_upload(Bucket=store.bucket, Key=f"{store.prefix}/data/part")
+    time.sleep(1.1)  # the server's clock counts seconds
+    assert store.abort_older_uploads("data/", 3600) == 0
+    assert store.abort_older_uploads("other/", 0) == 0
+    assert store.abort_older_uploads("data/", 0) == 1
+    assert store.uploads() == ()
+
+
 def test_a_lost_answer_is_retried_and_counted(store: Store) -> None:
     before = ERRORS.labels("PutObject", "ConnectionClosedError")._value.get()
     Faults(store).lose_answers("PUT")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from kubedistill_trainer.store import Store
+from kubedistill_trainer.teacher import stream_writer
 from kubedistill_trainer.teacher.head import load_head, publish_head
 from kubedistill_trainer.teacher.manifest import Manifest, publish_manifest
 from kubedistill_trainer.teacher.partition_log import PartitionLog
@@ -85,6 +87,26 @@ def test_two_writers_on_one_partition_leave_one_history(store: Store, tmp_path: 
     with StreamReader(store, identity(), cache=tmp_path / "c", settings=QUICK) as source:
         for sample in range(SAMPLES):
             assert_is_sample(source.get(sample, hash_of(sample)), sample)
+
+
+def test_a_writer_that_ends_aborts_what_dead_ones_left_of_its_partition(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of a shard or of the LM head are in no listing, and cost as long as they are there."""
+    layout = publish_manifest(store, manifest(samples=SAMPLES, partitions=2))
+    stream = store.child(identity().address)
+    client = store._connection.client
+    for key in ("partitions/0/shards/a", "partitions/1/shards/b", "head/c.safetensors"):
+        client.create_multipart_upload(Bucket=stream.bucket, Key=f"{stream.prefix}/{key}")
+    time.sleep(1.1)  # the server's clock counts seconds
+    write_partition(store, layout, 0, tmp_path)
+    assert len(stream.uploads()) == 3, "they may be of writers that live"
+    monkeypatch.setattr(stream_writer, "_DEAD_SHARD_SECONDS", 0.0)
+    write_partition(store, layout, 0, tmp_path)
+    assert {u.key for u in stream.uploads()} == {"partitions/1/shards/b", "head/c.safetensors"}
+    monkeypatch.setattr(stream_writer, "_DEAD_HEAD_SECONDS", 0.0)
+    write_partition(store, layout, 0, tmp_path)
+    assert [u.key for u in stream.uploads()] == ["partitions/1/shards/b"]
 
 
 def test_the_head_travels_with_the_stream(store: Store, tmp_path: Path) -> None:

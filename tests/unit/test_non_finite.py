@@ -6,6 +6,7 @@ import json
 
 import pytest
 from kubedistill_api.exit_codes import ExitCode, policy
+from kubedistill_trainer.checkpoint.results import Rejected
 from kubedistill_trainer.failures import RunFailure
 from loop_kit import Commits, Engine, gang, loop  # noqa: F401
 
@@ -37,6 +38,14 @@ def test_with_skip_the_run_goes_back_and_leaves_the_step_out() -> None:
     assert trained._board.report.skipped_steps == [step + 1 for step in LEFT_OUT]
     # After each sick step: again from the commit before it, without it.
     assert engine.taken.count(SICK) == len(LEFT_OUT)
+
+
+def test_what_is_rejected_on_the_way_back_is_told() -> None:
+    commits = Commits()
+    trained = loop(commits, engine=Engine(frozenset({SICK})), onNonFiniteLoss="Skip")
+    commits.rejected = [Rejected("s3://b/log/2", 4, "missing")]
+    trained.run()
+    assert trained._board.report.rejected_checkpoints == ["step 4, s3://b/log/2: missing"]
 
 
 def test_the_next_attempt_leaves_out_what_the_one_before_did() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from kubedistill_api.exit_codes import ExitCode
-from kubedistill_trainer.checkpoint import CheckpointCorrupt, Fenced
+from kubedistill_trainer.checkpoint import CheckpointCorrupt, ConfigChanged, Fenced
 from kubedistill_trainer.checkpoint.errors import (
     ForeignLog,
     InputsChanged,
@@ -21,6 +21,7 @@ from kubedistill_trainer.store import StoreUnavailable, UnsupportedStore
         (Fenced("over"), ExitCode.FENCED),
         (ForeignLog("two jobs"), ExitCode.BAD_CONFIGURATION),
         (LogTooNew("version 3"), ExitCode.BAD_CONFIGURATION),
+        (ConfigChanged("another model"), ExitCode.BAD_CONFIGURATION),
         (UnsupportedStore("put", "s3://b/x", "no"), ExitCode.BAD_CONFIGURATION),
         (StoreUnavailable("put", "s3://b/x", "no"), ExitCode.STORAGE_UNAVAILABLE),
         (CheckpointCorrupt("cut"), ExitCode.UNKNOWN),

@@ -65,6 +65,25 @@ def test_a_problem_comes_once_stays_without_writes_and_clears() -> None:
     assert state(plan, CURRENT) == ("True", reasons.COMMITTED)
 
 
+@pytest.mark.parametrize(
+    ("knows", "well"),
+    [
+        ({}, False),
+        ({"save_seconds": 8.0}, False),
+        ({"step_seconds": 2.0}, False),
+        ({"save_seconds": 8.0, "step_seconds": 2.0}, True),
+        ({"phase": "Evaluating"}, True),
+    ],
+)
+def test_a_grace_that_is_too_short_stays_until_the_next_ranks_have_measured(
+    knows: dict[str, Any], well: bool
+) -> None:
+    first = started(pods=(running("p"),), rank0=report(checkpoint=COMMIT, grace_problem="short"))
+    plan = settled(after(first, rank0=report(resumed_from_step=30, **knows)))
+    told = ("True", reasons.COMMITTED) if well else ("False", reasons.GRACE_TOO_SHORT)
+    assert state(plan, CURRENT) == told
+
+
 def test_a_rejected_checkpoint_is_not_written_again_at_every_poll() -> None:
     contact = report(rejected_checkpoints=["s3://c/40"], checkpoint=COMMIT)
     seen = started(pods=(running("p"),), rank0=contact)

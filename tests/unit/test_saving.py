@@ -264,6 +264,30 @@ def test_a_save_that_does_not_fit_the_grace_is_told(grace: float, told: bool) ->
     assert (board.report.save_seconds, board.report.stall_seconds) == (8.0, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("grace", "at_once", "after_a_step"), [(10, True, True), (14, False, True), (60, False, False)]
+)
+def test_a_grace_that_was_too_short_before_is_told_before_the_first_commit(
+    grace: float, at_once: bool, after_a_step: bool
+) -> None:
+    """Or the condition would be well again at each attempt's start, for a whole interval."""
+    board, commits = ProgressBoard(), Commits()
+    kept: Any = commits
+    saving = Saver(
+        kept, Checkpoint(interval=1000), board, grace_seconds=grace, known_save_seconds=8.0
+    )
+    assert bool(board.report.grace_problem) is at_once
+    saving.stepped(2.0)
+    assert bool(board.report.grace_problem) is after_a_step
+    assert board.report.save_seconds == 8.0
+
+
+def test_where_no_save_is_known_nothing_is_said_of_the_grace() -> None:
+    board = ProgressBoard()
+    saver(Commits(), grace=1.0, board=board).stepped(2.0)
+    assert board.report.grace_problem == ""
+
+
 def test_the_spec_takes_auto_or_a_number() -> None:
     assert Checkpoint().interval == "Auto"
     assert Checkpoint.model_validate({"interval": 7}).interval == 7

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from kubedistill_api.training import EarlyStopping, Training
+from kubedistill_trainer.checkpoint.results import Rejected
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.methods.schedule import learning_rate
 from kubedistill_trainer.methods.watch import Watch
@@ -124,14 +125,34 @@ def test_a_damaged_best_commit_is_told_from_what_is_exported() -> None:
 
 
 @pytest.mark.usefixtures("gang")
-def test_a_resumed_run_decides_as_one_that_never_stopped() -> None:
+def test_what_is_rejected_at_the_end_is_told_beside_what_was_before() -> None:
+    commits, heldout = Commits(), _falling_then_rising()
+    run = loop(
+        commits, heldout=lambda: next(heldout), earlyStopping={"intervalSteps": 2, "patience": 2}
+    )
+    run._board.update(rejected_checkpoints=["of the start"])
+    commits.rejected = [Rejected("s3://b/log/4", 4, "missing")]
+    run.run()
+    assert run._board.report.rejected_checkpoints == [
+        "step 4, s3://b/log/4: missing",
+        "of the start",
+    ]
+
+
+@pytest.mark.usefixtures("gang")
+@pytest.mark.parametrize("after", [3, 4, 5, 8])
+def test_a_resumed_run_decides_as_one_that_never_stopped(after: int) -> None:
+    """Also one that was stopped where a look was due, and did not make it."""
     commits, heldout = Commits(), _falling_then_rising()
     stopping = {"earlyStopping": {"intervalSteps": 2, "patience": 2}}
-    with pytest.raises(RunFailure, match="committed step 5"):
-        loop(commits, stop_after=5, heldout=lambda: next(heldout), **stopping).run()
+    with pytest.raises(RunFailure, match=f"committed step {after}"):
+        loop(commits, stop_after=after, heldout=lambda: next(heldout), **stopping).run()
     resumed = loop(commits, heldout=lambda: next(heldout), **stopping)
     assert resumed.run() == 8
     assert resumed.watch.best_step == 4
+    assert [look.loss for look in resumed.watch.looks] == [
+        math.log(perplexity) for perplexity in (9, 5, 6, 7)
+    ]
 
 
 @pytest.mark.usefixtures("gang")

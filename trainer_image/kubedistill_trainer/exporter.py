@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
@@ -59,6 +60,15 @@ class ProgressBoard:
     def update(self, **changes: Any) -> None:
         with self._lock:
             self._report = self._report.model_copy(update=changes)
+
+    def show_life(self) -> None:
+        """Say that work goes on between two steps.
+
+        Before the first one nothing is said: until then a gang may wait long, for its teacher say,
+        and is bounded by its time-outs.
+        """
+        if self.report.last_step_time is not None:
+            self.update(last_step_time=time.time())
 
     @property
     def report(self) -> ProgressReport:

@@ -8,7 +8,7 @@ from pathlib import Path
 from kubedistill_api.exit_codes import ExitCode, policy
 from kubedistill_api.runspec import TERMINATION_MESSAGE_PATH, Outcome
 
-from kubedistill_trainer.checkpoint import Fenced
+from kubedistill_trainer.checkpoint import ConfigChanged, Fenced
 from kubedistill_trainer.checkpoint.errors import (
     ForeignLog,
     InputsChanged,
@@ -41,6 +41,7 @@ _LOST_PEER = (
 """How gloo says in a RuntimeError that a peer has gone, by what its socket met first."""
 _REFUSALS = (
     AccessDenied,
+    ConfigChanged,
     CredentialsMissing,
     ForeignLog,
     InvalidStoreUri,

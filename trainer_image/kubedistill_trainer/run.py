@@ -95,8 +95,10 @@ def run_student(
         known_step=run.committed_step or 0,
         committed=partial(_touch, committed_file(context.scratch, local_rank)),
         waits=partial(_waits, board),
+        alive=board.show_life,
     )
     checkpointer.open()
+    checkpointer.abort_earlier_uploads(context.models_store)
     taught = read_taught(context)
     dataset = load_dataset(run, context.open_store, taught.learnt.conversations if taught else ())
     checkpointer.pin_inputs(_inputs(context, dataset))

@@ -87,11 +87,11 @@ def apply_report(draft: Draft, attempt: Attempt, report: ProgressReport) -> None
     if report.checkpoint is not None:
         _take_checkpoint(draft, report.checkpoint)
     standing = checkpoint_standing(report, draft.status.checkpoint)
-    if draft.conditions[reasons.CHECKPOINT_CURRENT].reason in _PROBLEMS:
+    before = draft.conditions[reasons.CHECKPOINT_CURRENT].reason
+    if before in _PROBLEMS:
         nothing: Standing = ("Unknown", reasons.NO_CHECKPOINT_YET, "nothing is committed yet")
         standing = standing or nothing
-        if report.phase in _BEFORE_THE_STORE and standing[1] not in _PROBLEMS:
-            # Ranks that have not met the store yet do not know that it is well again.
+        if standing[1] not in _PROBLEMS and not _would_know(report, before):
             standing = None
     if standing is not None:
         changed = draft.set(reasons.CHECKPOINT_CURRENT, *standing)
@@ -108,6 +108,17 @@ def _charged_since(draft: Draft, report: ProgressReport) -> int:
     """
     before = draft.status.attempts[-2:-1]
     return int(report.rank_restarts == 0 and bool(before) and before[0].charged)
+
+
+def _would_know(report: ProgressReport, problem: str) -> bool:
+    """Whether the ranks that report would say so if the problem were still there.
+
+    Those that have not met the store yet do not; nor, of a save that does not fit the grace, those
+    that have not made a step, or know of no save, since they were started.
+    """
+    if problem == reasons.GRACE_TOO_SHORT and report.phase == "Training":
+        return None not in (report.save_seconds, report.step_seconds)
+    return report.phase not in _BEFORE_THE_STORE
 
 
 def checkpoint_standing(report: ProgressReport, newest: CheckpointStatus | None) -> Standing | None:

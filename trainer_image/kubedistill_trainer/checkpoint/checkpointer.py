@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from pydantic import JsonValue
 
-from kubedistill_trainer.checkpoint import retention, shards, snapshot
+from kubedistill_trainer.checkpoint import resuming, retention, shards, snapshot
 from kubedistill_trainer.checkpoint.agreement import Gang
 from kubedistill_trainer.checkpoint.configuration import differences
 from kubedistill_trainer.checkpoint.errors import (
@@ -27,7 +27,6 @@ from kubedistill_trainer.checkpoint.errors import (
     InputsChanged,
     NoUsableCommit,
 )
-from kubedistill_trainer.checkpoint.history import Slot, State
 from kubedistill_trainer.checkpoint.known import KnownRecords
 from kubedistill_trainer.checkpoint.loading import Loader
 from kubedistill_trainer.checkpoint.log import CommitEntry, CommitLog, Entry, slot_key
@@ -37,8 +36,6 @@ from kubedistill_trainer.checkpoint.staging import HostMemory
 from kubedistill_trainer.store import Store, StoreError
 
 _log = logging.getLogger(__name__)
-_NAMED = 5
-"""Commits that a message names."""
 
 
 class Checkpointer:
@@ -48,7 +45,8 @@ class Checkpointer:
     `store` is at the run's prefix, `run` the job's identity. `scratch` is this rank's own folder,
     `node_scratch` one that the ranks of its node share (None: `scratch`). `config` is what
     `config_digest` is of, by name. `known_step` is the newest step that is known from elsewhere to be
-    committed. `committed` is called on each rank after each commit.
+    committed. `committed` is called on each rank after each commit, `alive` after each part of what
+    it restores.
     `control_group` and `upload_group` are two gloo groups of all ranks with timeouts (None for a
     single rank): the second one is for uploads and downloads, so its timeout is longer than any of
     them; `waits` tells when a rank begins to wait for its peers over it (True), and when it has
@@ -77,6 +75,7 @@ class Checkpointer:
         known_step: int = 0,
         committed: Callable[[], object] = lambda: None,
         waits: Callable[[bool], object] = lambda waiting: None,
+        alive: Callable[[], object] = lambda: None,
     ) -> None:
         self._store = store
         self._scratch = scratch
@@ -93,7 +92,7 @@ class Checkpointer:
         self._known_step = known_step
         self._committed = committed
         self._loader = Loader(
-            store, scratch, node_scratch or scratch, local_rank, self._gang, self._transfers
+            store, scratch, node_scratch or scratch, local_rank, self._gang, self._transfers, alive
         )
         known = KnownRecords(scratch / "log", fresh=restart == 0)
         self._log = CommitLog(
@@ -101,6 +100,9 @@ class Checkpointer:
         )
         self._verified: int | None = None
         self._flight: Flight | None = None
+        self._staging = scratch / "save"
+        # A rank that was killed in a save may have left its snapshot.
+        snapshot.remove(self._staging)
 
     def open(self) -> None:
         """Step 1: rank 0 writes FENCE; then it clears away what earlier attempts left.
@@ -123,6 +125,14 @@ class Checkpointer:
                     f"attempt started: {', '.join(one.partition(':')[0] for one in found)}"
                 )
         self._inputs = dict(digests)
+
+    def abort_earlier_uploads(self, store: Store) -> None:
+        """Rank 0 aborts the multipart uploads below `store` that attempts before this one left."""
+        self._gang.from_first(
+            lambda: self._tidy(
+                lambda: retention.abort_earlier_uploads(self._store, self._log, store)
+            )
+        )
 
     @property
     def flight(self) -> Flight | None:
@@ -148,13 +158,18 @@ class Checkpointer:
         """
         assert self._flight is None, "finish the save before it"
         flight = Flight(step)
-        folder = self._scratch / "save"
+        folder = self._staging
         taken: list[snapshot.Snapshot] = []
 
         def take() -> None:
             taken.append(snapshot.take(engine, folder, self._rank, self._memory))
 
-        self._gang.gather(take)
+        try:
+            self._gang.gather(take)
+        except Exception:
+            # Until the next save the disk has room again: on the ranks that had enough of it too.
+            snapshot.remove(folder)
+            raise
         stall = time.monotonic() - flight.began
         limits = self._store.limits
         flight.limit_seconds = stall + sum(
@@ -343,31 +358,14 @@ class Checkpointer:
         return [*passed, *([lost] if lost else [])]
 
     def _left_the_log(self) -> Rejected | None:
-        """The newest step that this run is known to have committed, where the log knows no such step
-        any more: it is an older copy of itself."""
-        history = self._log.history()
-        steps = [s.entry.record.step for s in history if isinstance(s.entry.record, Commit)]
-        torn = any(slot.entry.record is None for slot in history)
-        if torn or max(steps, default=0) >= self._known_step:
-            return None
-        reason = "was committed, and the log does not have it any more"
-        return Rejected(self._store.uri_of("log"), self._known_step, reason)
+        uri = self._store.uri_of("log")
+        return resuming.left_the_log(self._log.history(), self._known_step, uri)
 
     def _refuse_to_begin_anew(self, passed: list[Rejected]) -> None:
-        """Nothing starts from the beginning by itself where something was committed."""
-        gone = [
-            Rejected(self._store.uri_of(slot_key(slot.entry.sequence)), _step_of(slot), slot.reason)
-            for slot in self._log.history()
-            if slot.state is State.REJECTED
-        ]
         lost = self._left_the_log()
-        if found := [*passed, *reversed(gone), *([lost] if lost else [])]:
-            more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-            raise NoUsableCommit(
-                f"{self._store.uri}: no commit can be loaded "
-                f"({'; '.join(map(str, found[:_NAMED]))}{more}); put the objects back (from a version "
-                "or a copy of the bucket), or start a new job"
-            )
+        known = [*passed, *resuming.rejected_before(self._log.history(), self._store.uri_of)]
+        if found := [*known, *([lost] if lost else [])]:
+            raise NoUsableCommit(resuming.no_usable_commit(self._store.uri, found))
 
     def _retire(self, keep_step: int | None) -> None:
         commits = retention.to_retire(
@@ -384,11 +382,6 @@ class Checkpointer:
             do()
         except StoreError as error:
             _log.warning("clean-up failed", extra={"error": str(error)})
-
-
-def _step_of(slot: Slot) -> int | None:
-    record = slot.entry.record
-    return record.step if isinstance(record, Commit) else None
 
 
 def _without(config: Mapping[str, JsonValue], names: Iterable[str]) -> dict[str, JsonValue]:

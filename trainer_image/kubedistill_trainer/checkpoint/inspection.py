@@ -32,7 +32,8 @@ _HEADS = 8
 _DATA = re.compile(r"data/e\d+/s\d+/[^/]+(?=/)")
 _OURS = ("cursor/", ".preflight/")
 _SLOT_BELOW = re.compile(r"(?:(.*)/)?log/\d{20}\.json")
-_DAMAGED = (State.UNREADABLE, State.TOO_NEW, State.FOREIGN)
+_REFUSED = (State.TOO_NEW, State.FOREIGN)
+_DAMAGED = (State.UNREADABLE, *_REFUSED)
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,28 @@ class Inspection:
         return [slot for slot in self.slots if slot.state is State.LIVE]
 
     @property
+    def refusal(self) -> str:
+        """Why no attempt would begin on this log at all; empty where one would."""
+        slot = next((slot for slot in self.slots if slot.state in _REFUSED), None)
+        if slot is None:
+            return ""
+        if slot.state is State.TOO_NEW:
+            return f"slot {slot.entry.sequence} is of a later version: {slot.entry.problem}"
+        return f"slot {slot.entry.sequence} is {slot.reason}, and the log of run {self.run}"
+
+    @property
     def resume(self) -> Slot | None:
         """The commit that an attempt would resume from: the newest that is whole."""
+        if self.refusal:
+            return None
         whole = (s for s in reversed(self.live) if s.entry.sequence not in self.problems)
         return next(whole, None)
 
     @property
     def passed_over(self) -> list[tuple[Slot, str]]:
         """Commits and unreadable slots newer than that, newest first, and why they are not taken."""
+        if self.refusal:
+            return []
         resume = self.resume
         newer = self.slots[resume.entry.sequence + 1 if resume else 0 :]
         return [

@@ -61,6 +61,7 @@ def as_json(found: Inspection) -> dict[str, Any]:
         "deep": found.deep,
         "slots": [_slot_json(slot, found) for slot in found.slots],
         "resume": _slot_json(resume, found) if resume else None,
+        "refusal": found.refusal,
         "passedOver": [{"slot": s.entry.sequence, "why": why} for s, why in found.passed_over],
         "findings": found.findings,
         "leftovers": [asdict(leftover) for leftover in found.leftovers],
@@ -158,6 +159,8 @@ def _verdict(found: Inspection) -> list[Text]:
     if resume is not None and isinstance(resume.entry.record, Commit):
         where = f"step {resume.entry.record.step} (slot {resume.entry.sequence})"
         lines.append(Text(f"A resume takes {where}.", "green"))
+    elif found.refusal:
+        lines.append(Text(f"No resume: {found.refusal}", "bold red", overflow="fold"))
     else:
         lines.append(Text("There is no commit to resume from.", "yellow"))
     passed_over = found.passed_over

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,16 @@ class Loader:
         local_rank: int,
         gang: Gang,
         transfers: Gang,
+        alive: Callable[[], object],
     ) -> None:
+        """`alive` is called after each part that is downloaded."""
         self._store = store
         self._scratch = scratch
         self._node_scratch = node_scratch
         self._local_rank = local_rank
         self._gang = gang
         self._transfers = transfers
+        self._alive = alive
 
     def load(self, engine: Any, commit: Commit) -> str:
         """Collective. What is wrong with the commit, and then nothing is loaded; empty where it is.
@@ -88,7 +91,7 @@ class Loader:
                 if self._gang.rank == 0:
                     shards.check_by_head(store, commit.shards)
                 for shard in wanted:
-                    shards.download(store, shard, folder / shard.path)
+                    shards.download(store, shard, folder / shard.path, self._alive)
             except CheckpointCorrupt as error:
                 return str(error)
             return ""

@@ -63,8 +63,8 @@ def collect(store: Store, log: CommitLog, fence: int) -> list[str]:
     Rejected data stays until its commit is retired. Stale multipart uploads are aborted by the same
     rule.
     """
-    own = store.head(slot_key(log.fence_sequence)) if log.fence_sequence is not None else None
-    if own is None:
+    began = fence_time(store, log)
+    if began is None:
         return []
     history = log.history()
     kept, retired = named_data(history)
@@ -77,15 +77,28 @@ def collect(store: Store, log: CommitLog, fence: int) -> list[str]:
         and (
             not pins.is_pinned(store, retired[prefix])
             if prefix in retired
-            else all_known and _fence_of(prefix) <= fence and newest < own.last_modified
+            else all_known and _fence_of(prefix) <= fence and newest < began
         )
     ]
     for prefix in doomed:
         _delete_below(store, prefix)
     for upload in store.uploads("data/"):
-        if _fence_of(upload.key) <= fence and upload.initiated < own.last_modified:
+        if _fence_of(upload.key) <= fence and upload.initiated < began:
             store.abort_upload(upload)
     return doomed
+
+
+def fence_time(store: Store, log: CommitLog) -> datetime | None:
+    """When the log's own FENCE was written, by the store's clock; None where it is over."""
+    own = store.head(slot_key(log.fence_sequence)) if log.fence_sequence is not None else None
+    return None if own is None else own.last_modified
+
+
+def abort_earlier_uploads(store: Store, log: CommitLog, elsewhere: Store) -> None:
+    """Abort multipart uploads at `elsewhere`, which is this job's too, that attempts before this one
+    left. Those of a newer attempt began after its FENCE, and so after this one's."""
+    if (began := fence_time(store, log)) is not None:
+        elsewhere.abort_uploads("", began)
 
 
 def named_data(history: Sequence[Slot]) -> tuple[set[str], dict[str, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -95,8 +95,12 @@ def check_by_head(store: Store, shards: Iterable[ShardRecord]) -> None:
                 raise CheckpointCorrupt(problem)
 
 
-def download(store: Store, shard: ShardRecord, path: Path) -> None:
+def download(
+    store: Store, shard: ShardRecord, path: Path, alive: Callable[[], object] = lambda: None
+) -> None:
     """Write a shard to `path`, checking each part as it comes and the whole at the end.
+
+    `alive` is called after each part.
 
     A part with a wrong CRC is fetched once more: it may have been garbled on its way. Raises
     CheckpointCorrupt, and then leaves no file, when the object is missing, shorter or other than
@@ -106,7 +110,7 @@ def download(store: Store, shard: ShardRecord, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
-            digest = _fetch(store, shard, file.fileno())
+            digest = _fetch(store, shard, file.fileno(), alive)
         if digest != shard.sha256:
             raise CheckpointCorrupt(
                 f"{store.uri_of(shard.path)}: SHA-256 {digest}, committed {shard.sha256}"
@@ -116,7 +120,7 @@ def download(store: Store, shard: ShardRecord, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _fetch(store: Store, shard: ShardRecord, descriptor: int) -> str:
+def _fetch(store: Store, shard: ShardRecord, descriptor: int, alive: Callable[[], object]) -> str:
     """Write the verified parts of a shard, some fetched ahead; SHA-256 of the whole."""
     expected = -(-shard.size_bytes // PART_BYTES)
     if len(shard.crc32c) != expected:
@@ -135,15 +139,20 @@ def _fetch(store: Store, shard: ShardRecord, descriptor: int) -> str:
         return part
 
     whole = hashlib.sha256()
+
+    def take_in(part: Future[bytes]) -> None:
+        whole.update(part.result())
+        alive()
+
     with ThreadPoolExecutor(_PARTS_AHEAD) as pool:
         ahead: deque[Future[bytes]] = deque()
         try:
             for number in range(expected):
                 ahead.append(pool.submit(copy, number))
                 if len(ahead) == _PARTS_AHEAD:
-                    whole.update(ahead.popleft().result())
+                    take_in(ahead.popleft())
             while ahead:
-                whole.update(ahead.popleft().result())
+                take_in(ahead.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
     return whole.hexdigest()

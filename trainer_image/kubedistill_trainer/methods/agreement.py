@@ -48,6 +48,13 @@ class Agreed:
     losses: Losses
 
 
+def any_rank(flag: bool, group: Any) -> bool:
+    """Collective over all ranks: whether the flag is raised on any of them."""
+    raised = torch.tensor(float(flag))
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=group)
+    return bool(raised)
+
+
 def agree(word: Word, rank: int, world_size: int, group: Any) -> Agreed:
     """Collective over all ranks. Flags hold where any rank raised them; losses are added up."""
     due = word.save_is_due and rank == 0

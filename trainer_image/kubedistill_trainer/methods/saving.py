@@ -13,7 +13,13 @@ from kubedistill_api.status import CheckpointStatus
 from pydantic import JsonValue
 
 from kubedistill_trainer import exporter
-from kubedistill_trainer.checkpoint import Checkpointer, CheckpointError, CommitInfo, Fenced
+from kubedistill_trainer.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    CommitInfo,
+    Fenced,
+    Restored,
+)
 from kubedistill_trainer.checkpoint.estimate import fits_grace, p99
 from kubedistill_trainer.checkpoint.interval import (
     Mean,
@@ -30,6 +36,7 @@ _FAILURES_BORNE = 2
 """Saves in a row that may fail: training goes on, and the commit before them is valid."""
 _RECENT = 200
 _TELL_SECONDS = 2.0
+_MOST_REJECTED = 8
 
 
 class Saver:
@@ -65,6 +72,9 @@ class Saver:
         self._began = self._started_at = time.monotonic()
         self.committed_step = -1
         """The newest commit's, as far as `settle` has seen."""
+        if known_save_seconds is not None:
+            board.update(save_seconds=known_save_seconds)
+            self._tell_grace()
 
     @property
     def saves(self) -> list[float]:
@@ -80,6 +90,8 @@ class Saver:
         flight = self._checkpointer.flight
         beside = flight is not None and not flight.ended.is_set()
         (self._busy if beside else self._calm).append(seconds)
+        if not self._saves:  # from the first commit on, commits tell
+            self._tell_grace()
 
     @property
     def longest_step(self) -> float:
@@ -148,8 +160,8 @@ class Saver:
         """Tell that there is life while a save is waited for, within the time that it may take."""
         flight = self._checkpointer.flight
         while flight is not None and not flight.ended.wait(_TELL_SECONDS):
-            if flight.is_in_time and self._board.report.last_step_time is not None:
-                self._board.update(last_step_time=time.time())
+            if flight.is_in_time:
+                self._board.show_life()
 
     def save(
         self, engine: Any, step: int, cursor: dict[str, JsonValue], keep_step: int | None
@@ -160,6 +172,12 @@ class Saver:
             engine, step=step, cursor=cursor, keep_step=keep_step, then=self._committed
         )
         self.settle(last=True)
+
+    def tell_rejected(self, restored: Restored) -> None:
+        """Add what a restore passed over to what this attempt has found damaged, the newest first."""
+        found = [str(rejected) for rejected in restored.rejected]
+        before = self._board.report.rejected_checkpoints
+        self._board.update(rejected_checkpoints=[*found, *before][:_MOST_REJECTED])
 
     def _bear(self, error: Exception) -> None:
         self._failures += 1
@@ -194,9 +212,12 @@ class Saver:
             },
         )
 
+    def _tell_grace(self) -> None:
+        self._board.update(grace_problem=self._grace_problem())
+
     def _grace_problem(self) -> str:
         steps, saves = list(self._steps), self.saves
-        if fits_grace(steps, saves, self._grace, GRACE_MARGIN_SECONDS):
+        if not saves or fits_grace(steps, saves, self._grace, GRACE_MARGIN_SECONDS):
             return ""
         needed = p99(saves) + (p99(steps) if steps else 0.0) + GRACE_MARGIN_SECONDS
         return (

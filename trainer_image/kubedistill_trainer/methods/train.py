@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,9 @@ from kubedistill_trainer import exporter
 from kubedistill_trainer.checkpoint import Checkpointer, CheckpointError, fits_grace
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset
+from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.failures import RunFailure
-from kubedistill_trainer.methods.agreement import Agreed, Losses, Word, agree
+from kubedistill_trainer.methods.agreement import Agreed, Losses, Word, agree, any_rank
 from kubedistill_trainer.methods.gathering import gather_teacher
 from kubedistill_trainer.methods.history import History
 from kubedistill_trainer.methods.interruption import Interruption
@@ -42,6 +43,10 @@ _SKIPPED = "skipped"
 _MOST_SKIPPED = 10
 
 
+class _AskedToStop(Exception):
+    """Raised on all ranks at once."""
+
+
 class Loop:
     """Trains `engine` from wherever the newest good commit is to the last step."""
 
@@ -55,7 +60,7 @@ class Loop:
         board: exporter.ProgressBoard,
         interruption: Interruption,
         control_group: Any,
-        heldout_perplexity: Callable[[], float] | None = None,
+        heldout_perplexity: Callable[[Tick], float] | None = None,
     ) -> None:
         """`heldout_perplexity` measures the student as it is; a collective over all ranks."""
         run = context.run
@@ -102,7 +107,7 @@ class Loop:
         step = self._restore()
         self._interruption.has_work()
         if step == 0 and self._heldout_perplexity is not None and self._starts_with_weights:
-            self.initial_perplexity = self._heldout_perplexity()
+            self.initial_perplexity = self._held_out(step)
         self._board.update(phase="Training", total_steps=total, step=step)
         if step == 0 and self._training.on_non_finite_loss == "Skip":
             self._saver.save(self._engine, *self._state(step))  # there is something to go back to
@@ -117,6 +122,7 @@ class Loop:
         """From `step` on until the end, or until the held-out loss says stop; the step then."""
         self._teacher.expect(self._micro_batches(step))
         self._engine.train()
+        self._make_up(step)
         pace, together = Pace(step), False
         while step < total and not self.watch.stopped:
             if step in self.skipped:
@@ -182,6 +188,7 @@ class Loop:
         self._board.update(step=back, skipped_steps=[s + 1 for s in self.skipped])
         self._teacher.expect(self._micro_batches(back))
         self._engine.train()
+        self._make_up(back)
         return back
 
     @property
@@ -189,10 +196,32 @@ class Loop:
         # Random weights say nothing: there only what comes of them is worth a figure.
         return self._context.run.spec.student.config is None
 
+    def _make_up(self, step: int) -> None:
+        """Look now where the commit of this step was made by SIGTERM, before or in its own look.
+
+        Else a resumed run would decide otherwise than one that never stopped.
+        """
+        trained = step > 0 and step - 1 not in self.skipped
+        if trained and self.watch.due(step, self._dataset.total_steps):
+            self._look(step)
+
+    def _tick(self) -> None:
+        """Between two sequences of a look, on all ranks: life, and whether one is to stop."""
+        self._board.show_life()
+        if any_rank(self._interruption.asked, self._control_group):
+            raise _AskedToStop
+
+    def _held_out(self, step: int) -> float:
+        """Held-out perplexity after this step, or `_stop`."""
+        assert self._heldout_perplexity is not None
+        try:
+            return self._heldout_perplexity(self._tick)
+        except _AskedToStop:
+            self._stop(step)
+
     def _look(self, step: int) -> bool:
         """Measure the held-out loss; whether it is the best so far."""
-        assert self._heldout_perplexity is not None
-        perplexity = self._heldout_perplexity()
+        perplexity = self._held_out(step)
         self._engine.train()
         exporter.EVALUATION.labels("perplexity").set(perplexity)
         best = self.watch.record(step, math.log(perplexity))
@@ -212,6 +241,7 @@ class Loop:
         _log.info("going back to the best step", extra={"step": best, "from": step})
         restored = self._checkpointer.restore(self._engine, step=best)
         if restored is not None:
+            self._saver.tell_rejected(restored)
             self.exported_step = restored.step
         if self.exported_step != best:
             _log.warning(
@@ -227,10 +257,8 @@ class Loop:
             return 0
         _log.info("resumed", extra={"step": restored.step, "commit": restored.uri})
         if not again:
-            self._board.update(
-                resumed_from_step=restored.step,
-                rejected_checkpoints=[str(rejected) for rejected in restored.rejected][:8],
-            )
+            self._board.update(resumed_from_step=restored.step)
+        self._saver.tell_rejected(restored)
         self._saver.committed_step = restored.step
         cursor = restored.cursor
         began, skipped = cursor.get(_INITIAL), cursor.get(_SKIPPED)
@@ -363,7 +391,7 @@ class Loop:
             cursor[_SKIPPED] = [*self.skipped]
         return step, cursor, self.watch.best_step
 
-    def _stop(self, step: int) -> None:
+    def _stop(self, step: int) -> NoReturn:
         """All ranks are here: commit when the grace allows, or start nothing.
 
         A save that is in flight is waited for as long as the grace lasts: `Interruption` ends the

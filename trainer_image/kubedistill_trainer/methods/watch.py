@@ -34,10 +34,10 @@ class Watch:
         return 0.0 if self._rule is None else self._rule.min_delta
 
     def due(self, step: int, total_steps: int) -> bool:
-        """Whether the held-out loss is to be measured after this step."""
-        return self._rule is not None and (
-            step % self._rule.interval_steps == 0 or step == total_steps
-        )
+        """Whether the held-out loss is to be measured after this step, and has not been."""
+        if self._rule is None or any(look.step == step for look in self.looks):
+            return False
+        return step % self._rule.interval_steps == 0 or step == total_steps
 
     def record(self, step: int, loss: float) -> bool:
         """Add a look; whether it is the best so far."""

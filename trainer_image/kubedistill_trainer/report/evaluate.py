@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.data.packing import IGNORED
+from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.losses import TeacherHidden, TeacherSparse
 from kubedistill_trainer.methods.signal import NoTeacher, Signal, softcapped
 from kubedistill_trainer.report.figures import Evaluation, Sums
@@ -20,26 +21,46 @@ _CHUNK_TOKENS = 256
 
 
 def evaluate(
-    engine: Any, teacher: Signal, dataset: Dataset, rank: int, world_size: int, group: Any
+    engine: Any,
+    teacher: Signal,
+    dataset: Dataset,
+    rank: int,
+    world_size: int,
+    group: Any,
+    tick: Tick = lambda: None,
 ) -> Evaluation:
     """Figures at T = 1 over all held-out sequences, divided between the ranks of `group`."""
-    sums = measure(engine, teacher, dataset, rank, world_size)
+    sums = measure(engine, teacher, dataset, rank, world_size, tick)
     return sums.reduce(group).evaluation(dataset.sources)
 
 
 def heldout_perplexity(
-    engine: Any, dataset: Dataset, rank: int, world_size: int, group: Any
+    engine: Any,
+    dataset: Dataset,
+    rank: int,
+    world_size: int,
+    group: Any,
+    tick: Tick = lambda: None,
 ) -> float:
     """Held-out perplexity of the student as it is now, without its teacher. A collective."""
-    return evaluate(engine, NoTeacher(), dataset, rank, world_size, group).figures["perplexity"]
+    found = evaluate(engine, NoTeacher(), dataset, rank, world_size, group, tick)
+    return found.figures["perplexity"]
 
 
 @torch.no_grad()
-def measure(engine: Any, teacher: Signal, dataset: Dataset, rank: int, world_size: int) -> Sums:
+def measure(
+    engine: Any,
+    teacher: Signal,
+    dataset: Dataset,
+    rank: int,
+    world_size: int,
+    tick: Tick = lambda: None,
+) -> Sums:
     """This rank's part of the sums.
 
     Under ZeRO-3 a forward pass is a collective: every rank makes the same number of them, and
-    counts only the sequences that are its own.
+    counts only the sequences that are its own. Before each of them `tick` is called, which may so be
+    a collective too; what it raises, it has to raise on all ranks at the same call.
     """
     engine.eval()
     heldout = dataset.split.heldout
@@ -49,6 +70,7 @@ def measure(engine: Any, teacher: Signal, dataset: Dataset, rank: int, world_siz
     sums = Sums(len(dataset.sources), engine.device)
     uncounted = Sums(len(dataset.sources), engine.device)
     for index, sample in enumerate(mine):
+        tick()
         counted = index * world_size + rank < len(heldout)
         _add(engine, teacher, dataset, sample, sums if counted else uncounted)
     return sums

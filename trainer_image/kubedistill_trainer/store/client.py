@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+from email.utils import parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,6 +217,23 @@ class Store:
             self._connection.client.abort_multipart_upload(
                 Bucket=self.bucket, Key=self._full(upload.key), UploadId=upload.id
             )
+
+    def abort_older_uploads(self, prefix: str, age_seconds: float) -> int:
+        """Abort multipart uploads under `prefix` that began so long ago, by the *store's* clock.
+
+        Returns their number.
+        """
+        whole = f"{self.prefix}/" if self.prefix else ""
+        with translated("list uploads", self.uri_of(prefix), self._connection.server):
+            answer = self._connection.client.list_multipart_uploads(
+                Bucket=self.bucket, Prefix=whole + prefix, MaxUploads=1
+            )
+        now = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        if now is None or not answer.get("Uploads"):
+            return 0
+        return self.abort_uploads(
+            prefix, parsedate_to_datetime(now) - timedelta(seconds=age_seconds)
+        )
 
     def abort_uploads(self, prefix: str, started_before: datetime) -> int:
         """Abort multipart uploads under `prefix` that began before a time of the *store's* clock.

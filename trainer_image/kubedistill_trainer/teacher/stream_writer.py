@@ -26,6 +26,9 @@ from kubedistill_trainer.teacher.payload import TeacherOutputs
 from kubedistill_trainer.teacher.shard import ShardSummary, ShardWriter
 
 _POLL_SECONDS = 1.0
+_DEAD_SHARD_SECONDS = 3600.0
+_DEAD_HEAD_SECONDS = 6 * 3600.0
+"""No upload of a living writer takes so long: the store's deadlines give it a fraction of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +210,7 @@ class StreamWriter:
             raise ValueError(
                 f"partition {self._partition} cannot end: sample {self.next_sample} is not written"
             )
+        self._abort_dead_uploads()
         if self._log.ended:
             return
         end = LogRecord(
@@ -220,6 +224,16 @@ class StreamWriter:
         with contextlib.suppress(SlotTaken):
             self._log.append(end)
         self._log.refresh()
+
+    def _abort_dead_uploads(self) -> None:
+        """Of writers that died: parts that nothing lists, and that cost as long as they are there.
+
+        Two writers on a partition are no rarity, so only age tells that one is dead.
+        """
+        with contextlib.suppress(StoreError):  # it costs space and nothing else
+            shards = f"partitions/{self._partition}/"
+            self._store.abort_older_uploads(shards, _DEAD_SHARD_SECONDS)
+            self._store.abort_older_uploads("head/", _DEAD_HEAD_SECONDS)
 
     def close(self) -> None:
         """Drop what is not committed. Harmless when repeated."""
