@@ -99,16 +99,15 @@ class Engine:
 
 
 class Clock:
-    """Asks to stop when the step of a number is done."""
+    """Asks to stop once the engine has made so many steps; never for 0."""
 
-    def __init__(self, after: int) -> None:
-        # The loop also asks before its first step, where it waits for its teacher.
-        self._left = after + 1 if after else 0
+    def __init__(self, after: int, engine: Engine) -> None:
+        self._after = after
+        self._engine = engine
 
     @property
     def asked(self) -> bool:
-        self._left -= 1
-        return self._left == 0
+        return 0 < self._after <= len(self._engine.taken)
 
     def remaining_seconds(self) -> float:
         return 1e6
@@ -167,9 +166,10 @@ def loop(
         assert heldout is not None
         return heldout()
 
+    engine = engine or Engine()
     # Namespaces stand for what the loop takes of a run.
     parts: list[Any] = [
-        context, dataset, engine or Engine(), NoTeacher(), commits, ProgressBoard(),
-        Clock(stop_after), None, look if heldout else None,
+        context, dataset, engine, NoTeacher(), commits, ProgressBoard(),
+        Clock(stop_after, engine), None, look if heldout else None,
     ]  # fmt: skip
     return Loop(*parts)
