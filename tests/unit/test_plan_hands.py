@@ -49,6 +49,7 @@ from test_plan_kit import (
         ({"suspended": True}, "somebody suspended its Job"),
         ({"parallelism": 0, "completions": 1}, "somebody set parallelism of its Job to 0"),
         ({"parallelism": 0, "completions": 0}, "somebody set completions of its Job to 0"),
+        ({"parallelism": 2, "completions": 2}, "somebody set completions of its Job to 2"),
     ],
 )
 @pytest.mark.parametrize("pod", [running("p"), ended("p", 11)], ids=["running", "committed"])
@@ -94,7 +95,7 @@ def test_an_attempt_without_its_job_waits_for_its_pods() -> None:
     waiting = after(seen, pods=ending)
     assert len(settled(waiting).status.attempts) == 1
     over = settled(after(waiting, pods=tuple(replace(p, gone=True) for p in ending)))
-    assert [bool(a.end_time) for a in over.status.attempts] == [True]
+    assert [bool(a.end_time) for a in over.status.attempts] == [True, False]
     lost = plan_job(after(waiting, seconds=TIMING.grace + TIMING.margin + 1), TIMING)
     assert lost.status.attempts[0].end_time
 

@@ -256,6 +256,23 @@ def test_suspension_stops_the_clock_and_starts_it_anew() -> None:
     assert state(plan_job(late, TIMING)) == ("False", reasons.DEADLINE_EXCEEDED)
 
 
+@pytest.mark.parametrize("seconds", [50, 150])
+def test_a_suspension_taken_back_before_the_pods_have_ended_counts_too(seconds: float) -> None:
+    """Their save takes a while, and the deadline may pass meanwhile."""
+    seen = started(spec=job(activeDeadlineSeconds=100), pods=(running("p"),), rank0=report())
+    off = suspend(seen)
+    assert state(settled(off), reasons.SUSPENDED) == ("Unknown", reasons.IS_SUSPENDED)
+    ending = after(off, seconds=seconds, batch_jobs=gang_job(deleting_since=NOW))
+    on = suspend(ending, False)
+    plan = settled(on)
+    assert state(plan)[0] == "Unknown"
+    assert state(plan, reasons.SUSPENDED) == ("False", reasons.NOT_SUSPENDED)
+    gone = after(on, seconds=90, batch_jobs={}, pods=(), deleted_batch_jobs=frozenset({"small-a1"}))
+    assert settled(gone).actions == (CreateGang(2, 2),)
+    late = after(gone, seconds=20, batch_jobs=gang_job(2))
+    assert state(plan_job(late, TIMING)) == ("False", reasons.DEADLINE_EXCEEDED)
+
+
 def test_a_job_whose_time_is_over_does_not_go_on_for_being_suspended() -> None:
     seen = started(spec=job(activeDeadlineSeconds=100), pods=(running("p"),), rank0=report())
     over = after(seen, seconds=200)
