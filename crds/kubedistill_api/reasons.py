@@ -188,8 +188,9 @@ WHAT_TO_DO: dict[str, str] = {
         "name; commits before it stay."
     ),
     ERROR: "Read the logs of the pod that the message names.",
-    DEADLINE_EXCEEDED: "Raise activeDeadlineSeconds and apply the job again.",
-    BACKOFF_LIMIT_EXCEEDED: "Read status.attempts, mend the cause, raise backoffLimit.",
+    DEADLINE_EXCEEDED: "Raise activeDeadlineSeconds (a stage's: in its chain) and apply the job again.",
+    BACKOFF_LIMIT_EXCEEDED: "Read status.attempts, mend the cause, raise backoffLimit (a stage's: in "
+    "its chain).",
     STAGE_FAILED: "Mend the stage that the message names.",
     STAGE_RUNNING: "Nothing.",
 }

@@ -40,7 +40,7 @@ from kubedistill_operator.plan.actions import (
     Inputs,
     RestoreInputs,
     ScaleBatchJob,
-    SetStageGates,
+    SetStageFields,
     SuspendBatchJob,
     SuspendStageJob,
 )
@@ -114,9 +114,8 @@ class Effects:
                 await self._patch_job(namespace, action.name, {"parallelism": action.parallelism})
             case SuspendStageJob():
                 await self._patch_stage(namespace, action.name, {"suspend": action.suspend})
-            case SetStageGates():
-                gates = [gate.to_wire() for gate in action.gates]
-                await self._patch_stage(namespace, action.name, {"gates": gates})
+            case SetStageFields():
+                await self._patch_stage(namespace, action.name, dict(action.fields))
             case _:
                 assert_never(action)
 
