@@ -61,6 +61,8 @@ def observe_job(
     teacher: Contact | None,
     refusal: Refusal | None = None,
     unanswered: Unanswered | None = None,
+    *,
+    service_due: bool = False,
 ) -> Observed:
     """Everything the plan of a job may use."""
     metadata = raw["metadata"]
@@ -89,6 +91,7 @@ def observe_job(
         of_chain=any(o["kind"] == CHAIN_KIND for o in metadata.get("ownerReferences") or []),
         waited_for_by=_waiting_for(cache, raw),
         refusal=refusal,
+        service_due=service_due,
     )
 
 
@@ -127,7 +130,7 @@ def _chains_waiting(cache: Cache, raw: Raw) -> list[str]:
         if chain["metadata"]["namespace"] == namespace
         and not chain["metadata"].get("deletionTimestamp")
         and _succeeded(chain).get("status") != "True"
-        and name in models_of_chain(chain["spec"])
+        and name in models_of_chain(chain.get("spec") or {})
     ]
 
 

@@ -80,6 +80,11 @@ class RestoreInputs:
 
 
 @dataclass(frozen=True)
+class RestoreService:
+    """Create or mend the Service by which the ranks of a gang that runs find each other."""
+
+
+@dataclass(frozen=True)
 class ScaleBatchJob:
     name: str
     parallelism: int
@@ -133,6 +138,7 @@ Action = (
     | DeletePod
     | DeleteFinished
     | RestoreInputs
+    | RestoreService
     | ScaleBatchJob
     | SuspendBatchJob
     | CreateStageJob

@@ -268,6 +268,7 @@ def _going(step: Pass, attempt: Attempt, batch_job: BatchJobView, pods: list[Pod
     draft, contact = step.draft, step.seen.rank0
     draft.set(reasons.SUSPENDED, "False", reasons.NOT_SUSPENDED)
     hands.restore_inputs(draft, ROLE_STUDENT, pods, attempt.number)
+    hands.restore_service(draft, pods)
     nodes = shape.nodes_of(step.spec, attempt)
     trouble = pod_trouble(pods) or no_pods(draft, batch_job, pods, nodes)
     if trouble:

@@ -8,6 +8,7 @@ from kubedistill_operator.plan.actions import (
     DeletePod,
     Inputs,
     RestoreInputs,
+    RestoreService,
     ScaleBatchJob,
     SuspendBatchJob,
 )
@@ -53,6 +54,13 @@ def restore_inputs(
     if waited >= check:
         draft.act(RestoreInputs(role, attempt if role == ROLE_STUDENT else 0, inputs))
     draft.look_again(check if waited >= check else check - waited)
+
+
+def restore_service(draft: Draft, pods: list[PodView]) -> None:
+    """Look after the Service of pods that run: ranks that come back in them need its names."""
+    runs = any(p.active and p.phase == "Running" and not p.deleting for p in pods)
+    if draft.seen.service_due and runs:
+        draft.act(RestoreService())
 
 
 def delete_orphans(draft: Draft) -> None:

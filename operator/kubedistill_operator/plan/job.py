@@ -202,6 +202,8 @@ def _past_deadline(step: Pass, *, lifted: bool) -> bool:
 def _wind_down_all(draft: Draft) -> None:
     """The job has ended: nothing of it goes on running."""
     condition = draft.conditions[reasons.SUCCEEDED]
+    if draft.conditions[reasons.SUSPENDED].reason == reasons.IS_SUSPENDED:
+        _not_suspended(draft)
     ending.stop_attempt(draft, condition.reason, condition.message)
     ending.wind_down(draft)
     writers = draft.seen.batch_jobs.get(teacher_name(draft.seen.name))
