@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from kubedistill_api import names
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.job import DistillationJobSpec
-from kubedistill_api.runspec import RunSpec
+from kubedistill_api.runspec import Outcome, RunSpec
 from kubedistill_trainer import outcome
 from kubedistill_trainer.context import read_run_spec
 from kubedistill_trainer.failures import RunFailure
@@ -57,3 +60,16 @@ def test_another_one_is_refused_before_it_is_looked_at(
         code, said = outcome.of_exception(caught.value)
         assert code == ExitCode.UNKNOWN
         assert "its ConfigMap was replaced" in said.message
+
+
+@pytest.mark.parametrize("role", ["preflight", "teacher", "student", "report"])
+def test_a_container_that_finds_another_one_says_so(text: str, tmp_path: Path, role: str) -> None:
+    told = tmp_path / "termination-log"
+    environment = os.environ | {
+        names.RUN_SPEC_DIGEST: "0" * 64, "KUBEDISTILL_TERMINATION_MESSAGE": str(told),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "kubedistill_trainer.launch", role]
+    ended = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert ended.returncode == ExitCode.UNKNOWN
+    said = Outcome.model_validate_json(told.read_text())
+    assert (said.reason, said.message[:38]) == ("Error", "this is not the run.json that this pod")
