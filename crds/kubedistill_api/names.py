@@ -25,6 +25,8 @@ ROLE_REPORT = "report"
 CONTAINER = "trainer"
 RUN_SPEC_DIRECTORY = "/etc/kubedistill"
 RUN_SPEC_FILE = "run.json"
+RUN_SPEC_DIGEST = "KUBEDISTILL_RUN_SPEC_SHA256"
+"""Variable of a pod that says of which run.json it was made, in hexadecimal digits."""
 SCRATCH_DIRECTORY = "/scratch"
 EXPORTER_PORT = 9400
 """Local rank r of a pod serves /metrics on this port + r; rank 0's also serves /progress."""

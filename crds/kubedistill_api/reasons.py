@@ -194,9 +194,9 @@ WHAT_TO_DO: dict[str, str] = {
         "commit. Or delete it and apply it again, which begins anew."
     ),
     ERROR: "Read the logs of the pod that the message names.",
-    DEADLINE_EXCEEDED: "Raise activeDeadlineSeconds and apply the job again.",
+    DEADLINE_EXCEEDED: "Raise activeDeadlineSeconds (a stage's: in its chain) and apply the job again.",
     BACKOFF_LIMIT_EXCEEDED: "Read status.attempts (TeacherReady, where its writers failed), mend the "
-    "cause, raise backoffLimit.",
+    "cause, raise backoffLimit (a stage's: in its chain).",
     STAGE_FAILED: "Mend the stage that the message names.",
     STAGE_RUNNING: "Nothing.",
 }

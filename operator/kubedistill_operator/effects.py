@@ -40,8 +40,9 @@ from kubedistill_operator.plan.actions import (
     Event,
     Inputs,
     RestoreInputs,
+    RestoreService,
     ScaleBatchJob,
-    SetStageGates,
+    SetStageFields,
     SuspendBatchJob,
     SuspendStageJob,
 )
@@ -98,6 +99,9 @@ class Effects:
                 await self._gang(raw, action)
             case RestoreInputs():
                 await self._restore(raw, action)
+            case RestoreService():
+                owner = owner_of(raw)
+                await self._ensure(SERVICES, batch_jobs.service(owner), owner.uid)
             case CreateReport():
                 await self._report(namespace, action)
             case CreateStageJob():
@@ -117,9 +121,8 @@ class Effects:
                 await self._patch_job(namespace, action.name, {"parallelism": action.parallelism})
             case SuspendStageJob():
                 await self._patch_stage(namespace, action.name, {"suspend": action.suspend})
-            case SetStageGates():
-                gates = [gate.to_wire() for gate in action.gates]
-                await self._patch_stage(namespace, action.name, {"gates": gates})
+            case SetStageFields():
+                await self._patch_stage(namespace, action.name, dict(action.fields))
             case _:
                 assert_never(action)
 
@@ -173,7 +176,7 @@ class Effects:
             return await self._create(resource, body, owner_uid)
 
     async def _take(self, resource: Resource, body: dict[str, Any], owner_uid: str) -> Raw:
-        """The object of that name, with the labels and the selector that it is to have."""
+        """The object of that name, with the labels, selector and data that it is to have."""
         metadata = body["metadata"]
         namespace, name = metadata["namespace"], metadata["name"]
         found = await self._cluster.get(resource, namespace, name)
@@ -182,6 +185,11 @@ class Effects:
             raise NameTaken(
                 f"{body['kind']} {namespace}/{name} belongs to something else: delete or rename it"
             )
+        job = self._cache.batch_jobs.get(namespace, name)
+        if resource == CONFIG_MAPS and run_specs.replaced(found, body, job):
+            _log.warning("ConfigMap made anew: somebody had replaced it", extra={"object": name})
+            await self._cluster.delete(resource, namespace, name, uid=found["metadata"]["uid"])
+            return await self._cluster.create(resource, body)
         patch: dict[str, Any] = {}
         if resource in (BATCH_JOBS, SERVICES) and _lacks_labels(
             found, metadata.get("labels") or {}
@@ -205,7 +213,12 @@ class Effects:
             tries=action.tries,
             generation=raw["metadata"]["generation"],
         )
-        self._remember(await self._create(BATCH_JOBS, body, owner.uid))
+        await self._run(body, inputs, owner.uid)
+
+    async def _run(self, body: dict[str, Any], inputs: dict[str, Any], owner_uid: str) -> None:
+        """The Job whose pods run by the run spec in the ConfigMap `inputs`, and by no other."""
+        job = run_specs.pinned(body, inputs)
+        self._remember(await self._create(BATCH_JOBS, job, owner_uid))
 
     def _preflight_inputs(
         self, owner: Owner, spec: DistillationJobSpec, inputs: Inputs
@@ -215,9 +228,10 @@ class Effects:
 
     async def _teacher(self, raw: Raw, action: CreateTeacher) -> None:
         owner, spec = owner_of(raw), _spec(raw)
-        await self._create(CONFIG_MAPS, await self._teacher_inputs(raw), owner.uid)
+        inputs = await self._teacher_inputs(raw)
+        await self._create(CONFIG_MAPS, inputs, owner.uid)
         body = batch_jobs.teacher(owner, spec, self._trainer, tries=action.tries)
-        self._remember(await self._create(BATCH_JOBS, body, owner.uid))
+        await self._run(body, inputs, owner.uid)
 
     async def _teacher_inputs(self, raw: Raw) -> dict[str, Any]:
         owner, spec = owner_of(raw), _spec(raw)
@@ -230,7 +244,7 @@ class Effects:
         await self._ensure(SERVICES, batch_jobs.service(owner), owner.uid)
         await self._create(CONFIG_MAPS, inputs, owner.uid)
         body = batch_jobs.gang(owner, nodes_of(spec, attempt), action.attempt, template)
-        self._remember(await self._create(BATCH_JOBS, body, owner.uid))
+        await self._run(body, inputs, owner.uid)
         if action.attempt > 1:
             last = names.attempt_name(owner.name, action.attempt - 1)
             await self._cluster.delete(CONFIG_MAPS, owner.namespace, last)
@@ -268,7 +282,27 @@ class Effects:
             inputs = self._preflight_inputs(owner, _spec(raw), action.inputs)
         else:
             inputs = await self._teacher_inputs(raw)
-        await self._ensure(CONFIG_MAPS, inputs, owner.uid)
+        await self._restore_run_spec(inputs, owner)
+
+    async def _restore_run_spec(self, inputs: dict[str, Any], owner: Owner) -> None:
+        """The ConfigMap of pods that wait. Where it cannot be made again, their Job goes instead.
+
+        The spec may have been edited since, or another version of the operator have made it: pods
+        that take one only would refuse it, and another Job is made with what there is now.
+        """
+        name = inputs["metadata"]["name"]
+        job = self._cache.batch_jobs.get(owner.namespace, name)
+        if job is None or run_specs.fits(inputs, job):
+            await self._ensure(CONFIG_MAPS, inputs, owner.uid)
+            return
+        try:
+            found = await self._cluster.get(CONFIG_MAPS, owner.namespace, name)
+        except NotFound:
+            found = None
+        if found is None or run_specs.replaced(found, inputs, job):
+            _log.warning("its run.json cannot be made again", extra={"object": f"jobs/{name}"})
+            left = await self._cluster.delete(BATCH_JOBS, owner.namespace, name, "Foreground")
+            self._remember(left)
 
     async def _accepted(self, raw: Raw, owner: Owner) -> Inputs:
         """The models that the preflight accepted, whatever became of their jobs since.
@@ -318,10 +352,9 @@ class Effects:
             return  # Deleted since; the next pass chooses anew.
         owner, spec = owner_of(raw), _spec(raw)
         run = run_specs.report_run_spec(owner, spec, action.sweep)
-        name = names.report_name(owner.name)
-        await self._create(CONFIG_MAPS, run_specs.config_map(owner, name, run), owner.uid)
-        body = batch_jobs.report(owner, spec, self._trainer)
-        self._remember(await self._create(BATCH_JOBS, body, owner.uid))
+        inputs = run_specs.config_map(owner, names.report_name(owner.name), run)
+        await self._create(CONFIG_MAPS, inputs, owner.uid)
+        await self._run(batch_jobs.report(owner, spec, self._trainer), inputs, owner.uid)
 
     async def tell(self, raw: Raw, event: Event, now: Any) -> None:
         """Post an event. Its name follows from what it says, so that it is there once."""

@@ -9,11 +9,11 @@ from kubedistill_api.base import CHAIN_KIND
 from kubedistill_api.chain import DistillationChainStatus
 from kubedistill_api.status import DistillationJobStatus
 
-from kubedistill_operator.cache import Cache, Raw
+from kubedistill_operator.cache import Cache, Raw, name_of
 from kubedistill_operator.plan.actions import Refusal
 from kubedistill_operator.plan.chain import ObservedChain
 from kubedistill_operator.plan.draft import Contact, Observed, OtherJob, Unanswered
-from kubedistill_operator.plan.layout import job_names
+from kubedistill_operator.plan.layout import job_names, models_of_chain
 from kubedistill_operator.plan.stages import StageJob
 from kubedistill_operator.plan.views import (
     BatchJobView,
@@ -61,6 +61,8 @@ def observe_job(
     teacher: Contact | None,
     refusal: Refusal | None = None,
     unanswered: Unanswered | None = None,
+    *,
+    service_due: bool = False,
 ) -> Observed:
     """Everything the plan of a job may use."""
     metadata = raw["metadata"]
@@ -87,25 +89,49 @@ def observe_job(
         teacher=teacher,
         unanswered=unanswered,
         of_chain=any(o["kind"] == CHAIN_KIND for o in metadata.get("ownerReferences") or []),
-        waited_for_by=_waiting_for(cache, metadata["namespace"], metadata["name"]),
+        waited_for_by=_waiting_for(cache, raw),
         refusal=refusal,
+        service_due=service_due,
     )
 
 
-def _waiting_for(cache: Cache, namespace: str, name: str) -> tuple[str, ...]:
-    """Jobs that have still to take this one's model: those that have begun have it in their status."""
-    found = []
+def _waiting_for(cache: Cache, raw: Raw) -> tuple[str, ...]:
+    """Who has still to take this job's model: jobs that have begun have it in their status.
+
+    And chains, which make the jobs of their stages one by one.
+    """
+    namespace, name = name_of(raw)
+    found = _chains_waiting(cache, raw)
     for dependent in cache.dependents(namespace, name):
-        raw = cache.jobs.get(namespace, dependent)
-        if raw is None:
+        job = cache.jobs.get(namespace, dependent)
+        if job is None:
             continue
-        status = job_status(raw)
+        status = job_status(job)
         ended = any(
             c.type == reasons.SUCCEEDED and c.status != "Unknown" for c in status.conditions
         )
         if status.start_time is None and not ended:
             found.append(dependent)
     return tuple(found)
+
+
+def _chains_waiting(cache: Cache, raw: Raw) -> list[str]:
+    """Chains whose specs name this job, until they are complete: one that failed may go on.
+
+    They are looked through only where it matters: the job is there for a limited time, and done.
+    """
+    namespace, name = name_of(raw)
+    lasting = raw["spec"].get("ttlSecondsAfterFinished") is None
+    if lasting or _succeeded(raw).get("status") != "True":
+        return []
+    return [
+        chain["metadata"]["name"]
+        for chain in cache.chains.all()
+        if chain["metadata"]["namespace"] == namespace
+        and not chain["metadata"].get("deletionTimestamp")
+        and _succeeded(chain).get("status") != "True"
+        and name in models_of_chain(chain.get("spec") or {})
+    ]
 
 
 def _upstream(cache: Cache, namespace: str, name: str) -> dict[str, OtherJob]:
@@ -123,12 +149,8 @@ def _upstream(cache: Cache, namespace: str, name: str) -> dict[str, OtherJob]:
 
 
 def _other(raw: Raw, depends_on: tuple[str, ...]) -> OtherJob:
-    status = raw.get("status") or {}
-    model = status.get("model") or {}
-    succeeded: Raw = {}
-    for condition in status.get("conditions") or []:
-        if condition["type"] == reasons.SUCCEEDED:
-            succeeded = condition
+    model = (raw.get("status") or {}).get("model") or {}
+    succeeded = _succeeded(raw)
     return OtherJob(
         name=raw["metadata"]["name"],
         depends_on=depends_on,
@@ -138,6 +160,12 @@ def _other(raw: Raw, depends_on: tuple[str, ...]) -> OtherJob:
         model_uri=model.get("uri", ""),
         model_digest=model.get("digest", ""),
     )
+
+
+def _succeeded(raw: Raw) -> Raw:
+    """The condition of an object that sums it up; empty where it has none yet."""
+    conditions = (raw.get("status") or {}).get("conditions") or []
+    return next((c for c in conditions if c["type"] == reasons.SUCCEEDED), {})
 
 
 def observe_chain(cache: Cache, raw: Raw, refusal: Refusal | None = None) -> ObservedChain:

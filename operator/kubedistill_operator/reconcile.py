@@ -32,6 +32,7 @@ from kubedistill_operator.plan.actions import (
     Plan,
     Refusal,
     RestoreInputs,
+    RestoreService,
 )
 from kubedistill_operator.plan.chain import plan_chain
 from kubedistill_operator.plan.draft import Contact, Timing
@@ -45,6 +46,10 @@ _log = logging.getLogger(__name__)
 JOB, CHAIN = "job", "chain"
 _SOON_SECONDS = 0.1
 _REFUSED_SECONDS, _REFUSED_CAP_SECONDS = 1.0, 60.0
+_SERVICE_SECONDS = 30.0
+"""Ranks that come back in their pods look for each other for a minute."""
+_OFTEN = (RestoreInputs, RestoreService)
+"""Actions that change nothing as a rule."""
 
 
 class Reconciler:
@@ -67,6 +72,7 @@ class Reconciler:
         self._timing = timing
         self._sight = Sight(cluster, cache)
         self._refusals: dict[Key, Refusal] = {}
+        self._serviced: dict[Key, float] = {}
         self._waits = Failures(_REFUSED_SECONDS, _REFUSED_CAP_SECONDS)
 
     async def reconcile(self, key: Key) -> float | None:
@@ -129,7 +135,11 @@ class Reconciler:
         teacher = await self._ask(raw, current, names.ROLE_TEACHER)
         unanswered = self._poller.unanswered((key.namespace, key.name, names.ROLE_STUDENT))
         refusal = self._refusals.get(key)
-        seen = observe_job(self._cache, raw, rank0, teacher, refusal, unanswered)
+        since = time.monotonic() - self._serviced.get(key, float("-inf"))
+        seen = observe_job(
+            self._cache, raw, rank0, teacher, refusal, unanswered,
+            service_due=since >= _SERVICE_SECONDS,
+        )  # fmt: skip
         plan = plan_job(seen, self._timing)
         if plan.status != seen.status:
             wire = plan.status.to_wire()
@@ -148,7 +158,7 @@ class Reconciler:
         await self._tell(raw, plan.events)
         refusal: Refusal | None = None
         for action in plan.actions:
-            level = logging.DEBUG if isinstance(action, RestoreInputs) else logging.INFO
+            level = logging.DEBUG if isinstance(action, _OFTEN) else logging.INFO
             _log.log(level, "acting", extra={"key": key.name, "action": repr(action)[:300]})
             try:
                 await self._effects.perform(raw, action)
@@ -158,6 +168,10 @@ class Reconciler:
                     raise
                 _log.warning("refused", extra={"key": "/".join(key), "error": str(error)})
                 refusal = refusal or refused
+            else:
+                # One that is refused stays due, and is told until it is mended.
+                if isinstance(action, RestoreService):
+                    self._serviced[key] = time.monotonic()
         before = self._refusals.pop(key, None)
         if refusal is None:
             self._waits.counts.pop(key, None)
@@ -216,6 +230,7 @@ class Reconciler:
 
     def _forget(self, key: Key) -> None:
         self._refusals.pop(key, None)
+        self._serviced.pop(key, None)
         self._waits.counts.pop(key, None)
         self._metrics.forget(key.kind, key.namespace, key.name)
         if key.kind == JOB:

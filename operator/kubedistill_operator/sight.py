@@ -1,4 +1,5 @@
 """Finds children that are out of sight: they lost the labels by which we look, or news of them is lost.
+And Jobs that lost their owner, with which they are to go.
 
 The watches select by label: what loses it looks deleted. Before an attempt is given up because its
 Job is gone, the API server is asked by name; before a Job's end is judged, for the ends of its pods.
@@ -13,8 +14,17 @@ from collections.abc import Callable
 from kubedistill_api import names
 
 from kubedistill_operator.cache import Cache, Kind, Raw, name_of
-from kubedistill_operator.cluster import BATCH_JOBS, PODS, Cluster, NotFound, Resource
+from kubedistill_operator.cluster import (
+    BATCH_JOBS,
+    PODS,
+    ApiError,
+    Cluster,
+    NotFound,
+    Resource,
+    log_failure,
+)
 from kubedistill_operator.observe import owner_of
+from kubedistill_operator.resources.owner import Owner, owners_with
 
 _log = logging.getLogger(__name__)
 _AGAIN_SECONDS = 10.0
@@ -41,6 +51,8 @@ class Sight:
         if attempts and not attempts[-1].get("endTime"):
             await self._gang(raw, attempts[-1]["number"])
         for job in self._cache.batch_jobs.group(*name_of(raw)):
+            if _ownerless(raw, job):
+                await self._own(owner_of(raw), job)
             if _to_be_judged(raw, job) and self._lacks_ends(job):
                 await self._ends(job)
 
@@ -64,6 +76,29 @@ class Sight:
                 labels = _own_labels(metadata["labels"])
                 await self._mark(PODS, self._cache.pods, pod, labels)
         self._looked(metadata["namespace"], f"{metadata['name']}/ends")
+
+    async def _own(self, owner: Owner, job: Raw) -> None:
+        """Put the owner back that takes a Job along: without it the Job would keep its GPUs for ever."""
+        namespace, name = name_of(job)
+        if not self._due(namespace, f"{name}/owner"):
+            return
+        self._looked(namespace, f"{name}/owner")
+        found = await self._get(BATCH_JOBS, namespace, name)
+        if found is None or found["metadata"]["uid"] != job["metadata"]["uid"]:
+            return
+        references = owners_with(found["metadata"], owner.reference())
+        if references is None:
+            return
+        version = found["metadata"]["resourceVersion"]
+        patch = {"metadata": {"ownerReferences": references, "resourceVersion": version}}
+        try:
+            job = await self._cluster.merge_patch(BATCH_JOBS, namespace, name, patch)
+        except ApiError as error:
+            # The job itself goes on; it is tried again.
+            log_failure(_log, "owner not put back", error, object=f"jobs/{name}")
+            return
+        _log.warning("owner put back", extra={"object": f"jobs/{name}"})
+        self._cache.batch_jobs.put(job)
 
     async def _vanished(self, raw: Raw, resource: Resource, kind: Kind) -> None:
         """What went without having been asked to go may only have lost a label."""
@@ -141,6 +176,18 @@ class Sight:
         prefix = names.attempt_name(name, 0)[:-1]
         for key in [k for k in self._looked_at if k[0] == namespace and k[1].startswith(prefix)]:
             del self._looked_at[key]
+
+
+def _ownerless(raw: Raw, job: Raw) -> bool:
+    """Whether a Job that was made for a DistillationJob, and is not on its way out, is not its own."""
+    owner, metadata = owner_of(raw), job["metadata"]
+    ours = (metadata.get("labels") or {}).get(names.LABEL_JOB_UID) == owner.uid
+    return (
+        ours
+        and owner.made(metadata)
+        and not metadata.get("deletionTimestamp")
+        and owners_with(metadata, owner.reference()) is not None
+    )
 
 
 def _to_be_judged(raw: Raw, job: Raw) -> bool:

@@ -5,6 +5,7 @@ However it is touched, a job ends as one that nobody touched: one student, and n
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kubedistill_api.names import RUN_SPEC_DIGEST
 from operator_kit import ONLINE, Bench, Operator, distilling, template, wait_for
 
 from controlplane.conftest import Beside
@@ -132,6 +134,90 @@ def test_a_changed_service_is_mended_for_the_next_attempt(
         "kubedistill.dev/job": "names",
         "kubedistill.dev/role": "student",
     }
+
+
+def forge(bench: Bench, name: str) -> None:
+    """Another run spec in place of the one that the pods are made for, with the same owner."""
+    real = bench.get("configmap", name)
+    metadata = {key: real["metadata"][key] for key in ("name", "labels", "ownerReferences")}
+    text = real["data"]["run.json"].replace('"nodes": 2', '"nodes": 1')
+    assert text != real["data"]["run.json"]
+    bench.kubectl("delete", "configmap", name)
+    bench.apply({**real, "metadata": metadata, "data": {"run.json": text}})
+    wait_for(lambda: bench.get("configmap", name)["data"] == real["data"], "it stays forged", 60)
+    [container] = bench.get("job", name)["spec"]["template"]["spec"]["containers"]
+    pin = {e["name"]: e.get("value") for e in container["env"]}[RUN_SPEC_DIGEST]
+    assert pin == hashlib.sha256(real["data"]["run.json"].encode()).hexdigest()
+
+
+def outdate(bench: Bench, name: str) -> None:
+    """Gone, and not to be made again as it was: the spec says something else since."""
+    patch(bench, "dj", name.removesuffix("-a1"), {"spec": {"backoffLimit": 5}})
+    bench.kubectl("delete", "configmap", name)
+
+
+def test_pods_that_have_not_started_train_by_the_run_spec_that_they_are_made_for(
+    bench: Bench,
+    beside: Beside,
+    operator: Operator,
+    book: Path,
+    slow_starts: Callable[[], None],
+) -> None:
+    """Or not at all: then another attempt follows, which is not counted."""
+
+    def case(bench: Bench, given: tuple[Callable[[Bench, str], None], list[str]]) -> None:
+        change, ends = given
+        bench.apply(gang("forged", book, PREFLIGHT_SECONDS="5"))
+
+        def checked() -> bool:
+            return any(p["status"]["phase"] == "Running" for p in bench.get("pods")["items"])
+
+        wait_for(checked, "no preflight", 90)
+        bench.handle.faults.delay_starts(25)
+        wait_for(lambda: bench.get("jobs", *STUDENT)["items"], "no attempt", 90)
+        change(bench, "forged-a1")
+        status = calm(bench, "forged")
+        assert [a["reason"] for a in status["attempts"]] == ends
+        assert not status["attempts"][0]["charged"]
+
+    beside(case, [(forge, ["Completed"]), (outdate, ["Interrupted", "Completed"])])
+
+
+def take_service(bench: Bench) -> Callable[[], bool]:
+    bench.kubectl("delete", "service", "kept")
+    return lambda: "kept" in [s["metadata"]["name"] for s in bench.get("services")["items"]]
+
+
+def take_selector(bench: Bench) -> Callable[[], bool]:
+    patch(bench, "service", "kept", {"spec": {"selector": {"kubedistill.dev/job": "x"}}})
+    return lambda: bench.get("service", "kept")["spec"]["selector"]["kubedistill.dev/job"] == "kept"
+
+
+def take_owner(bench: Bench) -> Callable[[], bool]:
+    patch(bench, "job", "kept-a1", {"metadata": {"ownerReferences": None}})
+    uid = bench.get("dj", "kept")["metadata"]["uid"]
+
+    def back() -> bool:
+        owners = bench.get("job", "kept-a1")["metadata"].get("ownerReferences") or []
+        return [(o["uid"], o["controller"]) for o in owners] == [(uid, True)]
+
+    return back
+
+
+def test_what_is_taken_from_a_gang_that_trains_comes_back(
+    beside: Beside, operator: Operator, book: Path
+) -> None:
+    """Its Service, by which ranks that are started again find each other, and the owner of its Job."""
+
+    def case(bench: Bench, take: Callable[[Bench], Callable[[], bool]]) -> None:
+        bench.apply(gang("kept", book, STEPS="250"))
+        training(bench, "kept")
+        back = take(bench)
+        wait_for(back, "it does not come back", 60)
+        assert bench.condition("kept")["reason"] == "Training"
+        assert len(calm(bench, "kept")["attempts"]) == 1
+
+    beside(case, [take_service, take_selector, take_owner])
 
 
 def test_a_deleted_attempt_is_followed_by_another(

@@ -113,3 +113,22 @@ def test_a_chain_waits_at_a_gate_until_it_is_loosened(
     assert bench.condition("gated-m", "GatesPassed")["message"] == "perplexity 12.5 ≤ 15"
     assert bench.status("gated-m")["attempts"] == attempts
     assert bench.get("dj", "gated-s")["spec"]["teacher"]["fromJob"] == {"name": "gated-m"}
+
+
+def test_a_chain_goes_on_with_a_stage_whose_limit_is_raised(
+    bench: Bench, operator: Operator, book: Path
+) -> None:
+    """The job is the same one: what it has learnt is not lost."""
+
+    def stages(seconds: int) -> tuple[dict[str, Any], ...]:
+        return {"name": "m", "activeDeadlineSeconds": seconds}, {"name": "s"}
+
+    bench.apply(chain("late", template(book), *stages(1)))
+    bench.wait_state("late", "StageFailed", seconds=150, resource="dchain")
+    told = bench.condition("late", resource="dchain")["message"]
+    assert told.startswith("stage m failed (DeadlineExceeded): not finished 1 s after its start")
+    uid = bench.get("dj", "late-m")["metadata"]["uid"]
+    bench.apply(chain("late", template(book), *stages(900)))
+    bench.wait_state("late", "Completed", seconds=150, resource="dchain")
+    assert bench.get("dj", "late-m")["metadata"]["uid"] == uid
+    assert bench.condition("late", "Validated", "dchain")["message"] == ""

@@ -106,6 +106,44 @@ def test_who_waits_for_a_model(status: dict[str, Any], waits: bool) -> None:
     assert observe_job(cache, owned, None, None).of_chain
 
 
+FROM = {"fromJob": {"name": "small"}}
+
+
+@pytest.mark.parametrize(
+    ("parts", "status", "waits"),
+    [
+        ({"template": {"teacher": FROM}}, {}, True),
+        ({"template": {"student": FROM}}, ended("Unknown", "StageRunning"), True),
+        ({"stages": [{"name": "m"}, {"name": "s", "teacher": FROM}]}, {}, True),
+        # It goes on once its stage is mended.
+        ({"stages": [{"name": "s", "student": FROM}]}, ended("False", "StageFailed"), True),
+        ({"template": {"teacher": FROM}}, ended("True", "Completed"), False),
+        ({"template": {"teacher": {"fromJob": {"name": "other"}}}}, {}, False),
+        ({"template": {}, "stages": "x"}, {}, False),
+        ({"template": "x", "stages": ["x", None, {"teacher": "x"}]}, {}, False),
+    ],
+)
+def test_a_chain_waits_for_models_of_jobs_that_it_has_still_to_make(
+    parts: dict[str, Any], status: dict[str, Any], waits: bool
+) -> None:
+    cache = Cache()
+    metadata = {"namespace": "ml", "name": "small", "uid": UID, "resourceVersion": "1"}
+    first: Raw = {
+        "metadata": metadata | {"generation": 1},
+        "spec": spec(ttlSecondsAfterFinished=0),
+        "status": ended("True", "Completed"),
+    }
+    cache.put_job(first)
+    other = {"namespace": "ml", "name": "c", "uid": "c", "resourceVersion": "2"}
+    cache.chains.put({"metadata": other, "spec": parts, "status": status})
+    apart = other | {"namespace": "other", "uid": "d"}
+    cache.chains.put({"metadata": apart, "spec": {"template": {"teacher": FROM}}})
+    going = other | {"name": "going", "uid": "g", "deletionTimestamp": "2026-01-02T03:04:05Z"}
+    cache.chains.put({"metadata": going, "spec": {"template": {"teacher": FROM}}})
+    seen = observe_job(cache, first, None, None)
+    assert seen.waited_for_by == (("c",) if waits else ())
+
+
 def test_the_time_of_a_step_is_that_of_our_own_clock() -> None:
     def answer(step: int) -> ProgressReport:
         return ProgressReport(attempt=1, step=step, last_step_time=step * 1.0)

@@ -19,6 +19,7 @@ from kubedistill_operator.plan.actions import (
     ChainPlan,
     CreateStageJob,
     Refusal,
+    SetStageFields,
     SuspendStageJob,
 )
 from kubedistill_operator.plan.chain import ObservedChain, StageJob, plan_chain
@@ -200,6 +201,64 @@ def test_an_edit_of_a_started_stage_is_said_and_not_done() -> None:
     assert plan.actions == ()
     validated = next(c for c in plan.status.conditions if c.type == reasons.VALIDATED)
     assert "stage m: started with another spec" in validated.message
+
+
+LIMITS = {"backoffLimit": 9, "activeDeadlineSeconds": 900, "stallTimeoutSeconds": 60}
+SPENT = stage_job(reasons.BACKOFF_LIMIT_EXCEEDED, "False")
+
+
+def limited(jobs: dict[str, StageJob], limits: dict[str, Any], **changes: Any) -> ObservedChain:
+    """A chain whose first stage has these limits now."""
+    observed = seen(jobs, **changes)
+    stages = [{"name": "m", **limits}, {"name": "s"}]
+    return replace(observed, spec=dict(observed.spec) | {"stages": stages})
+
+
+@pytest.mark.parametrize("job", [stage_job("Training"), SPENT], ids=["running", "failed"])
+@pytest.mark.parametrize("field", LIMITS)
+def test_a_stage_s_limits_are_handed_to_its_job(job: StageJob, field: str) -> None:
+    """To run it again would lose all that it has learnt."""
+    limits = {field: LIMITS[field]}
+    plan = settled(limited({"c-m": job}, limits))
+    assert plan.actions == (SetStageFields("c-m", limits),)
+    assert validated(plan) == ""
+    has = replace(job, spec=dict(job.spec) | limits)
+    assert settled(limited({"c-m": has}, limits)).actions == ()
+
+
+def test_a_limit_that_is_taken_out_is_taken_out_of_the_job() -> None:
+    job = stage_job("Training")
+    job = replace(job, spec=dict(job.spec) | LIMITS)
+    [action] = settled(limited({"c-m": job}, {})).actions
+    assert isinstance(action, SetStageFields)
+    assert action.fields == {
+        "backoffLimit": 6, "activeDeadlineSeconds": None, "stallTimeoutSeconds": 900,
+    }  # fmt: skip
+
+
+def test_a_chain_goes_on_with_a_stage_that_goes_on() -> None:
+    failed = settled(limited({"c-m": SPENT}, {}))
+    assert succeeded(failed).reason == reasons.STAGE_FAILED
+    again = limited({"c-m": stage_job(reasons.RESTARTING)}, {})
+    assert succeeded(settled(replace(again, status=failed.status))).status == "Unknown"
+
+
+def test_limits_start_nothing_that_is_not_wanted() -> None:
+    """Neither in a chain that is suspended, nor a trial that failed before another was chosen."""
+    limits = {"backoffLimit": 9}
+    assert settled(limited({"c-m": SPENT}, limits, suspend=True)).actions == ()
+    going = stage_job("Suspended")
+    going = replace(going, spec=dict(going.spec) | {"suspend": True})
+    assert settled(limited({"c-m": going}, limits, suspend=True)).actions == (
+        SetStageFields("c-m", limits),
+    )
+    done = settled(limited({"c-m": DONE}, limits))
+    assert [type(action) for action in done.actions] == [CreateStageJob]
+    assert validated(done) == ""
+
+
+def validated(plan: ChainPlan) -> str:
+    return next(c.message for c in plan.status.conditions if c.type == reasons.VALIDATED)
 
 
 def test_a_strangers_job_is_not_taken_over() -> None:

@@ -99,6 +99,44 @@ def test_pods_that_waited_in_vain_for_others_are_no_failure(least: int | None, n
     assert (plan.status.failures, second.nodes) == (0, nodes)
 
 
+@pytest.mark.parametrize(("least", "nodes"), [(None, 0), (2, 3)])
+def test_pods_that_waited_for_what_a_quota_forbids_are_no_failure(
+    least: int | None, nodes: int
+) -> None:
+    """Three of four pods, again and again: a full cluster would be waited for just so."""
+    seen = short(3, least=least)
+    gave_up = tuple(
+        ended(f"p{index}", 17, index=index, placed=True, placed_at=NOW) for index in range(3)
+    )
+    plan = settled(replace(seen, batch_jobs=gang_job(**FAILED), pods=gave_up))
+    first, second = plan.status.attempts
+    assert (first.reason, first.charged, first.placed_nodes) == ("Unschedulable", False, 3)
+    assert "3 of 4 pods were made, and waited for the others in vain" in first.message
+    assert "kubectl describe job small-a1" in first.message
+    assert (plan.status.failures, second.nodes) == (0, nodes)
+
+
+@pytest.mark.parametrize(
+    ("code", "changes"),
+    [
+        # It fails while its Job still makes pods: for a large gang that takes a while.
+        (1, {}),
+        # It had been whole: the pod that is missing was deleted while nobody looked.
+        (17, {"last_step": 7}),
+        (17, {"resumed_from_step": 0}),
+    ],
+)
+def test_a_gang_that_is_not_whole_may_have_failed_all_the_same(
+    code: int, changes: dict[str, Any]
+) -> None:
+    seen = short(3, least=None)
+    attempts = [seen.status.attempts[0].model_copy(update=changes)]
+    status = seen.status.model_copy(update={"attempts": attempts})
+    pods = tuple(ended(f"p{index}", code, index=index, placed=True) for index in range(3))
+    plan = settled(replace(seen, status=status, batch_jobs=gang_job(**FAILED), pods=pods))
+    assert (plan.status.attempts[0].charged, plan.status.failures) == (True, 1)
+
+
 def test_pods_that_a_quota_forbids_have_no_place_either() -> None:
     seen = short(3, batch_jobs=gang_job(created_at=NOW, active=3))
     seen = replace(seen, pods=seen.pods[:3])

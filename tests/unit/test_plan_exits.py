@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -50,6 +51,41 @@ LATER = NOW + timedelta(seconds=5)
 def test_judge(pods: list[PodView], reason: str, charged: bool) -> None:
     verdict = judge(pods)
     assert (verdict.reason, verdict.charged, verdict.retry) == (reason, charged, True)
+
+
+PENDING = PodView("a", "student", deleting=True, gone=True)
+CREATING = ended("a", 137, end_reason="ContainerStatusUnknown", deleting=True)
+
+
+@pytest.mark.parametrize(
+    ("pods", "job_deleted", "charged"),
+    [
+        # Somebody deleted the Job, or a pod, and nothing of it had run.
+        ([], True, False),
+        ([PENDING], True, False),
+        ([PENDING], False, False),
+        ([PENDING, PodView("b", "student", index=1, gone=True)], False, False),
+        # A kubelet writes this of a container that it had not created when it was to go.
+        ([CREATING], True, False),
+        ([CREATING], False, False),
+        ([CREATING, ended("b", 18, index=1)], False, False),
+        ([CREATING, ended("b", 1, index=1)], False, True),
+        ([replace(CREATING, deleting=False)], False, True),
+        # Of pods that ran, as long as their Job is there, somebody is to know.
+        ([running("a", gone=True)], True, False),
+        ([running("a", gone=True)], False, True),
+        ([running("a", gone=True), replace(PENDING, name="b", index=1)], False, True),
+        ([PodView("a", "student", phase="Failed", end_reason="OutOfcpu")], False, True),
+        ([ended("a", 1)], True, True),
+        ([ended("a", 137)], True, True),
+    ],
+)
+def test_what_was_deleted_before_it_ran_is_no_failure(
+    pods: list[PodView], job_deleted: bool, charged: bool
+) -> None:
+    verdict = judge(pods, job_deleted=job_deleted)
+    expected = reasons.ERROR if charged else reasons.INTERRUPTED
+    assert (verdict.reason, verdict.charged, verdict.retry) == (expected, charged, True)
 
 
 def test_a_pods_own_words_are_quoted() -> None:

@@ -13,7 +13,19 @@ from kubedistill_operator.plan.draft import Observed
 from kubedistill_operator.plan.job import plan_job
 from test_plan_gang import FAILED, MODEL
 from test_plan_job import preflight_seen
-from test_plan_kit import TIMING, after, ended, gang_job, observed, running, settled, spec, started
+from test_plan_kit import (
+    TIMING,
+    after,
+    ended,
+    gang_job,
+    observed,
+    running,
+    settled,
+    spec,
+    started,
+    state,
+    teacher_seen,
+)
 
 
 def online(**changes: Any) -> dict[str, Any]:
@@ -63,6 +75,41 @@ def test_one_whose_inputs_were_refused_too() -> None:
 def test_an_invalid_one_waits_to_be_mended() -> None:
     seen = observed(spec=spec(nonsense=1, ttlSecondsAfterFinished=0))
     assert settled(after(seen, seconds=1000)).actions == ()
+
+
+def test_one_that_the_preflight_finds_invalid_waits_too() -> None:
+    pod = ended("p", 10, role=names.ROLE_PREFLIGHT, outcome={"message": "no such field"})
+    seen = preflight_seen({"failed": True}, pod, spec=spec(ttlSecondsAfterFinished=0))
+    assert state(settled(seen)) == ("False", reasons.INVALID_SPEC)
+    assert DeleteFinished() not in settled(after(seen, seconds=1000)).actions
+
+
+def test_one_that_its_own_attempt_finds_invalid_does_not() -> None:
+    """Its inputs are fixed by then: there is nothing left to be corrected in it."""
+    failed = started(spec=online(ttlSecondsAfterFinished=0), batch_jobs=gang_job(**FAILED),
+                     pods=(ended("p", 10),))  # fmt: skip
+    assert DeleteFinished() in settled(failed).actions
+
+
+def test_an_edit_that_lifts_nothing_starts_no_time_anew() -> None:
+    """Nor does it make pods of the teacher for a moment."""
+    whole = spec(backoffLimit=2, ttlSecondsAfterFinished=100)
+    complete = teacher_seen({"complete": True}, spec=whole)
+    gang = after(complete, batch_jobs=gang_job(**FAILED), pods=(ended("p", 1),))
+    spent = gang.status.model_copy(update={"failures": 2})
+    failed = after(replace(gang, status=spent))
+    assert state(settled(failed)) == ("False", reasons.BACKOFF_LIMIT_EXCEEDED)
+    over = settled(failed).status.completion_time
+    gates = [{"metric": "perplexity", "max": 9}]
+    edited = after(failed, seconds=60, generation=2, batch_jobs={}, pods=(),
+                   spec=whole | {"gates": gates})  # fmt: skip
+    plan = settled(edited)
+    assert state(plan) == ("False", reasons.BACKOFF_LIMIT_EXCEEDED)
+    assert plan.status.completion_time == over
+    assert (plan.events, plan.actions) == ((), ())
+    assert plan.requeue_after is not None
+    assert plan.requeue_after <= 40
+    assert DeleteFinished() in settled(after(edited, seconds=60)).actions
 
 
 def test_a_chains_job_stays_with_its_chain() -> None:

@@ -178,7 +178,12 @@ def test_a_job_deleted_by_hand_is_not_created_again_under_its_fence() -> None:
     seen = started(batch_jobs={}, deleted_batch_jobs=frozenset({"small-a1"}))
     plan = settled(seen)
     assert plan.status.attempts[0].end_time
-    assert plan.status.attempts[0].charged
+    assert plan.status.attempts[0].reason == reasons.INTERRUPTED
+    assert (plan.status.attempts[0].charged, plan.status.failures) == (False, 0)
+    going = started(
+        batch_jobs=gang_job(deleting_since=NOW), pods=(PodView("p", "student", 1, gone=True),)
+    )
+    assert not settled(going).status.attempts[0].charged
 
 
 def test_a_decided_attempt_without_its_job_is_created() -> None:

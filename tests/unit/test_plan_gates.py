@@ -11,7 +11,7 @@ from kubedistill_api.gates import Gate, judged
 from kubedistill_api.metrics import METRICS
 from kubedistill_api.status import DistillationJobStatus, Metric, ModelStatus, WeakestSlice
 from kubedistill_operator.plan import gates
-from kubedistill_operator.plan.actions import CreateStageJob, Plan, SetStageGates
+from kubedistill_operator.plan.actions import CreateStageJob, Plan, SetStageFields
 from kubedistill_operator.plan.draft import Observed
 from kubedistill_operator.plan.inputs import inputs_digest, parse_spec
 from kubedistill_operator.plan.job import plan_job
@@ -370,7 +370,7 @@ def test_a_chain_stops_at_a_failed_gate_with_the_figures() -> None:
 def test_a_chain_hands_loosened_gates_to_the_stage_s_job_and_goes_on() -> None:
     loose = RATIO | {"max": 1.5}
     plan = chain_settled(gated(loose, jobs={"c-m": failed_stage()}))
-    assert plan.actions == (SetStageGates("c-m", (Gate.model_validate(loose),)),)
+    assert plan.actions == (SetStageFields("c-m", {"gates": [loose]}),)
     passed = StageJob({**DONE.spec, "gates": [loose]}, DONE.status)
     later = chain_settled(gated(loose, jobs={"c-m": passed}))
     assert [action.name for action in later.actions if isinstance(action, CreateStageJob)] == [

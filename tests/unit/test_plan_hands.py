@@ -17,6 +17,7 @@ from kubedistill_operator.plan.actions import (
     DeletePod,
     Refusal,
     RestoreInputs,
+    RestoreService,
     ScaleBatchJob,
     SuspendBatchJob,
 )
@@ -49,6 +50,7 @@ from test_plan_kit import (
         ({"suspended": True}, "somebody suspended its Job"),
         ({"parallelism": 0, "completions": 1}, "somebody set parallelism of its Job to 0"),
         ({"parallelism": 0, "completions": 0}, "somebody set completions of its Job to 0"),
+        ({"parallelism": 2, "completions": 2}, "somebody set completions of its Job to 2"),
     ],
 )
 @pytest.mark.parametrize("pod", [running("p"), ended("p", 11)], ids=["running", "committed"])
@@ -94,7 +96,7 @@ def test_an_attempt_without_its_job_waits_for_its_pods() -> None:
     waiting = after(seen, pods=ending)
     assert len(settled(waiting).status.attempts) == 1
     over = settled(after(waiting, pods=tuple(replace(p, gone=True) for p in ending)))
-    assert [bool(a.end_time) for a in over.status.attempts] == [True]
+    assert [bool(a.end_time) for a in over.status.attempts] == [True, False]
     lost = plan_job(after(waiting, seconds=TIMING.grace + TIMING.margin + 1), TIMING)
     assert lost.status.attempts[0].end_time
 
@@ -146,6 +148,31 @@ def test_pods_that_do_not_start_get_back_what_was_deleted() -> None:
     assert isinstance(first, CreatePreflight)
     plan = settled(replace(check, now=NOW + timedelta(seconds=20)))
     assert plan.actions == (RestoreInputs(names.ROLE_PREFLIGHT, inputs=first.inputs),)
+
+
+@pytest.mark.parametrize(
+    ("due", "pod", "looks"),
+    [
+        (True, running("p"), True),
+        (False, running("p"), False),
+        (True, running("p", deleting=True), False),
+        (True, pending(attempt=1), False),
+    ],
+)
+def test_the_service_of_a_gang_that_runs_is_looked_after(
+    due: bool, pod: PodView, looks: bool
+) -> None:
+    """Ranks that are started again in their pods look for their peers by its names."""
+    seen = started(pods=(pod,), rank0=report(), service_due=due)
+    assert settled(seen).actions == ((RestoreService(),) if looks else ())
+    suspended = after(seen, spec=dict(seen.spec) | {"suspend": True}, generation=2)
+    assert RestoreService() not in plan_job(suspended, TIMING).actions
+
+
+def test_a_service_that_cannot_be_made_is_told_while_the_gang_trains() -> None:
+    taken = Refusal(RestoreService(), reasons.NAME_TAKEN, "Service ml/small belongs to another")
+    seen = started(pods=(running("p"),), rank0=report(), service_due=True, refusal=taken)
+    assert state(settled(seen)) == ("Unknown", reasons.NAME_TAKEN)
 
 
 def test_a_job_that_makes_no_pods_is_told() -> None:

@@ -7,13 +7,14 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from kubedistill_api import reasons
+from kubedistill_api import names, reasons
 from kubedistill_api.status import Attempt, CheckpointStatus
 from kubedistill_operator.plan import restart
 from kubedistill_operator.plan.actions import CreateGang, DeleteBatchJob
 from kubedistill_operator.plan.draft import Observed
 from kubedistill_operator.plan.job import plan_job
 from kubedistill_operator.plan.times import format_time, parse_time
+from kubedistill_operator.plan.views import BatchJobView
 from test_plan_gang import FAILED, MODEL, report, suspend
 from test_plan_kit import (
     NOW,
@@ -27,6 +28,7 @@ from test_plan_kit import (
     spec,
     started,
     state,
+    teacher_seen,
 )
 
 ONLINE = {"model": {"uri": "s3://models/big"}, "delivery": "Online"}
@@ -295,6 +297,34 @@ def test_suspension_stops_the_clock_and_starts_it_anew() -> None:
     assert state(plan_job(running_again, TIMING))[0] == "Unknown"
     late = after(running_again, seconds=20)
     assert state(plan_job(late, TIMING)) == ("False", reasons.DEADLINE_EXCEEDED)
+
+
+@pytest.mark.parametrize("seconds", [50, 150])
+def test_a_suspension_taken_back_before_the_pods_have_ended_counts_too(seconds: float) -> None:
+    """Their save takes a while, and the deadline may pass meanwhile."""
+    seen = started(spec=job(activeDeadlineSeconds=100), pods=(running("p"),), rank0=report())
+    off = suspend(seen)
+    assert state(settled(off), reasons.SUSPENDED) == ("Unknown", reasons.IS_SUSPENDED)
+    ending = after(off, seconds=seconds, batch_jobs=gang_job(deleting_since=NOW))
+    on = suspend(ending, False)
+    plan = settled(on)
+    assert state(plan)[0] == "Unknown"
+    assert state(plan, reasons.SUSPENDED) == ("False", reasons.NOT_SUSPENDED)
+    gone = after(on, seconds=90, batch_jobs={}, pods=(), deleted_batch_jobs=frozenset({"small-a1"}))
+    assert settled(gone).actions == (CreateGang(2, 2),)
+    late = after(gone, seconds=20, batch_jobs=gang_job(2))
+    assert state(plan_job(late, TIMING)) == ("False", reasons.DEADLINE_EXCEEDED)
+
+
+def test_a_job_that_fails_while_it_is_being_suspended_is_not_suspended() -> None:
+    pod = ended("t", 13, role=names.ROLE_TEACHER, attempt=0, outcome={"message": "gone"})
+    seen = suspend(teacher_seen({}, (running("t", role=names.ROLE_TEACHER, attempt=0),)))
+    failed = {names.teacher_name("small"): BatchJobView(
+        names.teacher_name("small"), names.ROLE_TEACHER, failed=True
+    )}  # fmt: skip
+    plan = settled(after(seen, batch_jobs=failed, pods=(pod,)))
+    assert state(plan) == ("False", reasons.TEACHER_FAILED)
+    assert state(plan, reasons.SUSPENDED) == ("False", reasons.NOT_SUSPENDED)
 
 
 def test_a_job_whose_time_is_over_does_not_go_on_for_being_suspended() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kubedistill_api import names
+from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.quantity import to_bytes
 from kubedistill_api.runspec import RunSpec
 from pydantic import BaseModel
 
 from kubedistill_trainer.checkpoint.interval import Mean, mean_of_all
+from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.store import Limits, Store
 
 _RESTART = "KUBEDISTILL_RESTART"
@@ -91,11 +94,22 @@ class Context:
 
 
 def read_run_spec() -> RunSpec:
-    """`run.json` from the mounted ConfigMap (KUBEDISTILL_RUN_SPEC names another file)."""
+    """`run.json` from the mounted ConfigMap (KUBEDISTILL_RUN_SPEC names another file).
+
+    RunFailure where it is not the one that the pod was made for. That is nothing of the spec, and
+    the next attempt gets one of its own: so it is an error that is tried again, and counted.
+    """
     default = f"{names.RUN_SPEC_DIRECTORY}/{names.RUN_SPEC_FILE}"
-    return RunSpec.model_validate_json(
-        Path(os.environ.get("KUBEDISTILL_RUN_SPEC", default)).read_text()
-    )
+    content = Path(os.environ.get("KUBEDISTILL_RUN_SPEC", default)).read_bytes()
+    found, expected = hashlib.sha256(content).hexdigest(), os.environ.get(names.RUN_SPEC_DIGEST)
+    if expected and found != expected:
+        raise RunFailure(
+            ExitCode.UNKNOWN,
+            f"this is not the run.json that this pod was made for: its SHA-256 is {found[:12]}…, not "
+            f"{expected[:12]}…; its ConfigMap was replaced by somebody: change the DistillationJob "
+            "instead",
+        )
+    return RunSpec.model_validate_json(content)
 
 
 def scratch_directory() -> Path:

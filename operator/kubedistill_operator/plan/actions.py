@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kubedistill_api.chain import DistillationChainStatus
-from kubedistill_api.gates import Gate
 from kubedistill_api.runspec import ResolvedModel
 from kubedistill_api.status import DistillationJobStatus
 from kubedistill_api.sweep import SweepTable
@@ -92,6 +91,11 @@ class RestoreInputs:
 
 
 @dataclass(frozen=True)
+class RestoreService:
+    """Create or mend the Service by which the ranks of a gang that runs find each other."""
+
+
+@dataclass(frozen=True)
 class ScaleBatchJob:
     name: str
     parallelism: int
@@ -119,11 +123,11 @@ class SuspendStageJob:
 
 
 @dataclass(frozen=True)
-class SetStageGates:
-    """Give a stage's DistillationJob the gates that the chain's spec now says."""
+class SetStageFields:
+    """Give a stage's DistillationJob what may change of it, as the chain's spec now says; None: none."""
 
     name: str
-    gates: tuple[Gate, ...]
+    fields: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -146,11 +150,12 @@ Action = (
     | AbandonPod
     | DeleteFinished
     | RestoreInputs
+    | RestoreService
     | ScaleBatchJob
     | SuspendBatchJob
     | CreateStageJob
     | SuspendStageJob
-    | SetStageGates
+    | SetStageFields
     | CreateReport
 )
 

@@ -23,12 +23,12 @@ from kubedistill_operator.plan.actions import (
     CreateStageJob,
     Event,
     Refusal,
-    SetStageGates,
+    SetStageFields,
     SuspendStageJob,
 )
 from kubedistill_operator.plan.conditions import ConditionSet
 from kubedistill_operator.plan.layout import Laid, lay_out
-from kubedistill_operator.plan.stages import StageJob
+from kubedistill_operator.plan.stages import GATES, HANDED_ON, StageJob
 from kubedistill_operator.plan.sweep import overruled
 
 _PENDING = "Pending"
@@ -179,7 +179,7 @@ class _ChainDraft:
 
     def _advance(self, chain: DistillationChainSpec, laid: Sequence[Laid]) -> None:
         self._say_differences(laid)
-        self._hand_on_gates(laid)
+        self._hand_on(chain, laid)
         self._write_reports(chain, laid)
         count = len(chain.stages)
         for index, one in enumerate(laid):
@@ -272,13 +272,21 @@ class _ChainDraft:
                     warning=True,
                 )
 
-    def _hand_on_gates(self, laid: Sequence[Laid]) -> None:
-        """Gates may change after a stage has ended; its job holds its figures against them anew."""
+    def _hand_on(self, chain: DistillationChainSpec, laid: Sequence[Laid]) -> None:
+        """What may change of a job at any time: gates, and limits, by which a failed one goes on.
+
+        Limits only of a stage that is not done (a trial that failed before another was chosen is
+        over), and in a suspended chain only of jobs that run.
+        """
         for one in laid:
             for part in one.parts:
                 job = self.seen.jobs.get(part.name)
-                if job is not None and job.ours and job.gates_differ(part.spec):
-                    self.actions.append(SetStageGates(part.name, tuple(part.spec.gates)))
+                if job is None or not job.ours:
+                    continue
+                over = one.standing.done or (chain.suspend and job.ended)
+                fields = job.outdated(part.spec, GATES if over else HANDED_ON)
+                if fields:
+                    self.actions.append(SetStageFields(part.name, fields))
 
     def _say_differences(self, laid: Sequence[Laid]) -> None:
         overtaken = [o for o in laid if o.stage.sweep and overruled(o.stage.sweep, o.standing)]

@@ -93,6 +93,8 @@ class Observed:
     waited_for_by: tuple[str, ...] = ()
     """Jobs that need its model and have not taken it yet."""
     refusal: Refusal | None = None
+    service_due: bool = False
+    """Whether it is time to look after the Service of a gang that runs."""
 
     def pods_of(self, role: str, attempt: int = 0) -> list[PodView]:
         """Pods of a role (and attempt), those that are gone included, by index."""

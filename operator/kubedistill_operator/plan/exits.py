@@ -14,6 +14,7 @@ from kubedistill_operator.plan.draft import Draft
 from kubedistill_operator.plan.views import BatchJobView, PodView
 
 _SIGKILL, _SIGTERM = 137, 143
+_UNKNOWN = "ContainerStatusUnknown"
 _CONSEQUENCES = frozenset(
     {ExitCode.PEER_LOST, ExitCode.FENCED, ExitCode.GRACEFUL_CHECKPOINT, ExitCode.INTERRUPTED}
 )
@@ -32,15 +33,25 @@ class Verdict:
     charged: bool
 
 
-def judge(pods: Sequence[PodView], job_message: str = "") -> Verdict:
-    """The verdict over a gang whose attempt did not succeed. `pods` include those that are gone."""
+def judge(pods: Sequence[PodView], job_message: str = "", *, job_deleted: bool = False) -> Verdict:
+    """The verdict over a gang whose attempt did not succeed. `pods` include those that are gone.
+
+    `job_deleted`: somebody deleted its Job, which had not failed.
+    """
     for pod in pods:
         if pod.disrupted and pod.exit_code != 0:
             text = f"pod {pod.name} was evicted or preempted"
             return Verdict(reasons.DISRUPTED, _with(text, pod), retry=True, charged=False)
-    ended = [pod for pod in pods if pod.exit_code not in (None, 0)]
+    unrun = [pod for pod in pods if _deleted_unrun(pod)]
+    ended = [pod for pod in pods if pod.exit_code not in (None, 0) and pod not in unrun]
     if ended:
         return _of_pod(min(ended, key=_rank))
+    if job_deleted and all(pod.exit_code is None or pod in unrun for pod in pods):
+        text = "the attempt's Job was deleted before its pods said why they ended"
+        return Verdict(reasons.INTERRUPTED, text, retry=True, charged=False)
+    if pods and len(unrun) == len(pods):
+        text = f"pod {unrun[0].name} was deleted before its container ran"
+        return Verdict(reasons.INTERRUPTED, text, retry=True, charged=False)
     for pod in pods:
         if pod.phase == "Failed":
             text = f"pod {pod.name} failed: {pod.end_reason or 'no reason given'}"
@@ -51,6 +62,16 @@ def judge(pods: Sequence[PodView], job_message: str = "") -> Verdict:
             return Verdict(reasons.ERROR, text, retry=True, charged=True)
     text = job_message or "the attempt's Job or pods were deleted before they said why they ended"
     return Verdict(reasons.ERROR, text[:_MESSAGE_LIMIT], retry=True, charged=True)
+
+
+def _deleted_unrun(pod: PodView) -> bool:
+    """Whether a pod was deleted before its container ran: what never began has not failed.
+
+    Of a container that it had not created, a kubelet then writes that its status is unknown, and 137.
+    """
+    if not (pod.gone or pod.deleting):
+        return False
+    return pod.end_reason == _UNKNOWN or (pod.phase == "Pending" and pod.exit_code is None)
 
 
 def judge_stopped(pods: Sequence[PodView], reason: str, message: str, *, charged: bool) -> Verdict:

@@ -60,7 +60,8 @@ def _during(step: Pass, attempt: Attempt) -> None:
         stop(step, Verdict(reasons.INTERRUPTED, edit, retry=True, charged=False))
     elif batch_job.failing or batch_job.deleting_since or any(p.failed for p in pods):
         if over(draft, batch_job, pods):
-            _finish(step, judge(pods, batch_job.failure_message))
+            deleted = bool(batch_job.deleting_since) and not batch_job.failing
+            _finish(step, judge(pods, batch_job.failure_message, job_deleted=deleted))
         else:
             _say_restarting(draft, "the attempt's other pods end")
     elif step.spec.suspend:
@@ -82,7 +83,7 @@ def _without_job(step: Pass, attempt: Attempt, pods: list[PodView]) -> None:
         draft.act(CreateGang(attempt.number, attempt.fence))
         _starting(draft, attempt, "its pods are asked for")
     elif over(draft, None, pods):
-        _finish(step, judge(pods))
+        _finish(step, judge(pods, job_deleted=True))
     else:
         # Pods that still run would take the GPUs of the next attempt, and its place in the store.
         _say_restarting(draft, "the attempt's Job was deleted; its pods end")
@@ -276,6 +277,7 @@ def _going(step: Pass, attempt: Attempt, batch_job: BatchJobView, pods: list[Pod
     draft, contact = step.draft, step.seen.rank0
     draft.set(reasons.SUSPENDED, "False", reasons.NOT_SUSPENDED)
     hands.restore_inputs(draft, ROLE_STUDENT, pods, attempt.number)
+    hands.restore_service(draft, pods)
     nodes = shape.nodes_of(step.spec, attempt)
     trouble = pod_trouble(pods) or no_pods(draft, batch_job, pods, nodes)
     if trouble:

@@ -8,6 +8,7 @@ from kubedistill_operator.plan.actions import (
     DeletePod,
     Inputs,
     RestoreInputs,
+    RestoreService,
     ScaleBatchJob,
     SuspendBatchJob,
 )
@@ -16,16 +17,19 @@ from kubedistill_operator.plan.views import BatchJobView, PodView
 
 
 def edited(batch_job: BatchJobView, nodes: int) -> str:
-    """What was changed of a gang's Job so that its pods are not all there; empty for nothing."""
+    """What was changed of a gang's Job so that its pods are not all there, or too many; or nothing.
+
+    More `parallelism` than `completions` makes no pod. More of both makes ranks beyond the world.
+    """
     if batch_job.suspended:
         return "somebody suspended its Job (spec.suspend of the DistillationJob is false)"
-    for field, value in (
-        ("completions", batch_job.completions),
-        ("parallelism", batch_job.parallelism),
-    ):
-        if value is not None and value < nodes:
-            return f"somebody set {field} of its Job to {value}; the gang has {nodes} pods"
-    return ""
+    completions, parallelism = batch_job.completions, batch_job.parallelism
+    field, value = "", nodes
+    if completions is not None and completions != nodes:
+        field, value = "completions", completions
+    elif parallelism is not None and parallelism < nodes:
+        field, value = "parallelism", parallelism
+    return f"somebody set {field} of its Job to {value}; the gang has {nodes} pods" if field else ""
 
 
 def mend_job(draft: Draft, batch_job: BatchJobView, *, suspend: bool) -> None:
@@ -50,6 +54,13 @@ def restore_inputs(
     if waited >= check:
         draft.act(RestoreInputs(role, attempt if role == ROLE_STUDENT else 0, inputs))
     draft.look_again(check if waited >= check else check - waited)
+
+
+def restore_service(draft: Draft, pods: list[PodView]) -> None:
+    """Look after the Service of pods that run: ranks that come back in them need its names."""
+    runs = any(p.active and p.phase == "Running" and not p.deleting for p in pods)
+    if draft.seen.service_due and runs:
+        draft.act(RestoreService())
 
 
 def delete_orphans(draft: Draft) -> None:

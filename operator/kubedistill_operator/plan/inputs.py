@@ -324,7 +324,8 @@ def dependency_names(raw: Mapping[str, Any]) -> tuple[str, ...]:
     """Jobs whose models this spec needs, of a spec that may be invalid."""
     found = []
     for part in ("teacher", "student"):
-        reference = (raw.get(part) or {}).get("fromJob") or {}
+        source = raw.get(part)
+        reference = source.get("fromJob") if isinstance(source, Mapping) else None
         if isinstance(reference, Mapping) and isinstance(reference.get("name"), str):
             found.append(reference["name"])
     return tuple(dict.fromkeys(found))

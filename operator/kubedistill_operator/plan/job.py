@@ -39,7 +39,7 @@ def plan_job(seen: Observed, timing: Timing) -> Plan:
         step = Pass(draft, spec)
         _summaries(step)
         gates.settle(step)
-        if _finished(draft):
+        if _finished(step):
             _clean_up(draft)
             _refresh_after_end(draft)
         else:
@@ -65,8 +65,9 @@ def _parsed(draft: Draft) -> DistillationJobSpec | None:
     return spec
 
 
-def _finished(draft: Draft) -> bool:
+def _finished(step: Pass) -> bool:
     """Whether the job has ended, for this generation of its spec."""
+    draft = step.draft
     condition = draft.conditions[reasons.SUCCEEDED]
     if condition.status == "True":
         return True
@@ -74,7 +75,11 @@ def _finished(draft: Draft) -> bool:
         return False
     if condition.observed_generation == draft.seen.generation:
         return True
-    return draft.status.start_time is not None and condition.reason not in _LIFTED_BY_EDIT
+    if draft.status.start_time is None:
+        return False
+    if condition.reason == reasons.BACKOFF_LIMIT_EXCEEDED:
+        return draft.status.failures > step.spec.backoff_limit
+    return condition.reason not in _LIFTED_BY_EDIT
 
 
 def _refresh_after_end(draft: Draft) -> None:
@@ -111,12 +116,14 @@ def _say_refusal(draft: Draft) -> None:
 def _expire(step: Pass) -> None:
     """Delete the object of a job that ended long enough ago.
 
-    Not one of a chain, which looks at its stages' jobs for as long as it is there, and not one whose
-    model another job is about to take.
+    Not one of a chain, which looks at its stages' jobs for as long as it is there; not one whose
+    model another job is about to take; and not one whose spec was refused, to be corrected.
     """
     draft, limit = step.draft, step.spec.ttl_seconds_after_finished
     succeeded = draft.conditions[reasons.SUCCEEDED]
-    if limit is None or step.seen.of_chain or not _finished(draft):
+    if limit is None or step.seen.of_chain or not _finished(step):
+        return
+    if draft.status.start_time is None and succeeded.reason == reasons.INVALID_SPEC:
         return
     if draft.attempt is not None and not draft.attempt.end_time:
         return
@@ -141,6 +148,8 @@ def _advance(step: Pass) -> None:
         if inputs is None or not preflight.check(step, inputs):
             _not_suspended(draft)
             return
+    if not lifted:
+        _follow_suspend(step)
     if _past_deadline(step, lifted=lifted):
         if not gang.take_success(step):
             limit = step.spec.active_deadline_seconds
@@ -167,6 +176,16 @@ def _not_suspended(draft: Draft) -> None:
     draft.set(reasons.SUSPENDED, "False", reasons.NOT_SUSPENDED)
 
 
+def _follow_suspend(step: Pass) -> None:
+    """Suspended becomes True when all pods have ended; the deadline's clock stands from now on."""
+    draft = step.draft
+    if not step.spec.suspend:
+        _not_suspended(draft)
+    elif draft.conditions[reasons.SUSPENDED].status == "False":
+        text = "spec.suspend is true; the pods end"
+        draft.set(reasons.SUSPENDED, "Unknown", reasons.IS_SUSPENDED, text)
+
+
 def _past_deadline(step: Pass, *, lifted: bool) -> bool:
     """Whether its time is over. As a Job's, its clock stands while suspended, and starts anew then.
 
@@ -177,9 +196,7 @@ def _past_deadline(step: Pass, *, lifted: bool) -> bool:
         return False
     suspended = draft.conditions[reasons.SUSPENDED]
     passed = seconds_since(draft.status.start_time, draft.now)
-    if suspended.status == "True":
-        passed = 0.0
-    elif suspended.status == "False":
+    if suspended.status == "False":
         passed = min(passed, seconds_since(suspended.last_transition_time, draft.now))
     if passed < limit:
         draft.look_again(limit - passed)
@@ -190,6 +207,8 @@ def _past_deadline(step: Pass, *, lifted: bool) -> bool:
 def _wind_down_all(draft: Draft) -> None:
     """The job has ended: nothing of it goes on running."""
     condition = draft.conditions[reasons.SUCCEEDED]
+    if draft.conditions[reasons.SUSPENDED].reason == reasons.IS_SUSPENDED:
+        _not_suspended(draft)
     ending.stop_attempt(draft, condition.reason, condition.message)
     ending.wind_down(draft)
     writers = draft.seen.batch_jobs.get(teacher_name(draft.seen.name))

@@ -11,7 +11,7 @@ from kubedistill_api.names import MAX_JOB_NAME_LENGTH, stage_job_name, trial_job
 
 from kubedistill_operator.plan import gates
 from kubedistill_operator.plan.compose import compose
-from kubedistill_operator.plan.inputs import parse_spec
+from kubedistill_operator.plan.inputs import dependency_names, parse_spec
 from kubedistill_operator.plan.stages import Jobs, Part, Standing, standing_of_one
 from kubedistill_operator.plan.sweep import problems_of, standing_of_sweep
 
@@ -67,6 +67,13 @@ def job_names(name: str, raw: Mapping[str, Any]) -> set[str]:
         for value in (stage.get("sweep") or {}).get("temperature") or []:
             found.add(trial_job_name(name, stage_name, value))
     return found
+
+
+def models_of_chain(raw: Mapping[str, Any]) -> set[str]:
+    """Jobs whose models a chain's spec asks for by name, which may be invalid."""
+    stages = raw.get("stages")
+    parts = [raw.get("template"), *(stages if isinstance(stages, list) else [])]
+    return {name for part in parts if isinstance(part, Mapping) for name in dependency_names(part)}
 
 
 def _parts(

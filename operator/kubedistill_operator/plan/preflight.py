@@ -34,11 +34,16 @@ def check(step: Pass, inputs: Inputs) -> bool:
     """True when the inputs are accepted (in this pass); else the conditions say what is missing."""
     draft, seen = step.draft, step.seen
     name = preflight_name(seen.name, inputs.digest)
+    corrected = 0 < seen.status.observed_generation < seen.generation
     for other in seen.batch_jobs.values():
         if other.role == ROLE_PREFLIGHT and other.name != name and not other.deleting_since:
             draft.act(DeleteBatchJob(other.name))
+            corrected = True
     batch_job = seen.batch_jobs.get(name)
     if batch_job is None:
+        if corrected:
+            # The failures were those of other inputs.
+            draft.update(failures=0)
         draft.act(CreatePreflight(inputs, draft.status.failures + 1))
         _validating(step, _CHECKS)
         return False

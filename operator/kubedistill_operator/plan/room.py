@@ -17,12 +17,37 @@ _OF_WAITING = frozenset({reasons.PEER_LOST, reasons.STALLED, reasons.ERROR})
 
 def in_vain(step: Pass, pods: list[PodView], verdict: Verdict) -> Verdict:
     """Of pods that gave up waiting for others that found no place: nobody failed."""
-    unplaced = [p for p in pods if p.unschedulable and not p.placed]
-    if not unplaced or verdict.reason not in _OF_WAITING:
+    why = _unplaced(pods, verdict) or _unmade(step, pods, verdict)
+    if not why:
         return verdict
     step.draft.change_attempt(placed_nodes=sum(p.placed for p in pods))
-    text = f"pod {unplaced[0].name} found no place while the others waited: {unplaced[0].unschedulable}"
-    return Verdict(reasons.UNSCHEDULABLE, text[:1000], retry=True, charged=False)
+    return Verdict(reasons.UNSCHEDULABLE, why[:1000], retry=True, charged=False)
+
+
+def _unplaced(pods: list[PodView], verdict: Verdict) -> str:
+    unplaced = [p for p in pods if p.unschedulable and not p.placed]
+    if not unplaced or verdict.reason not in _OF_WAITING:
+        return ""
+    return f"pod {unplaced[0].name} found no place while the others waited: {unplaced[0].unschedulable}"
+
+
+def _unmade(step: Pass, pods: list[PodView], verdict: Verdict) -> str:
+    """Of a gang that was never whole: a quota forbids a pod, or a webhook.
+
+    Only pods that waited tell: others may fail while their Job still makes the rest of them. One that
+    has made a step was whole: then what is missing was deleted while nobody looked.
+    """
+    attempt = step.draft.attempt
+    if attempt is None or attempt.last_step or attempt.resumed_from_step is not None:
+        return ""
+    nodes, made = shape.nodes_of(step.spec, attempt), len({p.index for p in pods})
+    if made >= nodes or not made or verdict.reason != reasons.PEER_LOST:
+        return ""
+    name = step.draft.attempt_name(attempt.number)
+    return (
+        f"{made} of {nodes} pods were made, and waited for the others in vain: `kubectl describe job "
+        f"{name}` says why (a quota, an admission webhook, Pod Security)"
+    )
 
 
 def shortage(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,14 @@ from kubedistill_api import reasons
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.status import Condition, DistillationJobStatus
 from kubedistill_api.sweep import TrialStatus
+from pydantic.alias_generators import to_camel
 
 from kubedistill_operator.plan.inputs import parse_spec
 from kubedistill_operator.plan.views import BatchJobView
+
+GATES = ("gates",)
+HANDED_ON = (*GATES, "backoff_limit", "active_deadline_seconds", "stall_timeout_seconds")
+"""What a chain keeps of its jobs as its own spec says, whatever they were made with."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,17 @@ class StageJob:
     def differs(self, wanted: DistillationJobSpec) -> bool:
         """Whether it was made from another spec. What a chain hands on any time does not count."""
         spec, _ = parse_spec(self.spec)
-        handed_on = {"suspend": wanted.suspend, "gates": wanted.gates}
+        handed_on = {name: getattr(wanted, name) for name in ("suspend", *HANDED_ON)}
         return spec is None or spec.model_copy(update=handed_on) != wanted
 
-    def gates_differ(self, wanted: DistillationJobSpec) -> bool:
-        """Whether it has other gates than the chain's spec now says."""
+    def outdated(self, wanted: DistillationJobSpec, names: Sequence[str]) -> dict[str, Any]:
+        """Of these fields, on the wire, those that the chain's spec now says otherwise; None: none."""
         spec, _ = parse_spec(self.spec)
-        return spec is not None and spec.gates != wanted.gates
+        if spec is None:
+            return {}
+        wire = wanted.to_wire()
+        differ = [name for name in names if getattr(spec, name) != getattr(wanted, name)]
+        return {to_camel(name): wire.get(to_camel(name)) for name in differ}
 
 
 Jobs = Mapping[str, StageJob]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from kubedistill_api import names
@@ -90,6 +92,56 @@ def config_map(owner: Owner, name: str, run: RunSpec) -> dict[str, Any]:
             names.RUN_SPEC_FILE: run.model_dump_json(by_alias=True, exclude_none=True, indent=1)
         },
     }
+
+
+def pinned(job: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """A Job whose pods take no other run spec than that of the ConfigMap `inputs`.
+
+    It is said in their template, which nobody can change, beside a ConfigMap that can be replaced.
+    """
+    pin = {"name": names.RUN_SPEC_DIGEST, "value": _digest(inputs)}
+    template = job["spec"]["template"]
+    containers = [
+        {**c, "env": [*(e for e in c.get("env", []) if e["name"] != pin["name"]), pin]}
+        if c["name"] == names.CONTAINER
+        else c
+        for c in template["spec"]["containers"]
+    ]
+    template = {**template, "spec": {**template["spec"], "containers": containers}}
+    return {**job, "spec": {**job["spec"], "template": template}}
+
+
+def pin_of(job: Mapping[str, Any]) -> str:
+    """The digest of the run spec that a Job's pods take; empty where they take any."""
+    for container in job["spec"]["template"]["spec"]["containers"]:
+        for entry in container.get("env") or []:
+            if (container["name"], entry["name"]) == (names.CONTAINER, names.RUN_SPEC_DIGEST):
+                return str(entry.get("value", ""))
+    return ""
+
+
+def replaced(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], job: Mapping[str, Any] | None
+) -> bool:
+    """Whether the ConfigMap that is there is not the one that the pods of its Job are made for.
+
+    Without a Job it is to be the `wanted` one. A Job that is there says itself which one it was made
+    with: an operator of another version may have written the same in other words. The pods of a Job
+    that does not say it are left alone.
+    """
+    if job is None:
+        return bool(found.get("data") != wanted["data"])
+    return not fits(found, job)
+
+
+def fits(config_map: Mapping[str, Any], job: Mapping[str, Any]) -> bool:
+    """Whether a Job's pods take the run spec in this ConfigMap."""
+    return pin_of(job) in ("", _digest(config_map))
+
+
+def _digest(config_map: Mapping[str, Any]) -> str:
+    text = (config_map.get("data") or {}).get(names.RUN_SPEC_FILE, "")
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_config_map(raw: dict[str, Any]) -> RunSpec:
