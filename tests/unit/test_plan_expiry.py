@@ -110,6 +110,10 @@ def test_an_edit_that_lifts_nothing_starts_no_time_anew() -> None:
     assert plan.requeue_after is not None
     assert plan.requeue_after <= 40
     assert DeleteFinished() in settled(after(edited, seconds=60)).actions
+    # The same where it was a writer of the teacher that failed too often.
+    writers = failed.status.model_copy(update={"failures": 0, "teacher_failures": [0, 3]})
+    writers = settled(replace(failed, status=writers)).status
+    assert settled(replace(edited, status=writers)).status.completion_time == over
 
 
 def test_a_chains_job_stays_with_its_chain() -> None:

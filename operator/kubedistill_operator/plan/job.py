@@ -78,7 +78,8 @@ def _finished(step: Pass) -> bool:
     if draft.status.start_time is None:
         return False
     if condition.reason == reasons.BACKOFF_LIMIT_EXCEEDED:
-        return draft.status.failures > step.spec.backoff_limit
+        most = max([draft.status.failures, *draft.status.teacher_failures])
+        return most > step.spec.backoff_limit
     return condition.reason not in _LIFTED_BY_EDIT
 
 
