@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from datetime import UTC, datetime
 
 from kubedistill_api import names, reasons
 
@@ -129,7 +128,9 @@ class Reconciler:
         teacher = await self._ask(raw, current, names.ROLE_TEACHER)
         unanswered = self._poller.unanswered((key.namespace, key.name, names.ROLE_STUDENT))
         refusal = self._refusals.get(key)
-        seen = observe_job(self._cache, raw, rank0, teacher, refusal, unanswered)
+        seen = observe_job(
+            self._cache, raw, self._cluster.clock.now(), rank0, teacher, refusal, unanswered
+        )
         plan = plan_job(seen, self._timing)
         if plan.status != seen.status:
             wire = plan.status.to_wire()
@@ -168,7 +169,7 @@ class Reconciler:
     async def _tell(self, raw: Raw, events: tuple[Event, ...]) -> None:
         for event in events:
             try:
-                await self._effects.tell(raw, event, datetime.now(UTC))
+                await self._effects.tell(raw, event, self._cluster.clock.now())
             except ApiError as error:
                 # An event is a courtesy: training does not wait for it.
                 _log.warning(
@@ -204,7 +205,7 @@ class Reconciler:
             return None
         if raw["metadata"].get("deletionTimestamp"):
             return None
-        seen = observe_chain(self._cache, raw, self._refusals.get(key))
+        seen = observe_chain(self._cache, raw, self._cluster.clock.now(), self._refusals.get(key))
         plan = plan_chain(seen)
         if plan.status != seen.status:
             wire = plan.status.to_wire()

@@ -97,13 +97,13 @@ def test_who_waits_for_a_model(status: dict[str, Any], waits: bool) -> None:
     first: Raw = {"metadata": metadata | {"generation": 1}, "spec": spec()}
     cache.put_job(first)
     cache.put_job(dependent("next", **status))
-    seen = observe_job(cache, first, None, None)
+    seen = observe_job(cache, first, NOW, None, None)
     assert seen.waited_for_by == (("next",) if waits else ())
     assert not seen.of_chain
     owned = {**first, "metadata": first["metadata"] | {
         "ownerReferences": [{"kind": "DistillationChain", "name": "c", "uid": "c"}]
     }}  # fmt: skip
-    assert observe_job(cache, owned, None, None).of_chain
+    assert observe_job(cache, owned, NOW, None, None).of_chain
 
 
 def test_the_time_of_a_step_is_that_of_our_own_clock() -> None:

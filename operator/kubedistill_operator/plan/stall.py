@@ -29,7 +29,7 @@ def stall(step: Pass, attempt: Attempt) -> str | None:
 
 
 def _stepped_at(step: Pass, attempt: Attempt, contact: Contact, reported: float) -> float:
-    """When the latest step was, by our own clock: clocks of nodes may be an hour apart.
+    """When the latest step was, by the clock of plans: clocks of nodes may be an hour apart.
 
     After a restart of the operator the status knows since when nothing changed. It does not know of
     signs of life between steps.
