@@ -18,6 +18,7 @@ import aiohttp
 from kubedistill_api.base import CHAIN_PLURAL, GROUP, JOB_PLURAL, VERSION
 from kubernetes.aio import client, config
 
+from kubedistill_operator.clock import ServerClock
 from kubedistill_operator.wire import yaml_safe_json
 
 FIELD_MANAGER = "kubedistill-operator"
@@ -106,6 +107,7 @@ class Cluster:
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self.may_write = may_write
         self.calls: dict[str, int] = {}
+        self.clock = ServerClock()
 
     @classmethod
     async def connect(cls, timeout_seconds: float, connections: int) -> Cluster:
@@ -254,19 +256,29 @@ class Cluster:
         response = await self.api.rest_client.request(
             method, url, headers=headers, body=body, _request_timeout=self._timeout
         )
+        self.clock.heard(response.headers.get("Date"))
         text = await response.read()
-        document: dict[str, Any] = _json(text)
+        document = _json(text)
         if response.status >= 400:
-            raise _error(response.status, document, response.reason or "")
+            told = (
+                {"message": text[:200].decode(errors="replace")} if document is None else document
+            )
+            raise _error(response.status, told, response.reason or "")
+        if document is None:
+            # As an empty one it would say that nothing is there any more.
+            raise aiohttp.ClientPayloadError(
+                f"{method} {path}: {response.status} without an object"
+            )
         return document
 
 
-def _json(text: bytes) -> dict[str, Any]:
+def _json(text: bytes) -> dict[str, Any] | None:
+    """An object; None where the text is none."""
     try:
         document = json.loads(text)
     except ValueError:
-        return {"message": text[:200].decode(errors="replace")}
-    return document if isinstance(document, dict) else {}
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def _error(status: int, document: Mapping[str, Any], reason: str) -> ApiError:

@@ -37,3 +37,7 @@ def set_up(level: str) -> None:
     # kopf tells of every event of every object at INFO.
     for noisy in ("kopf.objects", "kopf.activities", "aiohttp.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # It is in a thread of its own, and signals are heard all the same.
+    logging.getLogger("kopf._core.reactor.running").addFilter(
+        lambda record: not record.getMessage().startswith("OS signals are ignored")
+    )

@@ -8,8 +8,6 @@ import logging
 import signal
 import sys
 
-import kopf
-
 from kubedistill_operator import logs
 from kubedistill_operator.cache import Cache
 from kubedistill_operator.cluster import Cluster, log_failure
@@ -23,7 +21,8 @@ from kubedistill_operator.queue import WorkQueue, work
 from kubedistill_operator.reconcile import Reconciler
 from kubedistill_operator.resources.pods import TrainerImage
 from kubedistill_operator.settings import Settings
-from kubedistill_operator.watch import Resync, Watcher, kopf_settings, registry_for
+from kubedistill_operator.watch import Resync, Watcher
+from kubedistill_operator.watching import keep_watching
 
 _log = logging.getLogger(__name__)
 _END_SECONDS = 5
@@ -99,7 +98,9 @@ async def _lead(
 ) -> None:
     """Work until told to stop. Everything is listed before anything is decided."""
     cache = Cache()
-    poller = Poller(settings.progress_poll_seconds, settings.progress_timeout_seconds)
+    poller = Poller(
+        settings.progress_poll_seconds, settings.progress_timeout_seconds, cluster.clock.now
+    )
     trainer = TrainerImage(
         settings.trainer_image, settings.trainer_image_pull_policy, settings.trainer_env
     )
@@ -108,22 +109,19 @@ async def _lead(
     effects = Effects(cluster, cache, trainer, watcher.job, grace)
     reconciler = Reconciler(cluster, cache, effects, poller, metrics, timing_of(settings))
     resync = Resync(cluster, cache, watcher, queue, settings)
-    await resync.once()
+    await resync.first()
     health.resync = resync
     tasks = [
         asyncio.create_task(work(queue, reconciler.reconcile), name=f"worker-{number}")
         for number in range(settings.workers)
     ]
     tasks.append(asyncio.create_task(resync.run(), name="resync"))
+    watching = asyncio.create_task(keep_watching(watcher, settings), name="watches")
+    tasks.append(watching)
     try:
-        await kopf.operator(
-            registry=registry_for(watcher),
-            settings=kopf_settings(settings),
-            standalone=True,
-            clusterwide=not settings.watch_namespaces,
-            namespaces=settings.watch_namespaces,
-            stop_flag=stop,
-        )
+        await _first(stop.wait(), watching)
+        if watching.done():
+            await watching
     finally:
         for task in tasks:
             task.cancel()

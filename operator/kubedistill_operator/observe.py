@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 
 from kubedistill_api import names, reasons
 from kubedistill_api.base import CHAIN_KIND
@@ -57,6 +57,7 @@ def _is_of(child: Raw, uid: str) -> bool:
 def observe_job(
     cache: Cache,
     raw: Raw,
+    now: datetime,
     rank0: Contact | None,
     teacher: Contact | None,
     refusal: Refusal | None = None,
@@ -80,7 +81,7 @@ def observe_job(
         generation=metadata["generation"],
         spec=raw["spec"],
         status=job_status(raw),
-        now=datetime.now(UTC),
+        now=now,
         batch_jobs=batch_jobs,
         deleted_batch_jobs=frozenset(gone),
         pods=pods(cache, raw),
@@ -168,7 +169,9 @@ def _succeeded(raw: Raw) -> Raw:
     return next((c for c in conditions if c["type"] == reasons.SUCCEEDED), {})
 
 
-def observe_chain(cache: Cache, raw: Raw, refusal: Refusal | None = None) -> ObservedChain:
+def observe_chain(
+    cache: Cache, raw: Raw, now: datetime, refusal: Refusal | None = None
+) -> ObservedChain:
     """Everything the plan of a chain may use."""
     metadata = raw["metadata"]
     namespace, name = metadata["namespace"], metadata["name"]
@@ -182,7 +185,7 @@ def observe_chain(cache: Cache, raw: Raw, refusal: Refusal | None = None) -> Obs
         generation=metadata["generation"],
         spec=raw["spec"],
         status=DistillationChainStatus.model_validate(raw.get("status") or {}),
-        now=datetime.now(UTC),
+        now=now,
         jobs={n: job for n, job in jobs.items() if job.ours or n in wanted or job.leaving},
         refusal=refusal,
     )

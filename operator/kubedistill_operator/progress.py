@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 import aiohttp
 from kubedistill_api.names import EXPORTER_PORT
@@ -44,8 +45,12 @@ class _Known:
 class Poller:
     """The latest answers, by job and role."""
 
-    def __init__(self, interval_seconds: float, timeout_seconds: float) -> None:
+    def __init__(
+        self, interval_seconds: float, timeout_seconds: float, now: Callable[[], datetime]
+    ) -> None:
+        """`now` is the time by which plans go."""
         self._interval = interval_seconds
+        self._now = now
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self._known: dict[Target, _Known] = {}
         self._session: aiohttp.ClientSession | None = None
@@ -54,13 +59,13 @@ class Poller:
         """The newest answer of that pod; asks only when the last question is old enough."""
         known = self._known.get(target)
         if known is None or (known.pod, known.address) != (pod, address):
-            known = self._known[target] = _Known(pod, address, datetime.now(UTC))
+            known = self._known[target] = _Known(pod, address, self._now())
         # A tenth less: a pass that was asked for in one interval must not find it not yet over.
         if time.monotonic() - known.asked_at >= self._interval * 0.9:
             known.asked_at = time.monotonic()
             report = await self._fetch(address)
             if report is not None:
-                known.contact = contact_of(report, known.contact, datetime.now(UTC))
+                known.contact = contact_of(report, known.contact, self._now())
         return known.contact
 
     def last(self, target: Target) -> Contact | None:

@@ -43,6 +43,18 @@ class Failures:
         return wait * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load, guards nothing
 
 
+@dataclass
+class Waits:
+    """Waits after failures of something that there is once: doubled each time, capped."""
+
+    seconds: float = 0.5
+    cap_seconds: float = 30.0
+
+    def next(self) -> float:
+        wait, self.seconds = self.seconds, min(self.cap_seconds, 2 * self.seconds)
+        return wait
+
+
 class WorkQueue:
     """Deduplicated keys, ready now or later."""
 

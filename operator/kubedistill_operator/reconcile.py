@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from datetime import UTC, datetime
 
 from kubedistill_api import names, reasons
 
@@ -137,7 +136,7 @@ class Reconciler:
         refusal = self._refusals.get(key)
         since = time.monotonic() - self._serviced.get(key, float("-inf"))
         seen = observe_job(
-            self._cache, raw, rank0, teacher, refusal, unanswered,
+            self._cache, raw, self._cluster.clock.now(), rank0, teacher, refusal, unanswered,
             service_due=since >= _SERVICE_SECONDS,
         )  # fmt: skip
         plan = plan_job(seen, self._timing)
@@ -182,7 +181,7 @@ class Reconciler:
     async def _tell(self, raw: Raw, events: tuple[Event, ...]) -> None:
         for event in events:
             try:
-                await self._effects.tell(raw, event, datetime.now(UTC))
+                await self._effects.tell(raw, event, self._cluster.clock.now())
             except ApiError as error:
                 # An event is a courtesy: training does not wait for it.
                 _log.warning(
@@ -218,7 +217,7 @@ class Reconciler:
             return None
         if raw["metadata"].get("deletionTimestamp"):
             return None
-        seen = observe_chain(self._cache, raw, self._refusals.get(key))
+        seen = observe_chain(self._cache, raw, self._cluster.clock.now(), self._refusals.get(key))
         plan = plan_chain(seen)
         if plan.status != seen.status:
             wire = plan.status.to_wire()

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import kopf
@@ -27,6 +28,7 @@ from kubedistill_api.names import (
 
 from kubedistill_operator.cache import Cache, Kind, Raw, name_of, version_of
 from kubedistill_operator.cluster import (
+    API_FAILURES,
     BATCH_JOBS,
     DISTILLATION_CHAINS,
     DISTILLATION_JOBS,
@@ -35,7 +37,7 @@ from kubedistill_operator.cluster import (
     Resource,
     log_failure,
 )
-from kubedistill_operator.queue import Key, WorkQueue
+from kubedistill_operator.queue import Key, Waits, WorkQueue
 from kubedistill_operator.reconcile import CHAIN, JOB
 from kubedistill_operator.settings import Settings
 
@@ -105,8 +107,8 @@ def server_of(environment: Mapping[str, str]) -> str | None:
     return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
 
 
-def registry_for(watcher: Watcher) -> kopf.OperatorRegistry:
-    """kopf handlers that do nothing but hand over what they got."""
+def registry_for(watcher: Watcher, work: asyncio.AbstractEventLoop) -> kopf.OperatorRegistry:
+    """kopf handlers that do nothing but hand over what they got, to the loop in which the work is."""
     registry = kopf.OperatorRegistry()
 
     async def log_in(**kwargs: Any) -> kopf.ConnectionInfo | None:
@@ -125,7 +127,8 @@ def registry_for(watcher: Watcher) -> kopf.OperatorRegistry:
     ):
 
         async def hand_over(event: Any, take: Any = take, **_: Any) -> None:
-            take(dict(event["object"]), deleted=event["type"] == "DELETED")
+            deleted = event["type"] == "DELETED"
+            work.call_soon_threadsafe(partial(take, dict(event["object"]), deleted=deleted))
 
         kopf.on.event(*resource, id=resource[2], labels=labels, registry=registry)(hand_over)
     return registry
@@ -144,7 +147,8 @@ def kopf_settings(settings: Settings) -> kopf.OperatorSettings:
     result.watching.label_selectors["batch", "v1", "jobs"] = OURS
     result.watching.label_selectors["", "v1", "pods"] = OURS
     result.networking.request_timeout = settings.api_timeout_seconds
-    result.process.ultimate_exiting_timeout = 20
+    # By SIGKILL of the whole process: kopf's end is not ours.
+    result.process.ultimate_exiting_timeout = None
     return result
 
 
@@ -167,6 +171,17 @@ class Resync:
         ]
         self.finished_at = time.monotonic()
         self.frozen_rounds = 0
+
+    async def first(self) -> None:
+        """The listing before anything is decided. An API server that is not well is asked again."""
+        waits = Waits()
+        while True:
+            try:
+                return await self.once()
+            except API_FAILURES as error:
+                wait = waits.next()
+                log_failure(_log, "the first listing failed", error, wait=wait)
+                await asyncio.sleep(wait)
 
     async def run(self) -> None:
         """Forever; a round that fails is tried again soon."""

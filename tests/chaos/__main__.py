@@ -20,6 +20,7 @@ from chaos.fuzz import fuzz_family
 from chaos.gang_bench import GangBench
 from chaos.gang_node import gang_families
 from chaos.operator_bench import OperatorBench
+from chaos.operator_clock import clock_families
 from chaos.operator_families import operator_families
 from chaos.operator_lost import lost_families
 from chaos.operator_node import node_families
@@ -40,7 +41,7 @@ def _store(folder: Path) -> Iterator[list[Family]]:
 @contextlib.contextmanager
 def _operator(folder: Path) -> Iterator[list[Family]]:
     with OperatorBench(folder / "operator", nodes=2) as bench:
-        faults = [*operator_families(bench), *node_families(bench)]
+        faults = [*operator_families(bench), *clock_families(bench), *node_families(bench)]
         yield [*faults, fuzz_family(bench, FUZZED), *lost_families(bench)]
 
 

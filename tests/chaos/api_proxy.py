@@ -35,6 +35,8 @@ class Event(StrEnum):
     """After the next one."""
     CUT = "cut"
     """The watch ends in the middle of it."""
+    STALL = "stalled"
+    """Half of it, then silence for longer than a client waits, then the rest."""
     GONE = "410 Gone"
     """In its place comes the error that tells the client to list anew; then the watch ends."""
 
@@ -65,7 +67,12 @@ _REASONS = {
     409: "Conflict", 410: "Expired", 429: "TooManyRequests", 500: "InternalError",
     503: "ServiceUnavailable", 504: "Timeout",
 }  # fmt: skip
-_LATE_SECONDS = 1.5
+_LATE_SECONDS, _STALL_SECONDS = 1.5, 25.0
+_AT_FIRST_EVENT = {
+    Kind.TRUNCATE: Event.CUT, Kind.RESET_AFTER: Event.CUT, Kind.STALL: Event.STALL,
+}  # fmt: skip
+"""What a fault of an answer is to a watch, whose answer does not end."""
+_OF_WATCHES = {Kind.PASS, Kind.DELAY, Kind.SKEW, *_AT_FIRST_EVENT}
 
 
 def is_write(call: Call) -> bool:
@@ -116,11 +123,11 @@ class ApiProxy(Proxy):
     ) -> bool:
         # What is compressed cannot be taken apart.
         request = request.with_header("Accept-Encoding", "identity")
-        if "watch=" not in call.target or fault.kind != Kind.PASS:
+        if "watch=" not in call.target or fault.kind not in _OF_WATCHES:
             return await super()._serve(call, fault, request, client)
         self.log.append(Entry(call, fault))
         reader, writer = client
-        watch = asyncio.create_task(self._watch(call, request, writer))
+        watch = asyncio.create_task(self._watch(call, fault, request, writer))
         # A client that is killed says nothing on its watches: its end must end them at the server.
         gone = asyncio.create_task(reader.read(1))
         try:
@@ -131,31 +138,42 @@ class ApiProxy(Proxy):
             await asyncio.gather(watch, gone, return_exceptions=True)
         return False
 
-    async def _watch(self, call: Call, request: wire.Message, writer: asyncio.StreamWriter) -> None:
+    async def _watch(
+        self, call: Call, fault: Fault, request: wire.Message, writer: asyncio.StreamWriter
+    ) -> None:
+        if fault.kind == Kind.DELAY:
+            await asyncio.sleep(fault.seconds)
         reader, upstream = await self._connect()
         try:
             upstream.write(request.raw)
             head = await wire.read_answer_head(reader)
+            if fault.kind == Kind.SKEW:
+                head = self._skewed(head, fault.seconds)
             writer.write(head.head)
             if head.status != 200:
                 writer.write(await wire.read_body(reader, head, of_answer=True))
                 await writer.drain()
                 return
             await writer.drain()
+            first = _AT_FIRST_EVENT.get(fault.kind, Event.PASS)
             with contextlib.suppress(wire.Closed, ConnectionError):
-                await self._pass_on(call, reader, writer)
+                await self._pass_on(call, first, reader, writer)
         finally:
             upstream.close()
 
     async def _pass_on(
-        self, call: Call, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, call: Call, first: Event, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """Every event as its script wants it, until the watch ends here or there."""
+        """Every event as its script wants it, until the watch ends here or there.
+
+        `first` is the first one's, where it is not PASS.
+        """
         held = b""
         async for line in _lines(reader):
-            fate = self._fate(call, line)
+            fate, first = self._fate(call, line, first), Event.PASS
+            half = len(line) // 2
             if fate == Event.CUT:
-                writer.write(_chunk(line[: len(line) // 2]))
+                writer.write(_chunk(line[:half]))
                 break
             if fate == Event.GONE:
                 writer.write(_chunk(json.dumps(_GONE).encode() + b"\n") + _chunk(b""))
@@ -163,6 +181,11 @@ class ApiProxy(Proxy):
             if fate == Event.SWAP and not held:
                 held = line
                 continue
+            if fate == Event.STALL:
+                writer.write(_chunk(line[:half]))
+                await writer.drain()
+                await asyncio.sleep(_STALL_SECONDS)
+                line = line[half:]  # noqa: PLW2901 - what is still to be sent of it
             if fate == Event.LATE:
                 await asyncio.sleep(_LATE_SECONDS)
             if fate != Event.DROP:
@@ -175,15 +198,15 @@ class ApiProxy(Proxy):
             writer.write(_chunk(b""))
         await writer.drain()
 
-    def _fate(self, call: Call, line: bytes) -> Event:
+    def _fate(self, call: Call, line: bytes, first: Event) -> Event:
         number = self._event_counts.get(call.client, 0)
         self._event_counts[call.client] = number + 1
         told = json.loads(line)
         name = str((told.get("object", {}).get("metadata") or {}).get("name", ""))
         seen = Seen(call.client, number, call.path, str(told.get("type")), name)
         script = self.watches.get(call.client)
-        fate = script(seen) if script else Event.PASS
-        if fate != Event.PASS:
+        fate = first if first != Event.PASS else script(seen) if script else Event.PASS
+        if fate not in (Event.PASS, first):
             self.events.append((seen, fate))
         return fate
 

@@ -66,13 +66,15 @@ class Goal:
 
 def goals(runs: Iterable[Run]) -> list[Goal]:
     """A run of the operator is one process of it, from its start to its end."""
-    operator = stored = mutated = 0
+    operator = cases = stored = mutated = 0
     for run in runs:
+        cases += run.family.startswith(OPERATOR)
         operator += run.lives * run.family.startswith(OPERATOR)
         stored += len(run.faults) * run.family.startswith(STORE)
         mutated += len(run.faults) * (run.family == FUZZ)
     return [
         Goal("operator runs", 1000, operator),
+        Goal("operator cases", 150, cases),
         Goal("store faults", 500, stored),
         Goal("mutated objects", 1000, mutated),
     ]

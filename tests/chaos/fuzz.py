@@ -15,33 +15,29 @@ from typing import Any
 from devcluster.node.api import ApiError
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from operator_kit import ONLINE, job, template
+from operator_kit import ONLINE, chain, job, template
 
 from chaos.figures import FUZZ, Family, Run
-from chaos.operator_bench import OperatorBench, World, cleaned
-from chaos.operator_judge import AT_ONCE, differences
-from chaos.schema import edited, edits, spec_schema
+from chaos.fuzz_states import State, condition, end, has_verdict, looked_at, stands
+from chaos.operator_bench import OperatorBench, World
+from chaos.operator_judge import AT_ONCE, differences, ends
+from chaos.operator_state import GROUP, children
+from chaos.schema import CHAIN, JOB, Schema, edited, edits, spec_schema
 
-_JOBS = "/apis/kubedistill.dev/v1alpha1/namespaces/{}/distillationjobs"
 _CASES = 8
 _BATCH = 8
 _SECONDS = 240.0
-_SAYS_WHY = {
-    "SecretNotFound", "DependencyNotFound", "WaitingForDependency", "DependencyCycle",
-    "DependencyFailed", "Suspended", "Queued", "Unschedulable", "ManagedElsewhere",
-}  # fmt: skip
-"""Reasons for not being validated yet that tell the user what is waited for."""
-_STANDS = _SAYS_WHY | {"PodNotStarting", "CreationRefused"}
-"""Reasons with which an object may stay as it is."""
+_PUTS = 20
+_LEAST_REPAIRED = 1 / 4
+"""Of all objects: below it, a case has not looked at what it is for."""
 _SOON_SECONDS = 300
 """A shorter deadline ends a job by the clock, at any point of its life: two of them end differently."""
 _SLOW = re.compile(r"^([\w.]+\.)?\w*(Timeout\w*|ServerDisconnectedError)\b")
 """Last line of a traceback that tells of a machine with too much to do."""
-_NONCE = re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b")
-"""Of a key that a preflight of the trainer's own tried the store with, in its message."""
+_REFUSED = "refused"
+"""The API server's answer to a child that a mutated spec asks for: the object's state has it too."""
 _DRAWING = threading.Lock()
 """Of hypothesis, whose state is the process's."""
-State = dict[str, Any]
 
 
 def fuzz_family(bench: OperatorBench, objects: int) -> Family:
@@ -54,20 +50,45 @@ def fuzz_family(bench: OperatorBench, objects: int) -> Family:
             world.start()
             _Fuzz(run, world).go(share, draw.getrandbits(32))
             run.lives += len(world.lives)
+            run.violations += ends(run, world)
             # The API server is well: even an object that goes while it is looked at is no error.
             run.violations += [
-                f"in the log: {last}"[:400] for last in world.failures() if not _SLOW.match(last)
+                f"in the log: {trouble}"[:400]
+                for trouble in world.troubles()
+                if trouble.message != _REFUSED and not _SLOW.match(trouble.error)
             ]
+        if run.told["edited and repaired"] < share * _LEAST_REPAIRED:
+            run.violations.append(f"too few of {share} were edited and repaired: {run.told}")
 
     return Family(FUZZ, cases, run_all, AT_ONCE)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A kind of object, and what is done to it."""
+
+    name: str
+    kind: str = JOB
+
+    @property
+    def path(self) -> str:
+        return f"{self.kind.lower()}s"
+
+
+_SUSPENDED, _MENDED, _ENDED = _Way("suspended"), _Way("mended"), _Way("ended")
+# A stage that has begun with an edit keeps it: chains are edited while nothing of them has begun.
+_CHAIN = _Way("suspended", CHAIN)
+_WAYS = (_SUSPENDED, _MENDED, _SUSPENDED, _MENDED, _SUSPENDED, _CHAIN, _SUSPENDED, _ENDED)
+"""Half of the objects train to their end; of the others the preflight finds bad data, and an edit makes
+it look again. What the pods say is the same for an object and its twin."""
 
 
 @dataclass
 class _Object:
     """A spec as it is to be, and an edit of it that is made and taken back."""
 
-    name: str
-    way: str
+    stem: str
+    way: _Way
     spec: State
     edits: list[Any]
     edit: Any = None
@@ -76,21 +97,31 @@ class _Object:
         self.edit = self.edits[0]
 
     @property
+    def name(self) -> str:
+        return f"{self.stem}-once"
+
+    @property
+    def twin(self) -> str:
+        """The same object, never edited. Its name is as long: names of its parts are bounded."""
+        return f"{self.stem}-twin"
+
+    @property
     def first(self) -> State:
         """What is created. A job that has started refuses edits, so most have not when they come."""
-        if self.way == "suspended":
+        if self.way.name == "suspended":
             return self.spec | {"suspend": True}
-        return self.changed if self.way == "mended" else self.spec
+        return self.changed if self.way == _MENDED else self.spec
 
     @property
     def changed(self) -> State:
-        suspended = {"suspend": True} if self.way == "suspended" else {}
+        suspended = {"suspend": True} if self.way.name == "suspended" else {}
         return edited(self.spec, self.edit) | suspended
 
-
-_WAYS = ("suspended", "mended", "suspended", "mended", "suspended", "mended", "suspended", "ended")
-"""Half of the objects train to their end; of the others the preflight finds bad data, and an edit makes
-it look again. What the pods say is the same for an object and its twin."""
+    @property
+    def may_vanish(self) -> bool:
+        """Whether it may be deleted once it has ended: as it is, or as it was edited."""
+        return any(spec.get("ttlSecondsAfterFinished") is not None
+                   for spec in (self.spec, self.changed))  # fmt: skip
 
 
 class _Fuzz:
@@ -101,69 +132,91 @@ class _Fuzz:
         self._world = world
         self._api = world.bench.handle.api
         self._count = 0
-        self._path = _JOBS.format(world.namespace)
-        times = {"STEPS": "3", "STEP_SECONDS": "0.01", "TEACHER_SECONDS": "0.1"}
-        trains = job("x", template(world.book, **times))["spec"]
-        trains["teacher"] = ONLINE
-        ends = job("x", template(world.book, "bad-data"))["spec"]
-        self._bases = {way: trains if way == "suspended" else ends for way in _WAYS}
-        run.told |= dict.fromkeys(("accepted", "refused", "edited and repaired", "by the clock"), 0)
+        self._bases = _bases(world)
+        figures = ("accepted", "refused", "edited and repaired", "chains", "by the clock")
+        run.told |= dict.fromkeys(figures, 0)
 
     def go(self, objects: int, number: int) -> None:
         for batch in _batches(-(-objects // _BATCH), number):
             self._batch(batch)
+        left: list[str] = []
+
+        def gone() -> bool:
+            left[:] = children(self._api, self._world.namespace)
+            left.extend(one["metadata"]["name"] for one in self._world.objects())
+            return not left
+
+        if not _until(gone):
+            self._run.violations += [f"left behind: {name}" for name in left]
 
     def _batch(self, batch: list[Any]) -> None:
         made = []
-        for first, second in batch:
+        for drawn in batch:
             self._count += 1
             way = _WAYS[self._count % len(_WAYS)]
+            first, second = drawn[way.kind]
             one = _Object(f"f{self._count}", way, edited(self._bases[way], first), second)
             if self._create(one):
                 made.append(one)
         for one in made:
             self._verdict(one)
         through = [one for one in made if self._edit_and_repair(one)]
-        # The same object, never edited. It may begin later: an end does not tell of its beginning.
-        twins = [one for one in through if self._twin(one)]
+        # A twin may begin later: an end does not tell of its beginning.
+        twins = [one for one in through if self._has_twin(one)]
         for one in twins:
             self._compare(one)
         for one in made:
-            for name in (one.name, _twin(one.name)):
-                self._gone_or(partial(self._api.delete, f"{self._path}/{name}", {}))
+            if one not in twins:
+                self._comes_to_rest(one)
+        for one in made:
+            for name in (one.name, one.twin):
+                self._gone_or(partial(self._api.delete, self._path(one, name), {}))
+
+    def _path(self, one: _Object, name: str = "") -> str:
+        path = f"{GROUP}/namespaces/{self._world.namespace}/{one.way.path}"
+        return f"{path}/{name}" if name else path
 
     def _create(self, one: _Object) -> bool:
         self._run.faults.append(one.name)
-        accepted = not self._refusal(one.name, one.first)
-        if one.way == "mended":
+        accepted = not self._refusal(one, one.name, one.first)
+        if one.way == _MENDED:
             for edit in one.edits:
                 if accepted:
                     break
                 one.edit = edit
-                accepted = not self._refusal(one.name, one.first)
+                accepted = not self._refusal(one, one.name, one.first)
         self._run.told["accepted" if accepted else "refused"] += 1
         return accepted
 
-    def _twin(self, one: _Object) -> bool:
-        if refusal := self._refusal(_twin(one.name), one.spec):
+    def _has_twin(self, one: _Object) -> bool:
+        if refusal := self._refusal(one, one.twin, one.spec):
             self._run.wrong.append(f"{one.name}: what was repaired is refused anew: {refusal}")
         return not refusal
 
-    def _refusal(self, name: str, spec: State) -> str:
-        """Why the API server does not take a new object; empty when it does."""
+    def _refusal(self, one: _Object, name: str, spec: State, tried: str = "") -> str:
+        """Why the API server does not take a new object; empty when it does. `tried`: a query."""
+        body = {**job(name), "kind": one.way.kind, "spec": spec}
+        return self._asked(partial(self._api.post, self._path(one) + tried, body), spec)
+
+    def _asked(self, ask: Callable[[], Any], spec: State) -> str:
+        """Why the API server does not do something with a spec; empty when it does."""
         try:
-            self._api.post(self._path, job(name) | {"spec": spec})
+            ask()
         except (ApiError, ValueError) as error:
             # A 500 is a mistake in our schema or its rules, whatever was sent.
             if isinstance(error, ApiError) and error.code >= 500:
                 self._run.violations.append(f"{error}: {json.dumps(spec)[:500]}")
-            return str(error)
+            return str(error) or type(error).__name__
         return ""
 
-    def _status(self, name: str) -> State | None:
+    def _whole(self, one: _Object, name: str) -> State | None:
         """None once it is deleted: ttlSecondsAfterFinished may be short."""
-        whole = self._gone_or(partial(self._api.get, f"{self._path}/{name}"))
-        return None if whole is None else whole.get("status") or {}
+        whole = self._gone_or(partial(self._api.get, self._path(one, name)))
+        if whole is None and not one.may_vanish:
+            told = f"{name} is gone, and nobody deleted it: {self._difference(one)}"
+            if told not in self._run.violations:
+                self._run.violations.append(told)
+        return whole
 
     @staticmethod
     def _gone_or(ask: Callable[[], State]) -> State | None:
@@ -176,30 +229,33 @@ class _Fuzz:
 
     def _verdict(self, one: _Object) -> None:
         """Whether the operator says something of an object."""
-        found: tuple[str, str] = ("", "")
 
         def said() -> bool:
-            nonlocal found
-            status = self._status(one.name)
-            if status is None:
-                return True
-            found = _condition(status, "Validated")["status"], _condition(status)["reason"]
-            return found[0] in ("True", "False") or found[1] in _SAYS_WHY
+            whole = self._whole(one, one.name)
+            return whole is None or has_verdict(whole)
 
         if not _until(said):
             self._run.violations.append(
-                f"{one.name} has no verdict, but {found}: {self._difference(one)}"
+                f"{one.name} has no verdict, but {self._standing(one)}: {self._difference(one)}"
             )
 
     def _edit_and_repair(self, one: _Object) -> bool:
         """Whether both were taken, and the edit was looked at in between."""
-        if one.way != "mended" and not self._changed(one):
+        if one.way != _MENDED and not self._changed(one):
             return False
-        if one.way == "suspended" and not self._seen(one, one.first):
+        if one.way.name == "suspended" and not self._seen(one, one.first):
             return False
-        if not self._put(one.name, one.spec):
+        if refusal := self._put(one, one.spec):
+            # What nobody could have created is no repair.
+            fits = not self._refusal(one, one.twin, one.spec, tried="?dryRun=All")
+            if fits and self._whole(one, one.name) is not None:
+                self._run.violations.append(
+                    f"{one.name}: an edit was taken that nobody can take back: {refusal}; "
+                    f"{self._difference(one)}, edit {json.dumps(one.edit)[:300]}"
+                )
             return False
         self._run.told["edited and repaired"] += 1
+        self._run.told["chains"] += one.way == _CHAIN
         return True
 
     def _changed(self, one: _Object) -> bool:
@@ -212,52 +268,67 @@ class _Fuzz:
 
     def _seen(self, one: _Object, spec: State) -> bool:
         """Put a spec; False where it is refused. The operator has looked at it then."""
-        if not self._put(one.name, spec):
+        if self._put(one, spec):
             return False
 
         def looked() -> bool:
-            whole = self._gone_or(partial(self._api.get, f"{self._path}/{one.name}"))
-            return whole is None or (
-                whole["metadata"]["generation"]
-                == (whole.get("status") or {}).get("observedGeneration")
-            )
+            whole = self._whole(one, one.name)
+            return whole is None or looked_at(whole)
 
         if not _until(looked):
             self._run.violations.append(f"{one.name}: an edit is not looked at: {one.edit}")
         return True
 
     def _compare(self, one: _Object) -> None:
-        """An edit and its repair leave no trace in the end."""
+        """An edit and its repair leave no trace in the end, and there is an end."""
         if (one.spec.get("activeDeadlineSeconds") or _SOON_SECONDS) < _SOON_SECONDS:
             self._run.told["by the clock"] += 1
+            self._comes_to_rest(one)
             return
         states: list[State] = [{}, {}]
 
         def same() -> bool:
-            statuses = [self._status(name) for name in (one.name, _twin(one.name))]
-            states[:] = [_end(status, one.name) for status in statuses]
-            return states[0] == states[1] and all(map(_stands, statuses))
+            both = [self._whole(one, name) for name in (one.name, one.twin)]
+            states[:] = [end(whole, (one.name, one.twin)) for whole in both]
+            return states[0] == states[1] and all(map(stands, both))
 
-        if not _until(same) and states[0] != states[1]:
+        if _until(same):
+            return
+        told = f"{self._difference(one)}, edit {json.dumps(one.edit)[:300]}"
+        if states[0] == states[1]:
+            self._run.violations.append(
+                f"{one.name} ({one.way}) and its twin are stuck: {self._standing(one)}; {told}"
+            )
+        else:
             self._run.wrong.append(
                 f"{one.name} ({one.way}) is another one after an edit and its repair: "
-                f"{list(differences(states[1], states[0]))}; {self._difference(one)}, "
-                f"edit {json.dumps(one.edit)[:300]}"
+                f"{list(differences(states[1], states[0]))}; {told}"
             )
 
-    def _put(self, name: str, spec: State) -> bool:
-        for _ in range(20):
-            try:
-                whole = self._api.get(f"{self._path}/{name}")
-                self._api.put(f"{self._path}/{name}", whole | {"spec": spec})
-            except ApiError as error:
-                if error.code == 409:
-                    continue
-                return False
-            except ValueError:
-                return False
-            return True
-        return False
+    def _comes_to_rest(self, one: _Object) -> None:
+        """An object without a twin, which has one of its specs for good, is not stuck either."""
+        if not _until(lambda: stands(self._whole(one, one.name))):
+            self._run.violations.append(
+                f"{one.name} ({one.way}) is stuck: {self._standing(one)}; {self._difference(one)}"
+            )
+
+    def _standing(self, one: _Object) -> str:
+        whole = self._whole(one, one.name) or {}
+        kinds = ("Succeeded", "Validated")
+        return str([(c["reason"], c.get("message")) for c in (condition(whole, k) for k in kinds)])
+
+    def _put(self, one: _Object, spec: State) -> str:
+        """Why a spec is not taken; empty when it is. Who wrote in between is written over."""
+        path, refusal = self._path(one, one.name), ""
+
+        def put() -> None:
+            self._api.put(path, self._api.get(path) | {"spec": spec})
+
+        for _ in range(_PUTS):
+            refusal = self._asked(put, spec)
+            if not refusal.startswith("409"):
+                break
+        return refusal
 
     def _difference(self, one: _Object) -> str:
         base = self._bases[one.way]
@@ -265,14 +336,29 @@ class _Fuzz:
         return json.dumps(parts)[:500]
 
 
-def _batches(count: int, number: int) -> list[list[Any]]:
+def _bases(world: World) -> dict[_Way, State]:
+    """The spec that an object's is an edit of."""
+    times = {"STEPS": "3", "STEP_SECONDS": "0.01", "TEACHER_SECONDS": "0.1"}
+    trains = job("x", template(world.book, **times))["spec"]
+    trains["teacher"] = ONLINE
+    ends_soon = job("x", template(world.book, "bad-data"))["spec"]
+    stages = chain("x", template(world.book, **times), {"name": "m"}, {"name": "s"})["spec"]
+    return {_SUSPENDED: trains, _MENDED: ends_soon, _ENDED: ends_soon, _CHAIN: stages}
+
+
+def _drawn(schema: Schema) -> st.SearchStrategy[Any]:
     """What makes an object another one than the base, and edits to choose one from to take back."""
-    schema, found = spec_schema(), list[list[Any]]()
     # Most of what is hostile is refused at once: of four objects one begins with it. Of some edits
     # the first that the API server takes is made.
     fits = edits(schema, fitting=True)
     first = st.one_of(edits(schema), fits, fits, fits)
-    one = st.tuples(first, st.lists(st.one_of(edits(schema), fits), min_size=6, max_size=6))
+    return st.tuples(first, st.lists(st.one_of(edits(schema), fits), min_size=6, max_size=6))
+
+
+def _batches(count: int, number: int) -> list[list[Any]]:
+    """Of each object in a batch: what is drawn for it, by what its kind may be."""
+    found = list[list[Any]]()
+    one = st.fixed_dictionaries({kind: _drawn(spec_schema(kind)) for kind in (JOB, CHAIN)})
 
     @seed(number)
     @settings(
@@ -288,34 +374,6 @@ def _batches(count: int, number: int) -> list[list[Any]]:
 
     with _DRAWING:
         collect()
-    return found
-
-
-def _twin(name: str) -> str:
-    return f"{name}-twin"
-
-
-def _condition(status: State, kind: str = "Succeeded") -> State:
-    for condition in status.get("conditions") or []:
-        if condition["type"] == kind:
-            return dict(condition)
-    return {"status": "", "reason": ""}
-
-
-def _stands(status: State | None) -> bool:
-    """Whether an object will not change by itself, or not soon."""
-    if status is None:
-        return True
-    found = _condition(status)
-    return found["status"] in ("True", "False") or found["reason"] in _STANDS
-
-
-def _end(status: State | None, name: str) -> State:
-    """All of a status that does not differ between two objects with one spec."""
-    if status is None:
-        return {"deleted": True}
-    text = _NONCE.sub("", json.dumps(cleaned(status)).replace(_twin(name), name))
-    found: State = json.loads(text)
     return found
 
 

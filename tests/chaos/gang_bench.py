@@ -7,22 +7,28 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from unittest import mock
 
 from devcluster.fixtures import temporary_namespace
 from e2e.gang import put_inputs
 from e2e.kit import Team
 from kubedistill_api.names import run_uri
+from kubedistill_trainer.checkpoint.log import CommitLog
+from kubedistill_trainer.checkpoint.retention import collect
+from kubedistill_trainer.store import Store
 from operator_kit import Operator, install_role
 
 from chaos import reader
 from chaos.node_strikes import Striker
-from chaos.operator_bench import Watched, children, cluster_below
+from chaos.operator_bench import Watched, cluster_below
+from chaos.operator_state import Space
 
 NAME = "struck"
 SECONDS = 400.0
@@ -36,6 +42,7 @@ class GangWorld:
     def __init__(self, bench: GangBench, team: Team, watched: Watched) -> None:
         self.bench = bench
         self.team = team
+        self.space = Space(team.handle.api, team.namespace)
         self.watched = watched
         self.striker = Striker(team.handle, team.namespace)
         self.committed: dict[int, int] = {}
@@ -85,33 +92,86 @@ class GangWorld:
         """SHA-256 of the exported weights."""
         return hashlib.sha256(self.team.weights(NAME)).hexdigest()
 
-    @property
-    def _prefix(self) -> str:
-        meta = self.team.get("dj", NAME)["metadata"]
-        s3 = self.team.handle.s3
-        uri = run_uri(f"s3://{s3.bucket}/runs", self.team.namespace, NAME, meta["uid"])
-        return uri.removeprefix(f"s3://{s3.bucket}/")
-
-    def log_problems(self) -> list[str]:
-        """What the independent reader finds wrong with the run's log and shards."""
-        s3 = self.team.handle.s3
-        return list(reader.check(s3.client(), s3.bucket, self._prefix).violations)
+    def log(self) -> dict[str, bytes]:
+        """The commit log as it is: name of the slot → record, in order."""
+        return dict(sorted(self.team.objects(f"{self._uri}/log").items()))
 
     def commits(self) -> int:
         """Commits that were ever made."""
+        return sum(record["kind"] == "COMMIT" for record in map(json.loads, self.log().values()))
+
+    def log_problems(self) -> list[str]:
+        """What the independent reader finds wrong with the run's log and shards.
+
+        Bytes that no commit needs are left for an attempt after the last one where they were not
+        older than its FENCE (docs/checkpoints.md): that they go then is seen.
+        """
+        found = self._check()
+        younger = self._younger_than_last_fence()
+        if not any(_of_data(sentence) in younger for sentence in found):
+            return found
+        older = [sentence for sentence in found if _of_data(sentence) not in younger]
+        self._collect_later()
+        return list(dict.fromkeys([*older, *self._check()]))
+
+    def _check(self) -> list[str]:
         s3 = self.team.handle.s3
-        log = self.team.objects(f"s3://{s3.bucket}/{self._prefix}/log")
-        return Counter(json.loads(body).get("kind") for body in log.values())["COMMIT"]
+        prefix = self._uri.removeprefix(f"s3://{s3.bucket}/")
+        return list(reader.check(s3.client(), s3.bucket, prefix, collected=True).violations)
+
+    def _younger_than_last_fence(self) -> set[str]:
+        """Prefixes of data that the last attempt's clean-up had to leave alone."""
+        store = self._store()
+        fences = [slot for slot, body in self.log().items() if json.loads(body)["kind"] == "FENCE"]
+        written = {info.key.rpartition("/")[2]: info.last_modified for info in store.list("log/")}
+        began = written[fences[-1]]
+        return {
+            "/".join(info.key.split("/")[:4])
+            for info in store.list("data/")
+            if info.last_modified >= began
+        }
+
+    def _collect_later(self) -> None:
+        """What an attempt after the last one does as it begins, in a later second of the store's."""
+        # The store counts whole seconds by this machine's clock.
+        time.sleep(1.1)
+        store, status = self._store(), self.team.status(NAME)
+        fence, meta = status["fence"] + 1, self.team.get("dj", NAME)["metadata"]
+        run = f"{self.team.namespace}/{NAME}/{meta['uid']}"
+        log = CommitLog(store, fence=fence, attempt="after-the-last", run=run)
+        log.take_over()
+        collect(store, log, fence)
+
+    def _store(self) -> Store:
+        s3 = self.team.handle.s3
+        keys = {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
+        with mock.patch.dict(os.environ, keys):
+            return Store(self._uri, endpoint=s3.endpoint)
+
+    @functools.cached_property
+    def _uri(self) -> str:
+        meta = self.team.get("dj", NAME)["metadata"]
+        s3 = self.team.handle.s3
+        return run_uri(f"s3://{s3.bucket}/runs", self.team.namespace, NAME, meta["uid"])
 
     def delete(self) -> list[str]:
         """Delete the job; what is left of its parts once the collector has had its time."""
         self.team.kubectl("delete", "dj", NAME, "--wait=false")
-        deadline = time.monotonic() + 60
-        while left := children(self.team.handle.api, self.team.namespace):
-            if time.monotonic() > deadline:
-                return left
-            time.sleep(0.2)
-        return []
+        return self.space.left()
+
+
+def _of_data(sentence: str) -> str:
+    """The prefix of data that a sentence of the reader's says is left; empty for another one."""
+    prefix, left, _ = sentence.partition(" is left with ")
+    return prefix if left else ""
+
+
+@dataclass(frozen=True)
+class Calm:
+    """How a run ends that nothing happens to."""
+
+    weights: str
+    state: dict[str, Any]
 
 
 class GangBench:
@@ -159,11 +219,11 @@ class GangBench:
         return [one["metadata"]["name"] for one in self.handle.api.get("/api/v1/nodes")["items"]]
 
     @functools.cached_property
-    def calm(self) -> str:
-        """The weights of a run that nothing happens to."""
+    def calm(self) -> Calm:
+        """A run that nothing happens to."""
         with self.world() as world:
             world.apply()
             status = world.until_done(lambda status: None)
-            if len(status["attempts"]) != 1 or world.log_problems():
-                raise RuntimeError(f"the calm run: {world.team.story(NAME)}")
-            return world.weights()
+            if len(status["attempts"]) != 1 or (found := world.log_problems()):
+                raise RuntimeError(f"the calm run: {found} {world.team.story(NAME)}")
+            return Calm(world.weights(), world.space.state())

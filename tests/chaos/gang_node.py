@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import signal
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,13 +15,15 @@ import psutil
 from kubedistill_api import reasons
 
 from chaos.figures import Family, Run
-from chaos.gang_bench import NAME, GangBench, GangWorld
+from chaos.gang_bench import NAME, Calm, GangBench, GangWorld
 from chaos.node_strikes import End
+from chaos.operator_judge import differences
+from chaos.operator_node import normal
 
 _CHARGED, _FREE = (reasons.ERROR, True), (reasons.GRACEFUL_CHECKPOINT, False)
 _INTERRUPTED = (reasons.INTERRUPTED, False)
 _STALLED, _DISRUPTED = (reasons.STALLED, True), (reasons.DISRUPTED, False)
-_BACK_SECONDS = 5.0
+_SETTLED_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -66,15 +71,43 @@ def _case(bench: GangBench, run: Run, draw: random.Random) -> None:
         run.lives += len(attempts)
         run.violations += struck.problems(status)
         run.lost += world.lost(attempts)
-        if status.get("model") is None or (weights := world.weights()) != calm:
+        if status.get("model") is None or (weights := world.weights()) != calm.weights:
             found = weights if status.get("model") else "missing"
-            run.wrong.append(f"weights {found}, calm run {calm}")
+            run.wrong.append(f"weights {found}, calm run {calm.weights}")
+        run.wrong += unlike(world, calm)
+        run.lost += struck.lost_from(world.log())
         run.violations += world.log_problems()
         run.commits += world.commits()
         run.told["attempts"] = [[a["reason"], a.get("resumedFromStep", 0)] for a in attempts]
         struck.end()
         run.violations += [f"left behind: {name}" for name in world.delete()]
         run.violations += world.watched.broken + world.watched.made_too_often(lambda name: 1)
+
+
+def unlike(world: GangWorld, calm: Calm) -> list[str]:
+    """What of the end state is not as in the calm run; last words may come after the success."""
+    expected = _normal(calm.state)
+    deadline = time.monotonic() + _SETTLED_SECONDS
+    while found := list(differences(expected, _normal(world.space.state()))):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    return found
+
+
+def _normal(state: dict[str, Any]) -> dict[str, Any]:
+    """Beside what attempts add: the newest commit's place, which names its fence, and the digest of
+    it, which is of the place too. What is in it is read by who looks at the log."""
+    result = normal(state, NAME)
+    status = result[f"DistillationJob/{NAME}"]["status"]
+    if commit := status.get("checkpoint"):
+        place = re.sub(r"/data/e\d+/", "/data/e*/", commit["uri"])
+        status["checkpoint"] = commit | {"uri": place, "digest": "set"}
+    # Measured, and of the machine.
+    status["progress"] = {k: v for k, v in status["progress"].items() if k != "straggler"}
+    # The preflight's pod goes with the node that it ran on.
+    pods = {key: n for key, n in result["pods"].items() if key.startswith(f"{NAME}-a*")}
+    return result | {"pods": pods}
 
 
 class _Struck:
@@ -87,6 +120,7 @@ class _Struck:
         self._index = draw.randint(0, 1) if case.index is None else case.index
         self.faults: list[str] = []
         self._node = self._pod = ""
+        self._log: dict[str, bytes] = {}
 
     def each(self, status: dict[str, Any]) -> None:
         attempts = status.get("attempts") or []
@@ -107,6 +141,7 @@ class _Struck:
         except IndexError:
             return False
         self._pod = pod["metadata"]["name"]
+        self._log = self._world.log()
         node = pod["spec"]["nodeName"]
         at = (team.namespace, self._pod)
         match self._case.fault:
@@ -138,6 +173,24 @@ class _Struck:
         if self._node:
             self._return()
 
+    def lost_from(self, log: dict[str, bytes]) -> list[str]:
+        """What was in the log as the fault came, and is another one in the end; and whether what
+        followed it, be it in the same pods, went on behind the newest commit."""
+        changed = [
+            f"{slot} of the log was another one before {self.faults}"
+            for slot, body in self._log.items()
+            if log.get(slot) != body
+        ]
+        later = [record for slot, record in _records(log) if slot not in self._log]
+        began = next((n for n, record in enumerate(later) if record["kind"] == "FENCE"), len(later))
+        # Until the next FENCE the struck one may have gone on for a while.
+        before = [record for _, record in _records(self._log)] + later[:began]
+        newest = max((r["step"] for r in before if r["kind"] == "COMMIT"), default=0)
+        following = [r["step"] for r in later[began:] if r["kind"] == "COMMIT"]
+        if following and following[0] <= newest:
+            changed.append(f"step {newest} was committed, and the next commit is {following[0]}")
+        return changed
+
     def problems(self, status: dict[str, Any]) -> list[str]:
         """What is told wrongly."""
         if not self.faults:
@@ -155,3 +208,7 @@ class _Struck:
         if not ends and not first.get("rankRestarts"):
             found.append(f"no restart of ranks is told of: {first}")
         return found
+
+
+def _records(log: dict[str, bytes]) -> list[tuple[str, dict[str, Any]]]:
+    return [(slot, json.loads(body)) for slot, body in log.items()]

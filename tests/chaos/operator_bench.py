@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,31 +17,19 @@ from typing import Any
 from devcluster.cluster import DevCluster
 from devcluster.fixtures import temporary_namespace
 from devcluster.handle import Handle
-from devcluster.node.api import Api
 from devcluster.zygote import KUBECONFIG, Forked, Zygote
 from kubedistill_api import names
 from operator_kit import install_role, job, template
 
+from chaos import off_clock
 from chaos.api_proxy import ApiProxy, WatchScript
 from chaos.faults import Script, calm
+from chaos.operator_state import GROUP, Space
 
-GROUP = "/apis/kubedistill.dev/v1alpha1"
-_PARTS = {
-    "jobs": "/apis/batch/v1",
-    "pods": "/api/v1",
-    "services": "/api/v1",
-    "configmaps": "/api/v1",
-}
 TOLERATION_SECONDS = 5
 """From when a node is known to be lost until its pods are given up."""
 CHANGING_LEADERS = {"lease_seconds": "6", "lease_renew_seconds": "4"}
 """Settings with which another operator takes over soon."""
-_OWN = {"kube-root-ca.crt"}
-"""What Kubernetes itself puts into a namespace."""
-_CHANGING = {
-    "time", "startTime", "endTime", "completionTime", "lastTransitionTime", "lastStepTime",
-    "lastUpdatedTime", "tokensPerSecond", "estimatedRemainingSeconds", "observedGeneration",
-}  # fmt: skip
 
 
 def scenario(book: Path) -> list[dict[str, Any]]:
@@ -124,19 +112,43 @@ class Life:
     process: Forked
     log: Path
 
+    @property
+    def code(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        return self.process.poll()
+
+    @property
+    def leads(self) -> bool:
+        """Whether it has ever led."""
+        return '"leading"' in self.log.read_text(errors="replace")
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A line of an operator's log that tells of something that went wrong."""
+
+    message: str
+    error: str = ""
+    """The last line of its traceback, or what it says of the error; empty where it says nothing."""
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.error}" if self.error else self.message
+
 
 @dataclass
-class World:
+class World(Space):
     """A namespace with the scenario in it, and the operators that look after it, one after another."""
 
     bench: OperatorBench
-    namespace: str
     book: Path
     watched: Watched
     lives: list[Life] = field(default_factory=list)
 
     def start(self, client: str = "", **settings: str) -> Life:
-        """An operator of this namespace alone; `client` is its name at the proxy."""
+        """An operator of this namespace alone; `client` is its name at the proxy.
+
+        With `clock_off_seconds` its clock is ahead by so much.
+        """
         client = client or self.namespace
         log = self.bench.folder / f"{self.namespace}-{len(self.lives)}.log"
         # The fork makes it a moment later than it may be read here.
@@ -144,9 +156,8 @@ class World:
         env = self.bench.environment(client, self.namespace) | {
             f"KUBEDISTILL_{name.upper()}": value for name, value in settings.items()
         }
-        process = self.bench.zygote.fork(
-            "kubedistill_operator.main", env=env, log=log, folder=Path(env["HOME"])
-        )
+        module = "chaos.off_clock" if off_clock.SECONDS in env else "kubedistill_operator.main"
+        process = self.bench.zygote.fork(module, env=env, log=log, folder=Path(env["HOME"]))
         life = Life(process, log)
         self.lives.append(life)
         return life
@@ -157,19 +168,9 @@ class World:
             self.lives[-1].process.send_signal(number)
 
     def apply(self, *objects: dict[str, Any]) -> None:
-        api = self.bench.handle.api
         for one in objects:
             plural = f"{one['kind'].lower()}s"
-            api.post(f"{GROUP}/namespaces/{self.namespace}/{plural}", one)
-
-    def found(self, plural: str) -> list[dict[str, Any]]:
-        prefix = _PARTS.get(plural, GROUP)
-        found = self.bench.handle.api.get(f"{prefix}/namespaces/{self.namespace}/{plural}")
-        return list(found["items"])
-
-    def objects(self) -> list[dict[str, Any]]:
-        """All of ours."""
-        return self.found("distillationjobs") + self.found("distillationchains")
+            self.api.post(f"{GROUP}/namespaces/{self.namespace}/{plural}", one)
 
     def done(self, objects: int) -> bool:
         """Whether so many objects have succeeded, the chain's jobs and reports included."""
@@ -203,62 +204,29 @@ class World:
 
     def delete(self) -> list[str]:
         """Delete our objects; what is left of their parts once the collector has had its time."""
-        api = self.bench.handle.api
         for plural in ("distillationchains", "distillationjobs"):
-            api.delete(f"{GROUP}/namespaces/{self.namespace}/{plural}", {})
-        deadline = time.monotonic() + 60
-        while left := children(api, self.namespace):
-            if time.monotonic() > deadline:
-                return left
-            time.sleep(0.2)
-        return []
+            self.api.delete(f"{GROUP}/namespaces/{self.namespace}/{plural}", {})
+        return self.left()
 
-    def state(self) -> dict[str, Any]:
-        """What there is in the end, without what differs between two calm runs."""
-        found: dict[str, Any] = {}
-        for one in self.objects():
-            found[f"{one['kind']}/{one['metadata']['name']}"] = {
-                "spec": one["spec"], "status": cleaned(one.get("status") or {}),
-            }  # fmt: skip
-        for one in self.found("jobs"):
-            status = one.get("status") or {}
-            ends = [c["type"] for c in status.get("conditions") or [] if c["status"] == "True"]
-            found[f"Job/{one['metadata']['name']}"] = sorted(set(ends))
-        for plural in ("services", "configmaps"):
-            kept = {one["metadata"]["name"] for one in self.found(plural)} - _OWN
-            found[plural] = sorted(kept)
-        pods: Counter[str] = Counter()
-        for one in self.found("pods"):
-            owner = one["metadata"]["ownerReferences"][0]["name"]
-            pods[f"{owner} {one['status']['phase']}"] += 1
-        found["pods"] = dict(pods)
-        return found
-
-    def failures(self) -> list[str]:
-        """What ended a pass, and last lines of tracebacks, in the operators' logs."""
-        found = []
-        for life in self.lives:
-            for line in life.log.read_text(errors="replace").splitlines():
-                if line.startswith("{") and any(mark in line for mark in _FAILED):
-                    with contextlib.suppress(ValueError):
-                        found.append(json.loads(line)["error"].strip().splitlines()[-1])
-                elif line.startswith("Traceback"):
-                    found.append(f"{life.log.name}: a traceback outside of the log")
-        return found
+    def troubles(self) -> list[Trouble]:
+        """What the operators' logs tell that went wrong, in the order of their lives."""
+        return [trouble for life in self.lives for trouble in _troubles(life.log)]
 
 
-_FAILED = ("Traceback", '"message": "reconcile failed"')
-"""Marks of a line of the log that has an error which a pass did not bear."""
+_SAID_OF_ERRORS = '"error": '
+_ERRORS = ('"level": "ERROR"', '"level": "CRITICAL"')
 
 
-def children(api: Api, namespace: str) -> list[str]:
-    """Kind and name of what there is in a namespace, beside our objects and what Kubernetes puts in."""
-    return [
-        f"{plural}/{one['metadata']['name']}"
-        for plural, prefix in _PARTS.items()
-        for one in api.get(f"{prefix}/namespaces/{namespace}/{plural}")["items"]
-        if one["metadata"]["name"] not in _OWN
-    ]
+def _troubles(log: Path) -> Iterator[Trouble]:
+    for line in log.read_text(errors="replace").splitlines():
+        if line.startswith("Traceback"):
+            yield Trouble(f"{log.name}: a traceback outside of the log")
+        elif line.startswith("{") and (_SAID_OF_ERRORS in line or any(e in line for e in _ERRORS)):
+            # A line that a kill cut off is none.
+            with contextlib.suppress(ValueError):
+                told = json.loads(line)
+                last = str(told.get("error", "")).strip().splitlines()
+                yield Trouble(told["message"], last[-1] if last else "")
 
 
 def _reason(one: dict[str, Any]) -> str:
@@ -266,15 +234,6 @@ def _reason(one: dict[str, Any]) -> str:
         if condition["type"] == "Succeeded":
             return str(condition["reason"])
     return ""
-
-
-def cleaned(value: Any) -> Any:
-    """A status without its times and rates."""
-    if isinstance(value, dict):
-        return {key: cleaned(part) for key, part in value.items() if key not in _CHANGING}
-    if isinstance(value, list):
-        return [cleaned(part) for part in value]
-    return value
 
 
 def cluster_below(folder: Path, nodes: int) -> DevCluster:
@@ -327,7 +286,9 @@ class OperatorBench:
         """A namespace with nothing in it yet; no operator of it is left afterwards."""
         with temporary_namespace(self.handle, prefix) as namespace:
             # One for all, for its path is in the digests of specs; a job's file bears its uid.
-            world = World(self, namespace, self.book, Watched(self.handle, namespace))
+            world = World(
+                self.handle.api, namespace, self, self.book, Watched(self.handle, namespace)
+            )
             self._worlds[namespace] = world
             self.proxy.scripts[namespace] = script
             if watch is not None:

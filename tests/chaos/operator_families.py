@@ -10,7 +10,7 @@ from signal import Signals
 from devcluster.node.api import ApiError
 
 from chaos.api_proxy import Event, Seen, is_write
-from chaos.faults import PASS, Call, Fault, Kind, calm
+from chaos.faults import PASS, Call, Entry, Fault, Kind, calm
 from chaos.figures import Family, Run
 from chaos.operator_bench import CHANGING_LEADERS, OperatorBench, World, scenario
 from chaos.operator_judge import AT_ONCE, Judge
@@ -25,8 +25,16 @@ _ERRORS = (
     Fault(Kind.RESET_BEFORE),
     Fault(Kind.RESET_AFTER),
     Fault(Kind.DELAY, seconds=1),
+    Fault(Kind.TRUNCATE),
+    # Longer than the client waits (operator_bench: 10 s, of a watch 20 s).
+    Fault(Kind.STALL, seconds=25),
+    Fault(Kind.SKEW, seconds=3600),
+    Fault(Kind.SKEW, seconds=-3600),
 )
-_EVENTS = (Event.DROP, Event.DOUBLE, Event.LATE, Event.SWAP, Event.CUT, Event.GONE)
+_KILLED = frozenset({-Signals.SIGKILL})
+_EVENTS = (
+    Event.DROP, Event.DOUBLE, Event.LATE, Event.SWAP, Event.CUT, Event.GONE, Event.STALL,
+)  # fmt: skip
 
 
 def operator_families(bench: OperatorBench) -> list[Family]:
@@ -34,12 +42,12 @@ def operator_families(bench: OperatorBench) -> list[Family]:
     judge = Judge(bench, scenario, 4)
     return [
         Family("operator-kill", 36, partial(_kill, judge), AT_ONCE),
-        Family("operator-http", 24, partial(_http, judge), AT_ONCE),
-        Family("operator-watch", 18, partial(_watch, judge), AT_ONCE),
-        Family("operator-pause", 6, partial(_pause, judge), AT_ONCE),
-        Family("operator-two", 4, partial(_two, judge), AT_ONCE),
+        Family("operator-http", 30, partial(_http, judge), AT_ONCE),
+        Family("operator-watch", 21, partial(_watch, judge), AT_ONCE),
+        Family("operator-pause", 8, partial(_pause, judge), AT_ONCE),
+        Family("operator-two", 6, partial(_two, judge), AT_ONCE),
         # Every world feels it.
-        Family("operator-api-restart", 4, partial(_restart, judge)),
+        Family("operator-api-restart", 6, partial(_restart, judge)),
     ]
 
 
@@ -56,7 +64,7 @@ def _kill(judge: Judge, run: Run, draw: random.Random) -> None:
         if not world.lives[-1].process.running:
             script.struck()
 
-    judge.judge(run, script, each=each)
+    judge.judge(run, script, each=each, exits=_KILLED)
 
 
 class _Killer:
@@ -107,15 +115,14 @@ def _http(judge: Judge, run: Run, draw: random.Random) -> None:
         if "/leases" in call.path or own.random() > 1 / 6:
             return PASS
         fault = own.choice(_ERRORS)
-        if fault.kind == Kind.ANSWER and fault.status in (409, 410) and not is_write(call):
-            return Fault(Kind.ANSWER, 503)
-        return fault
+        # Nothing that is only asked for can be in conflict.
+        return Fault(Kind.ANSWER, 503) if fault.status == 409 and not is_write(call) else fault
 
     judge.judge(run, script, errors=True)
 
 
 def _watch(judge: Judge, run: Run, draw: random.Random) -> None:
-    """Events of watches are dropped, doubled, late, reordered, cut or answered with 410."""
+    """Events of watches are dropped, doubled, late, reordered, cut, stalled or answered with 410."""
     kinds = _EVENTS if run.index % 3 == 0 else (draw.choice(_EVENTS),)
     share = draw.choice((0.2, 0.5))
 
@@ -129,16 +136,32 @@ def _watch(judge: Judge, run: Run, draw: random.Random) -> None:
 def _restart(judge: Judge, run: Run, draw: random.Random) -> None:
     """The API server, or etcd below it, is killed and comes back."""
     part = ("kube-apiserver", "etcd")[run.index % 2]
-    at = time.monotonic() + draw.uniform(1.0, 5.0)
+    moment = _Moment(draw.uniform(1.0, 5.0))
 
     def each(world: World) -> None:
-        if not run.faults and time.monotonic() > at:
+        if moment.has_come() and not run.faults:
             run.faults.append(f"{part} restarted")
             world.bench.cluster.control_plane.restart(part)
             # It is ready before it serves what CRDs define.
             world.bench.handle.wait("our objects are served", lambda: _served(world))
 
-    judge.judge(run, calm, each=each, errors=True, settings=CHANGING_LEADERS)
+    # A leader that cannot renew its Lease in time goes, and is started again.
+    judge.judge(
+        run, calm, each=each, errors=True, exits=frozenset({1}), leaders=True,
+        settings=CHANGING_LEADERS,
+    )  # fmt: skip
+
+
+class _Moment:
+    """So long after it is first asked for: a calm run before the case does not count."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._due = float("inf")
+
+    def has_come(self) -> bool:
+        self._due = min(self._due, time.monotonic() + self._seconds)
+        return time.monotonic() > self._due
 
 
 def _served(world: World) -> bool:
@@ -149,26 +172,48 @@ def _served(world: World) -> bool:
 
 
 def _pause(judge: Judge, run: Run, draw: random.Random) -> None:
-    """The leader is stopped at a write, another takes over, the first one wakes and must not write."""
-    script = _StopOnce(draw.randint(1, 30))
-    woken: list[float] = []
+    """The leader is stopped at a write, another takes over, the first one wakes and must not write.
+
+    The write at which it was stopped had left it, and comes late: the API server refuses it, or it
+    does what the second leader does as well. The end state, and how often Jobs are made, tell.
+    """
+    script = _StopOnce(draw.randint(1, 15))
+    woken: list[int] = []
 
     def each(world: World) -> None:
-        if not script.stopped:
+        if script.held is None:
             return
         if len(world.lives) == 1:
-            world.start(identity="second", **CHANGING_LEADERS)
-        elif not woken and '"leading"' in world.lives[1].log.read_text():
+            world.start(f"{world.namespace}-second", identity="second", **CHANGING_LEADERS)
+        elif not woken and world.lives[1].leads:
+            woken.append(len(world.bench.proxy.log))
             world.lives[0].process.send_signal(Signals.SIGCONT)
             world.bench.proxy.wake(world.namespace)
-            woken.append(time.monotonic())
-            code = world.lives[0].process.wait(60)
-            if code != 1:
-                run.violations.append(f"the woken leader ended with {code}, expected 1")
+            world.lives[0].process.wait(60)
+            run.violations += _written_late(world, woken[0])
+            run.told["held write"] = str(_entry(world, script.held))
 
-    judge.judge(run, script, each=each, errors=True, settings=CHANGING_LEADERS)
+    judge.judge(
+        run, script, each=each, errors=True, exits=frozenset({1}), leaders=True,
+        settings=CHANGING_LEADERS,
+    )  # fmt: skip
     if not woken:
-        run.told["not met"] = "the scenario ended before the write, or before the other one led"
+        run.violations.append("no leader was stopped and woke: the scenario ended before")
+
+
+def _written_late(world: World, since: int) -> list[str]:
+    """Calls by which the first operator of a world changed something, from a line of the log on."""
+    return [
+        f"the woken leader wrote: {entry}"
+        for entry in world.bench.proxy.log[since:]
+        if entry.call.client == world.namespace
+        and (is_write(entry.call) or (entry.call.method != "GET" and 0 < entry.status < 400))
+    ]
+
+
+def _entry(world: World, call: Call) -> Entry:
+    """What became of a call."""
+    return next(entry for entry in world.bench.proxy.log if entry.call == call)
 
 
 class _StopOnce:
@@ -176,29 +221,38 @@ class _StopOnce:
 
     def __init__(self, number: int) -> None:
         self._left = number
-        self.stopped = False
+        self.held: Call | None = None
 
     def __call__(self, call: Call) -> Fault:
-        if not is_write(call) or self.stopped:
+        if not is_write(call) or self.held is not None:
             return PASS
         self._left -= 1
-        self.stopped = self._left == 0
-        return Fault(Kind.SIGNAL_BEFORE, signal=Signals.SIGSTOP) if self.stopped else PASS
+        if self._left:
+            return PASS
+        self.held = call
+        return Fault(Kind.SIGNAL_BEFORE, signal=Signals.SIGSTOP)
 
 
 def _two(judge: Judge, run: Run, draw: random.Random) -> None:
     """Two operators from the beginning; the leader is killed now and then, the other takes over."""
-    at = [time.monotonic() + draw.uniform(1, 4), 0.0]
+    moments = [_Moment(draw.uniform(1, 4)), _Moment(draw.uniform(8, 12))]
+    killed: list[str] = []
 
     def each(world: World) -> None:
         while len([life for life in world.lives if life.process.running]) < 2:
             world.start(identity=f"one-of-two-{len(world.lives)}", **CHANGING_LEADERS)
-        if len(run.faults) < 2 and time.monotonic() > at[0]:
-            at[0] = time.monotonic() + draw.uniform(8, 12)
-            for life in world.lives:
-                if life.process.running and '"leading"' in life.log.read_text():
-                    life.process.end()
-                    run.faults.append("SIGKILL of the leader")
-                    break
+        if not moments[0].has_come():
+            return
+        for life in world.lives:
+            if life.process.running and life.leads:
+                life.process.end()
+                killed.append("SIGKILL of the leader")
+                # The next one's time begins now; after the last there is none.
+                moments[:] = [*moments[1:], _Moment(float("inf"))]
+                break
 
-    judge.judge(run, calm, each=each, settings=CHANGING_LEADERS)
+    # The one that waits is as well as the leader: neither ends by itself.
+    judge.judge(run, calm, each=each, exits=_KILLED, leaders=True, settings=CHANGING_LEADERS)
+    run.faults += killed
+    if not killed:
+        run.violations.append("no leader was killed: the scenario ended before")

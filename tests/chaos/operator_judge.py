@@ -17,7 +17,7 @@ from chaos import faults
 from chaos.api_proxy import Event, Seen
 from chaos.faults import PASS, Script
 from chaos.figures import Run
-from chaos.operator_bench import OperatorBench, World
+from chaos.operator_bench import OperatorBench, Trouble, World
 
 AT_ONCE = 4
 """Worlds at the same time: most of a case is waiting for pods, leases and the collector."""
@@ -30,8 +30,22 @@ DECLARED = re.compile(
 Such a pass is made again, and people have to see that it was the server. NotFound is among them: a
 409 that lies says that something is there which is not. Without lies it is none (`errors`, the fuzzer).
 """
+_BORNE = frozenset({
+    "refused", "event not posted", "the Lease was not renewed", "the Lease was not given back",
+})  # fmt: skip
+"""Lines that give the API server's words alone."""
+_RETRIED = re.compile(
+    r"^Request attempt #\d+(/\d+)? failed; (TCP closed; )?will re(try|-authenticate): "
+)
+"""kopf's, of a call that it makes again."""
+_OF_LEASE = (
+    "the Lease is lost", "the Lease was not renewed", "the Lease was not given back",
+    "Error retrieving resource lock", "failed to create lock", "failed to acquire lease",
+)  # fmt: skip
+"""In lines of those who want the Lease and do not get it."""
 CASE_SECONDS = 240.0
 _SETTLED_SECONDS = 30.0
+_REST_SECONDS = 2.0
 State = dict[str, Any]
 
 
@@ -60,7 +74,8 @@ class Judge:
             world.start()
             world.apply(*self._scenario(world.book))
             self._until_done(run, world, lambda: None, world.start)
-            state = world.state()
+            state = _at_rest(world)
+            run.violations += troubles(world, errors=False, leaders=False) + ends(run, world)
         if run.violations:
             raise RuntimeError(f"the calm run: {run.violations}")
         return state
@@ -73,6 +88,8 @@ class Judge:
         watch: Callable[[Seen], Event] | None = None,
         each: Callable[[World], None] | None = None,
         errors: bool = False,
+        exits: frozenset[int] = frozenset(),
+        leaders: bool = False,
         settings: Mapping[str, str] = MappingProxyType({}),
         normal: Callable[[State], State] = lambda state: state,
         made: Callable[[str], int] = lambda name: 1,
@@ -81,15 +98,16 @@ class Judge:
         """The scenario under a script. `each` is called again and again while it runs.
 
         `settings` are of its operators. With `errors` the log
-        may hold tracebacks that tell of the API server. `normal` takes out of
+        may hold tracebacks that tell of the API server, with `leaders` it may say that the Lease was
+        lost; `exits` are the codes with which operators may end. `normal` takes out of
         an end state what the faults honestly add to it, `made` says how often a Job of that name is
         made, `found` says what else is wrong with the end.
         """
         expected = normal(self.calm)
         with self.bench.world(run.family, script, watch) as world:
-            world.start(**settings)
-            world.apply(*self._scenario(world.book))
             begin = partial(world.start, **settings)
+            begin()
+            world.apply(*self._scenario(world.book))
             self._until_done(run, world, partial(each, world) if each else lambda: None, begin)
             self.bench.proxy.scripts[world.namespace] = faults.calm
             self.bench.proxy.watches.pop(world.namespace, None)
@@ -100,9 +118,8 @@ class Judge:
                 run.violations += found(world)
                 run.violations += [f"left behind: {name}" for name in world.delete()]
             run.violations += world.watched.broken + world.watched.made_too_often(made)
-            for last in world.failures():
-                if not errors or not DECLARED.match(last):
-                    run.violations.append(f"in the log: {last}"[:300])
+            run.violations += troubles(world, errors=errors, leaders=leaders)
+            run.violations += ends(run, world, exits)
             run.lives += len(world.lives)
             run.faults += _met(self.bench, world.namespace)
 
@@ -129,6 +146,40 @@ class Judge:
                 run.wrong += list(differences(expected, state))
                 return
             time.sleep(0.2)
+
+
+def _at_rest(world: World) -> State:
+    """A state that is the same a while later: last words may come after the success."""
+    before = world.state()
+    while True:
+        time.sleep(_REST_SECONDS)
+        now = world.state()
+        if now == before:
+            return now
+        before = now
+
+
+def troubles(world: World, *, errors: bool, leaders: bool) -> list[str]:
+    """What the operators' logs tell and nothing explains."""
+
+    def explained(trouble: Trouble) -> bool:
+        if leaders and any(mark in trouble.message for mark in _OF_LEASE):
+            return True
+        of_server = trouble.message in _BORNE or DECLARED.match(trouble.error)
+        return errors and bool(of_server or _RETRIED.match(trouble.message))
+
+    return [f"in the log: {t}"[:400] for t in world.troubles() if not explained(t)]
+
+
+def ends(run: Run, world: World, exits: frozenset[int] = frozenset()) -> list[str]:
+    """Operators that ended by themselves, or in another way than the faults end them."""
+    codes = [life.code for life in world.lives]
+    run.told["exit codes"] = {str(code): codes.count(code) for code in dict.fromkeys(codes)}
+    return [
+        f"operator {number} ended with {code}, expected {sorted(exits) or 'that it goes on'}"
+        for number, code in enumerate(codes)
+        if code is not None and code not in exits
+    ]
 
 
 def _met(bench: OperatorBench, client: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import time
@@ -22,7 +23,8 @@ from chaos.operator_judge import AT_ONCE, Judge, State
 NAME = "one"
 _STEPS = 70
 _BEGIN_SECONDS = 0.7
-_ATTEMPT = re.compile(rf"\b{NAME}-a(\d+)\b")
+_OF_ATTEMPTS = ("attempt", "fence", "failuresSeen", "meanSecondsBetweenFailures", "saveSeconds")
+"""Fields of an attempt's run spec."""
 
 
 def scenario(book: Path, steps: int = _STEPS) -> list[dict[str, Any]]:
@@ -148,26 +150,38 @@ def _made(plan: list[Strike], name: str) -> int:
     return 1 + struck * bool(re.fullmatch(rf"{NAME}-p[0-9a-f]{{6}}", name))
 
 
-def normal(state: State) -> State:
-    """An end state without what attempts honestly add: their number and history, and what is left
-    of ended ones. `_Struck.found` looks at these by itself."""
-    newest = max([int(n) for key in state for n in _ATTEMPT.findall(key)], default=1)
+def normal(state: State, name: str = NAME) -> State:
+    """An end state without what attempts of the job honestly add: their number and history, and what
+    is left of ended ones. Who asks looks at these by itself."""
+    attempt = re.compile(rf"\b{name}-a(\d+)\b")
+    newest = max([int(n) for key in state for n in attempt.findall(key)], default=1)
+
+    def old(key: str) -> bool:
+        match = attempt.search(key)
+        return match is not None and int(match.group(1)) < newest
+
+    def renamed(text: str) -> str:
+        return re.sub(rf"\b{name}-a{newest}\b", f"{name}-a*", text)
+
     result: State = {}
     for key, value in state.items():
-        if (match := _ATTEMPT.search(key)) and int(match.group(1)) < newest:
+        if not old(key):
+            result[renamed(key)] = value
+        elif "Complete" in value:
             # The last ended one's Job is kept for its logs; it must not say that it succeeded.
-            if "Complete" in value:
-                result[f"{key} succeeded"] = value
-            continue
-        result[_renamed(key, newest)] = value
-    result["configmaps"] = [_renamed(name, newest) for name in state.get("configmaps", [])]
+            result[f"{key} succeeded"] = value
+    result["configmaps"] = {
+        renamed(key): _of_any_attempt(json.loads(renamed(json.dumps(files))))
+        for key, files in state.get("configmaps", {}).items()
+        if not old(key)
+    }
     result["pods"] = {
-        _renamed(key, newest): count
+        renamed(key): count
         for key, count in state.get("pods", {}).items()
         # Failed pods of the gang that ended, and of a teacher whose Job tried again.
-        if not (_old(key, newest) or key == f"{names.teacher_name(NAME)} Failed")
+        if not (old(key) or key == f"{names.teacher_name(name)} Failed")
     }
-    whole = f"DistillationJob/{NAME}"
+    whole = f"DistillationJob/{name}"
     status = dict(state.get(whole, {}).get("status", {}))
     last = (status.pop("attempts", None) or [{}])[-1]
     for key in ("fence", "restarts", "failures"):
@@ -177,13 +191,12 @@ def normal(state: State) -> State:
     return result
 
 
-def _old(key: str, newest: int) -> bool:
-    match = _ATTEMPT.search(key)
-    return match is not None and int(match.group(1)) < newest
-
-
-def _renamed(text: str, newest: int) -> str:
-    return text.replace(f"{NAME}-a{newest}", f"{NAME}-a*")
+def _of_any_attempt(files: State) -> State:
+    """Run specs without what attempts before it add."""
+    return {
+        file: {key: part for key, part in run.items() if key not in _OF_ATTEMPTS}
+        for file, run in files.items()
+    }
 
 
 def _unnumbered(status: dict[str, Any]) -> dict[str, Any]:

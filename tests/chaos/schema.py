@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 Schema = dict[str, Any]
 Path_ = tuple[str, ...]
-_CRD = Path(__file__).parents[2] / "crds" / "kubedistill.dev_distillationjobs.yaml"
+JOB, CHAIN = "DistillationJob", "DistillationChain"
+_CRDS = Path(__file__).parents[2] / "crds"
 _DEPTH = 4
-# What the pods run is the test's own.
+# What the pods run is the test's own; of a chain's template only the parts are edited.
 _LEFT_ALONE = ("template",)
 # Beyond these, a bad value of one kind is as good as another's.
 _HOSTILE: list[Any] = [
@@ -23,9 +24,9 @@ _HOSTILE: list[Any] = [
 ]  # fmt: skip
 
 
-def spec_schema() -> Schema:
-    """Of a DistillationJob's spec."""
-    crd = yaml.safe_load(_CRD.read_text())
+def spec_schema(kind: str) -> Schema:
+    """Of the spec of a kind."""
+    crd = yaml.safe_load((_CRDS / f"kubedistill.dev_{kind.lower()}s.yaml").read_text())
     found: Schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
     return found
 
@@ -33,9 +34,10 @@ def spec_schema() -> Schema:
 def paths(schema: Schema, at: Path_ = ()) -> Iterator[tuple[Path_, Schema]]:
     """Every field of an object, and of the objects in it."""
     for name, part in schema.get("properties", {}).items():
-        if name in _LEFT_ALONE:
+        if name not in _LEFT_ALONE:
+            yield (*at, name), part
+        elif "student" not in part.get("properties", {}):
             continue
-        yield (*at, name), part
         yield from paths(part, (*at, name))
 
 

@@ -12,9 +12,11 @@ from chaos.faults import PASS, Call, Entry, Fault, Kind
 from chaos.figures import Run, run_case
 from chaos.fuzz import fuzz_family
 from chaos.node_strikes import DISRUPTED, STRIKES, STUDENT, Strike
-from chaos.operator_bench import GROUP, OperatorBench, scenario
+from chaos.operator_bench import OperatorBench, scenario
+from chaos.operator_clock import CLOCKS, clock_families
 from chaos.operator_families import operator_families
 from chaos.operator_node import node_families
+from chaos.operator_state import GROUP
 
 pytestmark = pytest.mark.controlplane
 SEED = 5
@@ -22,7 +24,7 @@ SEED = 5
 
 def case(bench: OperatorBench, name: str, index: int) -> Run:
     """One case of a family."""
-    families = [*operator_families(bench), *node_families(bench)]
+    families = [*operator_families(bench), *clock_families(bench), *node_families(bench)]
     [family] = [family for family in families if family.name == name]
     run = run_case(family, index, SEED)
     assert run.bad == [], run.bad
@@ -115,7 +117,7 @@ def test_an_object_that_is_deleted_in_the_middle_of_a_pass_is_no_error(
         world.apply(job("next", suspend=True))
         world.until(lambda: world.reasons() == {"next": "Suspended"})
         world.until(lambda: entry(operator_bench, met[0]).status == 404)
-        assert world.failures() == []
+        assert world.troubles() == []
 
 
 def entry(bench: OperatorBench, call: Call) -> Entry:
@@ -129,3 +131,31 @@ def test_every_object_gets_a_verdict(operator_bench: OperatorBench) -> None:
     assert run.told["accepted"] >= 3, run.told
     assert run.told["refused"] >= 3, run.told
     assert run.told["edited and repaired"] >= 24 / 3, run.told
+
+
+def test_answers_at_its_beginning_that_are_of_no_use_do_not_end_the_operator(
+    operator_bench: OperatorBench,
+) -> None:
+    """It ended with what its first listing met, and with what kopf met that asked what there is."""
+    faults = [Fault(Kind.ANSWER, 410), Fault(Kind.TRUNCATE), Fault(Kind.ANSWER, 500)]
+    left = {"/api": list(faults), "/apis/batch/v1": list(faults), "first listing": list(faults)}
+
+    def once(call: Call) -> Fault:
+        # The first listing is in chunks; kopf's are not.
+        part = "first listing" if "limit=500" in call.target else call.path
+        return left[part].pop() if left.get(part) else PASS
+
+    with operator_bench.world("begins", once) as world:
+        world.start()
+        world.apply(scenario(world.book)[0])
+        world.until(lambda: world.reasons() == {"one": "Completed"})
+        assert not any(left.values())
+        assert [life.code for life in world.lives] == [None]
+
+
+def test_deadlines_and_waits_do_not_go_by_the_operators_own_clock(
+    operator_bench: OperatorBench,
+) -> None:
+    """An operator an hour ahead failed a job by its deadline, and had two attempts run at once."""
+    run = case(operator_bench, "operator-clock", CLOCKS.index((0.0, 3600.0)))
+    assert run.lives == 3

@@ -97,13 +97,13 @@ def test_who_waits_for_a_model(status: dict[str, Any], waits: bool) -> None:
     first: Raw = {"metadata": metadata | {"generation": 1}, "spec": spec()}
     cache.put_job(first)
     cache.put_job(dependent("next", **status))
-    seen = observe_job(cache, first, None, None)
+    seen = observe_job(cache, first, NOW, None, None)
     assert seen.waited_for_by == (("next",) if waits else ())
     assert not seen.of_chain
     owned = {**first, "metadata": first["metadata"] | {
         "ownerReferences": [{"kind": "DistillationChain", "name": "c", "uid": "c"}]
     }}  # fmt: skip
-    assert observe_job(cache, owned, None, None).of_chain
+    assert observe_job(cache, owned, NOW, None, None).of_chain
 
 
 FROM = {"fromJob": {"name": "small"}}
@@ -140,7 +140,7 @@ def test_a_chain_waits_for_models_of_jobs_that_it_has_still_to_make(
     cache.chains.put({"metadata": apart, "spec": {"template": {"teacher": FROM}}})
     going = other | {"name": "going", "uid": "g", "deletionTimestamp": "2026-01-02T03:04:05Z"}
     cache.chains.put({"metadata": going, "spec": {"template": {"teacher": FROM}}})
-    seen = observe_job(cache, first, None, None)
+    seen = observe_job(cache, first, NOW, None, None)
     assert seen.waited_for_by == (("c",) if waits else ())
 
 

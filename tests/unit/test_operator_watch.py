@@ -11,7 +11,7 @@ from kubedistill_operator.observe import observe_chain
 from kubedistill_operator.queue import Key, WorkQueue
 from kubedistill_operator.resources.owner import Owner
 from kubedistill_operator.watch import Watcher, server_of
-from test_plan_kit import spec
+from test_plan_kit import NOW, spec
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_chain_sees_its_jobs_and_those_that_have_their_names() -> None:
         "metadata": {"namespace": "ml", "name": "c", "uid": "chain-uid", "generation": 1},
         "spec": {"stages": [{"name": "m", "sweep": {"temperature": [2, 0.5]}}]},
     }
-    jobs = observe_chain(cache, chain).jobs
+    jobs = observe_chain(cache, chain, NOW).jobs
     assert {name: job.ours for name, job in jobs.items()} == {
         "c-m-t2": True, "c-old": True, "c-m-t0-5": False,
     }  # fmt: skip

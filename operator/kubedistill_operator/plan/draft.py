@@ -49,7 +49,7 @@ class OtherJob:
 
 @dataclass(frozen=True)
 class Contact:
-    """What a pod answered when it was last asked, and when that was by our own clock.
+    """What a pod answered when it was last asked, and when that was by the clock that plans go by.
 
     `stepped_at`: when an answer first told of its latest step; `moved`: whether one before it told
     of another.
@@ -63,7 +63,7 @@ class Contact:
 
 @dataclass(frozen=True)
 class Unanswered:
-    """A pod that has never answered, and since when it is asked, by our own clock."""
+    """A pod that has never answered, and since when it is asked, by the clock that plans go by."""
 
     pod: str
     since: datetime

@@ -65,7 +65,7 @@ def stalled(pods: list[PodView], why: str) -> Verdict:
 
 
 def _stepped_at(step: Pass, attempt: Attempt, contact: Contact, reported: float) -> float:
-    """When the latest step was, by our own clock: clocks of nodes may be an hour apart.
+    """When the latest step was, by the clock of plans: clocks of nodes may be an hour apart.
 
     After a restart of the operator the status knows since when nothing changed. It does not know of
     signs of life between steps: these are waited for first.

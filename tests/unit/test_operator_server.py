@@ -1,0 +1,103 @@
+"""What the operator makes of the API server's answers: their dates, and those that are of no use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from kubedistill_operator.cache import Cache
+from kubedistill_operator.clock import ServerClock
+from kubedistill_operator.cluster import DISTILLATION_JOBS, Cluster
+from kubedistill_operator.queue import WorkQueue
+from kubedistill_operator.settings import Settings
+from kubedistill_operator.watch import Resync, Watcher
+from kubernetes.aio import client
+
+HOUR = timedelta(hours=1)
+
+
+class Server:
+    """Answers everything with one text; its clock is ahead."""
+
+    def __init__(self) -> None:
+        self.text = '{"items": []}'
+        self.ahead = timedelta(0)
+        self.failures = 0
+        self.cluster: Cluster
+
+    async def answer(self, request: web.Request) -> web.Response:
+        if self.failures:
+            self.failures -= 1
+            return web.json_response({"reason": "InternalError"}, status=500)
+        date = format_datetime(datetime.now(UTC) + self.ahead, usegmt=True)
+        return web.Response(text=self.text, headers={"Date": date})
+
+    async def ask(self, times: int = 1) -> None:
+        for _ in range(times):
+            assert [one async for one in self.cluster.list(DISTILLATION_JOBS)] == []
+
+    def seconds_ahead(self) -> float:
+        return (self.cluster.clock.now() - datetime.now(UTC)).total_seconds()
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    found, app = Server(), web.Application()
+    app.router.add_route("*", "/{path:.*}", found.answer)
+    async with TestServer(app) as running:
+        configuration = client.Configuration(host=f"http://127.0.0.1:{running.port}")
+        found.cluster = Cluster(client.ApiClient(configuration=configuration))
+        yield found
+        await found.cluster.close()
+
+
+@pytest.mark.parametrize("ahead", [HOUR, -HOUR])
+async def test_the_time_is_the_api_servers(server: Server, ahead: timedelta) -> None:
+    server.ahead = ahead
+    await server.ask(times=4)
+    assert abs(server.seconds_ahead() - ahead.total_seconds()) < 60
+
+
+@pytest.mark.parametrize("lie", [HOUR, -HOUR])
+async def test_an_answer_with_another_time_than_the_others_changes_nothing(
+    server: Server, lie: timedelta
+) -> None:
+    await server.ask(times=3)
+    server.ahead = lie
+    await server.ask()
+    assert abs(server.seconds_ahead()) < 60
+
+
+def test_a_clock_that_is_right_to_a_second_is_left_alone() -> None:
+    """Dates are whole seconds: times of plans would jump to and fro."""
+    now = 1000.0
+    clock = ServerClock(steady=lambda: now)
+    before = clock.now()
+    for _ in range(9):
+        clock.heard(format_datetime(datetime.fromtimestamp(int(time.time()), UTC), usegmt=True))
+    clock.heard(None)
+    clock.heard("no date")
+    assert clock.now() == before
+
+
+@pytest.mark.parametrize("text", ['{"items": [{"meta', "", "[]", "<html>"])
+async def test_an_answer_without_an_object_is_a_failure(server: Server, text: str) -> None:
+    """It was taken for a list in which nothing is: every object was forgotten."""
+    server.text = text
+    with pytest.raises(aiohttp.ClientPayloadError, match="without an object"):
+        await server.ask()
+
+
+async def test_the_first_listing_is_asked_for_again(server: Server) -> None:
+    """A failure of it ended the operator."""
+    server.failures = 2
+    cache, queue = Cache(), WorkQueue()
+    resync = Resync(server.cluster, cache, Watcher(cache, queue), queue, Settings())
+    await resync.first()
+    assert server.failures == 0
