@@ -65,25 +65,29 @@ def main() -> None:
     # A run that hangs says where: kill -USR1.
     faulthandler.register(signal.SIGUSR1)
     runs: list[Run] = []
+    families: list[Family] = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         for part in _PARTS:
             if part.startswith(given.family) or given.family.startswith(part):
-                _run_part(part, Path(folder), given, runs)
+                families += _run_part(part, Path(folder), given, runs)
     if not runs:
         raise SystemExit(f"no family begins with {given.family!r}")
-    print(figures.table(runs))
+    fell_short = figures.shortfalls(families, runs)
+    print(figures.table(runs, fell_short))
     whole = not (given.family or given.sample or given.case is not None)
     short = whole and any(goal.reached < goal.least for goal in figures.goals(runs))
-    sys.exit(short or any(run.bad for run in runs))
+    sys.exit(short or bool(fell_short) or any(run.bad for run in runs))
 
 
-def _run_part(part: str, folder: Path, given: argparse.Namespace, runs: list[Run]) -> None:
+def _run_part(part: str, folder: Path, given: argparse.Namespace, runs: list[Run]) -> list[Family]:
+    """Add the runs of a part's families; the families that were asked for."""
     with _PARTS[part](folder) as families:
         chosen = [family for family in families if family.name == given.family]
         chosen = chosen or [family for family in families if family.name.startswith(given.family)]
         for at_once, group in itertools.groupby(chosen, lambda family: family.at_once):
             cases = [(family, index) for family in group for index in _numbers(family, given)]
             _run(cases, at_once, given, runs)
+        return chosen
 
 
 def _numbers(family: Family, given: argparse.Namespace) -> list[int]:

@@ -13,6 +13,7 @@ from chaos.figures import Run, run_case
 from chaos.store_bench import StoreBench
 from chaos.store_families import store_families, wake_late
 from chaos.store_harm import harm_families
+from chaos.store_run import ZERO1
 
 pytestmark = pytest.mark.e2e
 SEED = 11
@@ -30,12 +31,12 @@ def test_a_forked_run_is_an_ordinary_run(store_bench: StoreBench) -> None:
     """Bit for bit: so that what is found about forks is found about containers."""
     assert store_bench.zygote.ready["threads"] == 1
     trainer = Trainer(store_bench.folder / "ordinary", store_bench.s3)
-    result = trainer.run("student", store_bench.spec(), name="ordinary")
+    result = trainer.run("student", ZERO1.spec(store_bench.s3), name="ordinary")
     assert result.codes == [0, 0], result.log
     prefix = model_of(result, "ordinary").uri.removeprefix(f"s3://{store_bench.s3.bucket}/")
     found = dict(store_bench.gang.objects(f"{prefix}/model.safetensors"))
     [weights] = [hashlib.sha256(body).hexdigest() for body in found.values()]
-    assert weights == store_bench.calm(1).weights
+    assert weights == store_bench.calm(ZERO1).weights
 
 
 def test_killed_at_any_call_the_next_attempt_goes_on(store_bench: StoreBench) -> None:
@@ -92,15 +93,17 @@ def test_a_full_disk_is_told_and_harms_no_commit(store_bench: StoreBench) -> Non
 
 def test_half_an_export_is_not_taken_for_a_model(store_bench: StoreBench) -> None:
     """Its config.json came before its weights."""
-    [config] = [call for call in store_bench.calm(1).of(0) if call.path.endswith("/config.json")]
+    [config] = [
+        call for call in store_bench.calm(ZERO1).of(0) if call.path.endswith("/config.json")
+    ]
     assert cases(store_bench, "store-kill", 2 * config.number + 1) == []
 
 
 def test_a_peer_that_dies_while_it_loads_is_noticed(store_bench: StoreBench) -> None:
     """DeepSpeed waited for it in the making of a group, which takes half an hour to give up."""
-    [_, config, *_] = [call for call in store_bench.calm(1).of(1) if "/tokenizer/" in call.path]
+    [_, config, *_] = [call for call in store_bench.calm(ZERO1).of(1) if "/tokenizer/" in call.path]
     script = At("rank-1", config.number, Fault(Kind.SIGNAL_BEFORE))
-    with store_bench.attempt("peer-dies", 1, 1, script) as attempt:
+    with store_bench.attempt("peer-dies", 1, ZERO1, script) as attempt:
         ended = attempt.wait()
     assert (ended.codes, ended.left_alone) == ([int(ExitCode.PEER_LOST), -9], []), ended.tail
 
@@ -109,7 +112,7 @@ def test_a_zombie_whose_uploads_were_collected_is_fenced(store_bench: StoreBench
     """It found its shards missing, and ended as an unknown error."""
     heads = [
         call.number
-        for call in store_bench.calm(1).of(0)
+        for call in store_bench.calm(ZERO1).of(0)
         if call.method == "HEAD" and "/data/e1/" in call.path
     ]
     run = Run("zombie-collected", 0, "0")
@@ -119,7 +122,7 @@ def test_a_zombie_whose_uploads_were_collected_is_fenced(store_bench: StoreBench
 
 def test_a_zombie_does_not_go_on_from_a_newer_attempts_commit(store_bench: StoreBench) -> None:
     """It read the log, took the newer attempt's last commit, exported it and ended with success."""
-    uploads = [call.number for call in store_bench.calm(1).of(0) if "uploads" in call.target]
+    uploads = [call.number for call in store_bench.calm(ZERO1).of(0) if "uploads" in call.target]
     run = Run("zombie-resumes", 0, "0")
     wake_late(store_bench, run, uploads[-1], Kind.SIGNAL_AFTER)
     assert run.bad == []
