@@ -139,9 +139,9 @@ class StoreBench:
             attempt.end()
 
     @contextlib.contextmanager
-    def second(self, name: str, number: int) -> Iterator[Attempt]:
+    def second(self, name: str, number: int, job: Job) -> Iterator[Attempt]:
         """An attempt beside one that runs: its calls come by ports that no script knows."""
-        attempt = self.gang.start(name, number, ZERO1, via="second")
+        attempt = self.gang.start(name, number, job, via="second")
         try:
             yield attempt
         finally:

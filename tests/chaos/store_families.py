@@ -103,11 +103,11 @@ def _zombie(bench: StoreBench, run: Run, draw: random.Random) -> None:
     wake_late(bench, run, number, draw.choice((Kind.SIGNAL_BEFORE, Kind.SIGNAL_AFTER)))
 
 
-def wake_late(bench: StoreBench, run: Run, number: int, kind: Kind) -> None:
+def wake_late(bench: StoreBench, run: Run, number: int, kind: Kind, job: Job = ZERO1) -> None:
     """The zombie that was stopped at call `number` of rank 0 changes nothing, and ends as fenced."""
     script = At(rank_name(0), number, Fault(kind, signal=Signals.SIGSTOP))
     name = name_of(run)
-    with bench.attempt(name, 1, ZERO1, script) as zombie:
+    with bench.attempt(name, 1, job, script) as zombie:
         stopped = bench.proxy.stopped.wait(60)
         if not stopped:
             run.violations.append(f"rank 0 made no call {number}")
@@ -118,7 +118,7 @@ def wake_late(bench: StoreBench, run: Run, number: int, kind: Kind) -> None:
         run.faults.append(f"SIGSTOP at {script.met.method} {script.met.path} ({kind})")
         calls = bench.proxy.log
         bench.pass_a_second(name)
-        with bench.second(name, 2) as newer:
+        with bench.second(name, 2, job) as newer:
             second = newer.wait()
         before = bench.log_of(name)
         bench.proxy.release()
@@ -137,22 +137,22 @@ def wake_late(bench: StoreBench, run: Run, number: int, kind: Kind) -> None:
     fenced = [int(ExitCode.FENCED)] * RANKS
     # What only rank 0 writes, a RETIRE, only rank 0 is fenced by: its peer then loses it.
     fit = [fenced, [int(ExitCode.FENCED), int(ExitCode.PEER_LOST)]]
-    if not _logs_again(bench, number, kind):
+    if not _logs_again(bench, number, kind, job):
         fit.append([0] * RANKS)
     if first.codes not in fit:
         run.violations.append(
             f"the woken attempt ended with {first.codes}, expected one of {fit} "
             f"(it had written {len(written)} records): {first.tail}"
         )
-    bench.conclude(run, name, 3, ZERO1, promised_step(second))
+    bench.conclude(run, name, 3, job, promised_step(second))
 
 
-def _logs_again(bench: StoreBench, number: int, kind: Kind) -> bool:
+def _logs_again(bench: StoreBench, number: int, kind: Kind, job: Job) -> bool:
     """Whether the calm run's rank 0 writes to the log at this call or later."""
     first = number if kind == Kind.SIGNAL_BEFORE else number + 1
     return any(
         call.number >= first and call.method == "PUT" and "/log/" in call.path
-        for call in bench.calm(ZERO1).of(0)
+        for call in bench.calm(job).of(0)
     )
 
 

@@ -87,10 +87,11 @@ def met(bench: StoreBench) -> list[str]:
 
 def drawn_for(call: Call, own: str, draw: random.Random) -> Fault:
     """A fault that can do something to a call; `own` is the run's prefix."""
-    return draw.choice([fault for fault in _FAULTS if _fits(fault, call, own)])
+    return draw.choice([fault for fault in _FAULTS if fits(fault, call, own)])
 
 
-def _fits(fault: Fault, call: Call, own: str) -> bool:
+def fits(fault: Fault, call: Call, own: str) -> bool:
+    """Whether a fault can do something to a call; `own` is the run's prefix, or its end."""
     if fault.kind in OF_REQUEST_BODY:
         return call.body_bytes > 0
     if fault.kind == Kind.GARBLE:
@@ -188,10 +189,11 @@ def expect_rejected(run: Run, ended: Ended, commit: Commit, *, unreadable: bool 
     """The outcome tells of one commit that was passed over, and it is this one."""
     outcome = ended.outcomes[0]
     told = outcome.progress.rejected_checkpoints if outcome and outcome.progress else []
+    slot = "/".join(commit.slot.rsplit("/", 2)[-2:])
     begins = "unreadable record, " if unreadable else f"step {commit.step}, "
-    if len(told) != 1 or not told[0].startswith(begins) or f"/{commit.slot}: " not in told[0]:
+    if len(told) != 1 or not told[0].startswith(begins) or f"/{slot}: " not in told[0]:
         run.violations.append(
-            f"step {commit.step} in {commit.slot} was damaged, and the outcome tells of {told}"
+            f"step {commit.step} in {slot} was damaged, and the outcome tells of {told}"
         )
 
 

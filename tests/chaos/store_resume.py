@@ -15,15 +15,20 @@ from chaos.figures import Family, Run
 from chaos.store_bench import StoreBench, promised_step, resumed_step
 from chaos.store_judge import (
     KILLS,
+    absorbed,
     expect_rejected,
     fault_at,
+    fits,
     kill_at,
     name_of,
 )
-from chaos.store_run import RANKS, ZERO1, Job, rank_name
+from chaos.store_run import RANKS, ZERO1, Ended, Job, rank_name
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+
+_GARBLE = Fault(Kind.GARBLE)
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,9 @@ def resume_families(bench: StoreBench) -> list[Family]:
     # What an attempt reads of its inputs, and what it exports, is the same in the first one.
     calls = [(rank_of(call), call.number) for call in behind.calls if _of_the_run(call)]
     kills = [(*target, kill) for target in calls for kill in KILLS]
+    guarded = [
+        (rank_of(call), call.number) for call in behind.calls if fits(_GARBLE, call, "job-uid")
+    ]
     return [
         Family(
             "store-kill-resume", len(kills), partial(killed, bench, behind, kills, 1), least_met=1
@@ -131,6 +139,13 @@ def resume_families(bench: StoreBench) -> list[Family]:
             "store-fault-resume",
             len(calls),
             partial(faulted, bench, behind, calls),
+            least_met=1,
+            least_absorbed=1,
+        ),
+        Family(
+            "store-garble-resume",
+            len(guarded),
+            partial(_garbled, bench, behind, guarded),
             least_met=1,
             least_absorbed=1,
         ),
@@ -160,13 +175,32 @@ def faulted(
     run: Run,
     draw: random.Random,
 ) -> None:
-    """One fault at each call of a second attempt: nothing but the damaged commit is passed over."""
+    """A drawn fault at each call of a second attempt."""
     past = behind.lay(name_of(run))
     ended = fault_at(bench, run, behind.job, calls[run.index], draw, 2)
+    _goes_on(bench, run, behind.job, past, ended)
+
+
+def _garbled(
+    bench: StoreBench,
+    behind: Behind,
+    calls: Sequence[tuple[int, int]],
+    run: Run,
+    draw: random.Random,
+) -> None:
+    """One bit of each record and shard that a second attempt reads is another, once."""
+    past = behind.lay(name_of(run))
+    rank, number = calls[run.index]
+    ended = absorbed(bench, run, behind.job, At(rank_name(rank), number, _GARBLE), 2)
+    _goes_on(bench, run, behind.job, past, ended)
+
+
+def _goes_on(bench: StoreBench, run: Run, job: Job, past: Past, ended: Ended) -> None:
+    """Nothing but the damaged commit is passed over."""
     if resumed_step(ended) != past.older.step:
         run.wrong.append(f"resumed from {resumed_step(ended)}, not from {past.older.step}")
     expect_rejected(run, ended, past.damaged)
-    bench.conclude(run, name_of(run), 3, behind.job, promised_step(ended))
+    bench.conclude(run, name_of(run), 3, job, promised_step(ended))
 
 
 def _twice(

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_trainer import outcome
+from kubedistill_trainer.checkpoint.log import CommitLog, slot_key
+from kubedistill_trainer.checkpoint.records import Commit, ShardRecord
 from kubedistill_trainer.failures import InputsRefused
 from kubedistill_trainer.models import folder
 from kubedistill_trainer.store import AccessDenied, Limits, NotFound, Store
@@ -139,6 +141,35 @@ _PART_BYTES = 5 << 20
 _IN_PARTS = Limits(
     attempts=3, multipart_threshold_bytes=_PART_BYTES, multipart_part_bytes=_PART_BYTES
 )
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_a_record_that_is_garbled_on_its_way_back_is_not_rejected(
+    proxy: S3Proxy,
+    s3: S3Server,  # noqa: F811
+    slot: int,
+) -> None:
+    """The newest commit was given up for good, for one bit that only its reader saw."""
+    store = through(proxy, s3)
+    written = CommitLog(store, fence=1)
+    written.take_over()
+    shard = ShardRecord(path="a", rank=0, shared=False, size_bytes=0, sha256="0" * 64, crc32c=[])
+    written.append(
+        Commit, step=2, world_size=1, data="data/e1/s2/x", shards=[shard], cursor={},
+        config_digest="a",
+    )  # fmt: skip
+    key = f"/{slot_key(slot)}"
+
+    def garble_once(call: Call) -> Fault:
+        met = any(entry.fault != PASS for entry in proxy.log)
+        return Fault(Kind.GARBLE) if call.path.endswith(key) and not met else PASS
+
+    proxy.begin(garble_once)
+    read = CommitLog(store)
+    read.read()
+    assert [entry.fault.kind for entry in proxy.log if entry.fault != PASS] == [Kind.GARBLE]
+    assert read.unreadable() == []
+    assert [commit.record.step for commit in read.commits()] == [2]
 
 
 class _Forgotten:

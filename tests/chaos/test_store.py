@@ -13,7 +13,7 @@ from chaos.figures import Run, run_case
 from chaos.store_bench import StoreBench
 from chaos.store_families import store_families, wake_late
 from chaos.store_harm import harm_families
-from chaos.store_run import ZERO1
+from chaos.store_run import IN_PARTS, ZERO1
 
 pytestmark = pytest.mark.e2e
 SEED = 11
@@ -44,8 +44,25 @@ def test_killed_at_any_call_the_next_attempt_goes_on(store_bench: StoreBench) ->
     assert cases(store_bench, "store-kill", 25, 41, 78) == []
 
 
-def test_single_faults_are_absorbed_or_told(store_bench: StoreBench) -> None:
+def test_single_faults_are_absorbed(store_bench: StoreBench) -> None:
     assert cases(store_bench, "store-fault", 3, 63, 123) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "indices"),
+    [
+        # A record is read, the REJECT is written, a shard of a new commit goes up.
+        ("store-kill-resume", [2, 45, 79]),
+        # A record is garbled on its way.
+        ("store-garble-resume", [1]),
+        ("store-kill-parts", [5]),
+        ("store-lost-parts", [1]),
+    ],
+)
+def test_a_later_attempt_and_uploads_in_parts_go_on(
+    store_bench: StoreBench, name: str, indices: list[int]
+) -> None:
+    assert cases(store_bench, name, *indices) == []
 
 
 @pytest.mark.parametrize(
@@ -125,4 +142,13 @@ def test_a_zombie_does_not_go_on_from_a_newer_attempts_commit(store_bench: Store
     uploads = [call.number for call in store_bench.calm(ZERO1).of(0) if "uploads" in call.target]
     run = Run("zombie-resumes", 0, "0")
     wake_late(store_bench, run, uploads[-1], Kind.SIGNAL_AFTER)
+    assert run.bad == []
+
+
+def test_a_zombie_whose_upload_was_aborted_is_fenced(store_bench: StoreBench) -> None:
+    """It was told that there is no such upload, and ended as one whose store is away."""
+    own = store_bench.calm(IN_PARTS).of(0)
+    ends = [call for call in own if call.method == "POST" and "/s8/" in call.path]
+    run = Run("zombie-aborted", 0, "0")
+    wake_late(store_bench, run, ends[-1].number, Kind.SIGNAL_BEFORE, IN_PARTS)
     assert run.bad == []
