@@ -32,20 +32,20 @@ FUZZED = 1000
 
 
 @contextlib.contextmanager
-def _store(folder: Path) -> Iterator[list[Family]]:
+def _store(folder: Path, asked: str) -> Iterator[list[Family]]:
     with StoreBench(folder / "store") as bench:
-        yield store_families(bench) + harm_families(bench)
+        yield store_families(bench, asked) + harm_families(bench)
 
 
 @contextlib.contextmanager
-def _operator(folder: Path) -> Iterator[list[Family]]:
+def _operator(folder: Path, asked: str) -> Iterator[list[Family]]:
     with OperatorBench(folder / "operator", nodes=2) as bench:
         faults = [*operator_families(bench), *node_families(bench)]
         yield [*faults, fuzz_family(bench, FUZZED), *lost_families(bench)]
 
 
 @contextlib.contextmanager
-def _gang(folder: Path) -> Iterator[list[Family]]:
+def _gang(folder: Path, asked: str) -> Iterator[list[Family]]:
     with GangBench(folder / "gang") as bench:
         yield gang_families(bench)
 
@@ -81,7 +81,7 @@ def main() -> None:
 
 def _run_part(part: str, folder: Path, given: argparse.Namespace, runs: list[Run]) -> list[Family]:
     """Add the runs of a part's families; the families that were asked for."""
-    with _PARTS[part](folder) as families:
+    with _PARTS[part](folder, given.family) as families:
         chosen = [family for family in families if family.name == given.family]
         chosen = chosen or [family for family in families if family.name.startswith(given.family)]
         for at_once, group in itertools.groupby(chosen, lambda family: family.at_once):

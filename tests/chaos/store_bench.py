@@ -19,7 +19,6 @@ from devcluster.node.limits import MemoryLimit
 from devcluster.s3 import S3Server
 from devcluster.zygote import Zygote
 from e2e.gang import put_inputs
-from kubedistill_api.exit_codes import ExitCode
 
 from chaos import reader
 from chaos.faults import Call, Script, calm
@@ -30,8 +29,6 @@ from chaos.store_run import RANKS, ZERO1, Attempt, Ended, Gang, Job, rank_name
 _CGROUPS = "kubedistill-chaos"
 _USUAL_PEAK_BYTES = 70 << 20
 """Where this machine does not count it."""
-DECLARED = {int(code) for code in ExitCode} - {int(ExitCode.UNKNOWN)}
-"""Exit codes that say why."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from chaos.store_judge import (
     name_of,
     targets,
 )
-from chaos.store_parts import parts_families
-from chaos.store_resume import resume_families
+from chaos.store_parts import PARTS, parts_families
+from chaos.store_resume import RESUME, resume_families
 from chaos.store_run import RANKS, ZERO1, ZERO2, ZERO3, Job, rank_name
 from chaos.store_service import service_families
 from chaos.store_term import term_family
@@ -34,8 +34,21 @@ _PART = 4
 """Of the calls under ZeRO-2 and -3, which differ little from those under ZeRO-1, one in so many."""
 
 
-def store_families(bench: StoreBench) -> list[Family]:
-    """All of them; asking for them runs the calm jobs that they are measured by."""
+def store_families(bench: StoreBench, asked: str = "") -> list[Family]:
+    """All of them; or enough, where one of this name or some with this beginning are asked for.
+
+    Making them runs the calm jobs that they are measured by.
+    """
+    families = call_families(bench)
+    for names, make in ((RESUME, resume_families), (PARTS, parts_families)):
+        exact = asked in {family.name for family in families}
+        if not exact and any(name.startswith(asked) for name in names):
+            families += make(bench)
+    return families
+
+
+def call_families(bench: StoreBench) -> list[Family]:
+    """Those of a first attempt whose uploads are small."""
     families = []
     for job, suffix, stride in ((ZERO1, "", 1), (ZERO2, "-zero2", _PART), (ZERO3, "-zero3", _PART)):
         calls = targets(bench, job)
@@ -53,8 +66,6 @@ def store_families(bench: StoreBench) -> list[Family]:
         Family("store-zombie", 40, partial(_zombie, bench), least_met=1.0),
         term_family(bench),
         *service_families(bench),
-        *resume_families(bench),
-        *parts_families(bench),
     ]
 
 

@@ -31,10 +31,10 @@ _HANG_SECONDS = 30.0
 def harm_families(bench: StoreBench) -> list[Family]:
     """All of them."""
     return [
-        Family("store-damage", 36, partial(_damage, bench)),
+        Family("store-damage", 36, partial(_damage, bench), least_met=1),
         Family("store-disk", 18, partial(_disk, bench)),
-        Family("store-overflow", 8, partial(_overflow, bench)),
-        Family("store-memory", 12, partial(_memory, bench)),
+        Family("store-overflow", 8, partial(_overflow, bench), least_met=1),
+        Family("store-memory", 12, partial(_memory, bench), least_met=1),
     ]
 
 

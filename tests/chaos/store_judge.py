@@ -107,8 +107,12 @@ def kill_at(
     target: tuple[int, int, Fault],
     attempt: int = 1,
     promised: int = 0,
+    harmed: str = "",
 ) -> int:
-    """A rank of an attempt is killed at its call; the newest step that is committed after it."""
+    """A rank of an attempt is killed at its call; the newest step that is committed after it.
+
+    What we harmed ourselves below the prefix `harmed` may not have been rejected yet.
+    """
     rank, number, kill = target
     script = At(rank_name(rank), number, kill)
     ended = disturbed(bench, run, job, script, attempt)
@@ -120,7 +124,10 @@ def kill_at(
             run.violations.append(f"rank {rank} was killed and ended with {ended.codes[rank]}")
     # Which pod's kubelet ends the others is not the trainer's affair: that they end is.
     expect_declared(run, ended, killed={rank, *ended.left_alone})
-    run.violations += bench.check(name_of(run)) + bench.check_models(name_of(run), job)
+    found = bench.check(name_of(run)) + bench.check_models(name_of(run), job)
+    run.violations += [
+        text for text in found if not harmed or f" is live and {harmed}/" not in text
+    ]
     return max(promised, promised_step(ended))
 
 

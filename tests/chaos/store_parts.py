@@ -14,6 +14,11 @@ from chaos.store_judge import KILLS, absorbed, fault_at, kill_at, name_of
 from chaos.store_resume import behind_of, faulted, killed, rank_of
 from chaos.store_run import IN_PARTS, rank_name
 
+PARTS = (
+    "store-kill-parts", "store-fault-parts", "store-lost-parts", "store-kill-parts-resume",
+    "store-fault-parts-resume",
+)  # fmt: skip
+"""The families' names."""
 _FORGOTTEN = Fault(Kind.ANSWER, 404, "NoSuchUpload")
 _KILLS, _LATER_KILLS = 3, 2
 """Of these one in so many is tried, as each takes some seconds."""

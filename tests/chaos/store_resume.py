@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 
+RESUME = ("store-kill-resume", "store-fault-resume", "store-garble-resume", "store-twice")
+"""The families' names."""
+_DATA = re.compile(r"data/e\d+/s\d+/[^/]+")
 _GARBLE = Fault(Kind.GARBLE)
 
 
@@ -42,6 +46,13 @@ class Past:
     """What a resume takes."""
     damaged: Commit
     """The newest one, which it has to reject."""
+
+    @property
+    def harmed(self) -> str:
+        """Prefix of the damaged shards, below the run's."""
+        found = _DATA.search(self.damaged.shards[0])
+        assert found
+        return found.group()
 
 
 class Behind:
@@ -164,7 +175,7 @@ def killed(
     """kill −9 before and after each call of a second attempt, or at one drawn of every `stride`."""
     past = behind.lay(name_of(run))
     target = kills[run.index * stride + draw.randrange(stride)]
-    promised = kill_at(bench, run, behind.job, target, 2, past.older.step)
+    promised = kill_at(bench, run, behind.job, target, 2, past.older.step, past.harmed)
     bench.conclude(run, name_of(run), 3, behind.job, promised)
 
 
@@ -211,8 +222,9 @@ def _twice(
     draw: random.Random,
 ) -> None:
     """The second attempt is killed at one of its calls, and the third at one of its own."""
-    promised = behind.lay(name_of(run)).older.step
+    past = behind.lay(name_of(run))
+    promised = past.older.step
     for attempt in (2, 3):
         target = (*draw.choice(calls[: len(calls) * 2 // 3]), draw.choice(KILLS))
-        promised = kill_at(bench, run, behind.job, target, attempt, promised)
+        promised = kill_at(bench, run, behind.job, target, attempt, promised, past.harmed)
     bench.conclude(run, name_of(run), 4, behind.job, promised)

@@ -21,7 +21,9 @@ SEED = 11
 
 def cases(bench: StoreBench, name: str, *indices: int) -> list[str]:
     """What some cases of a family find wrong."""
-    families = {family.name: family for family in store_families(bench) + harm_families(bench)}
+    families = {
+        family.name: family for family in store_families(bench, name) + harm_families(bench)
+    }
     runs = [run_case(families[name], index, SEED) for index in indices]
     assert any(run.faults for run in runs), "no fault was met"
     return [text for run in runs for text in run.bad]
