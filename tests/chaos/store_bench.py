@@ -83,10 +83,15 @@ class StoreBench:
                 ended = attempt.wait()
             if ended.codes != [0] * RANKS:
                 raise RuntimeError(f"the calm run ended with {ended.codes}:\n{ended.tail}")
-            calls = [entry.call for entry in self.proxy.log]
+            calls = self.calls()
             [folder] = self.gang.models(name).values()
             self._calm[job] = Calm(self.gang.weights(name), _of_model(folder), calls)
         return self._calm[job]
+
+    def calls(self) -> list[Call]:
+        """Of the attempt of now, rank by rank: in which order two ranks' come is chance."""
+        calls = [entry.call for entry in self.proxy.log]
+        return sorted(calls, key=lambda call: (call.client, call.number))
 
     @contextlib.contextmanager
     def memory_limit(self, name: str, limit_bytes: float) -> Iterator[MemoryLimit]:
@@ -180,7 +185,7 @@ class StoreBench:
         What was written in the very second of a FENCE is younger than it to the store's clock: that,
         and nothing else, one more attempt may clear away.
         """
-        left, wrong = _sorted_out(self.check(name, collected=True))
+        left, wrong = sorted_out(self.check(name, collected=True))
         run.violations += wrong
         if not left:
             return
@@ -257,7 +262,7 @@ def _peak_bytes(limit: MemoryLimit) -> int:
     return _USUAL_PEAK_BYTES
 
 
-def _sorted_out(violations: list[str]) -> tuple[list[str], list[str]]:
+def sorted_out(violations: list[str]) -> tuple[list[str], list[str]]:
     """What a clean-up left over, and what no clean-up mends."""
     left = [sentence for sentence in violations if " is left " in sentence]
     return left, [sentence for sentence in violations if sentence not in left]

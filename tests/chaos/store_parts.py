@@ -20,7 +20,7 @@ PARTS = (
 )  # fmt: skip
 """The families' names."""
 _FORGOTTEN = Fault(Kind.ANSWER, 404, "NoSuchUpload")
-_KILLS, _LATER_KILLS = 3, 2
+_KILLS, _LATER_KILLS, _FAULTS = 4, 2, 2
 """Of these one in so many is tried, as each takes some seconds."""
 Target = tuple[int, int]
 """Rank, and the number of its call."""
@@ -42,7 +42,7 @@ def parts_families(bench: StoreBench) -> list[Family]:
         ),
         Family(
             "store-fault-parts",
-            len(uploads),
+            len(uploads) // _FAULTS,
             partial(_faulted, bench, uploads),
             least_met=1,
             least_absorbed=1,
@@ -97,8 +97,10 @@ def _killed(
 
 
 def _faulted(bench: StoreBench, targets: Sequence[Target], run: Run, draw: random.Random) -> None:
-    """One fault at each call of an upload in parts."""
-    ended = fault_at(bench, run, IN_PARTS, targets[run.index], draw)
+    """One fault at a call of an upload in parts."""
+    ended = fault_at(
+        bench, run, IN_PARTS, targets[run.index * _FAULTS + draw.randrange(_FAULTS)], draw
+    )
     bench.conclude(run, name_of(run), 2, IN_PARTS, promised_step(ended))
 
 
