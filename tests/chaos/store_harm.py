@@ -32,7 +32,7 @@ def harm_families(bench: StoreBench) -> list[Family]:
     """All of them."""
     return [
         Family("store-damage", 36, partial(_damage, bench), least_met=1),
-        Family("store-disk", 18, partial(_disk, bench)),
+        Family("store-disk", 18, partial(_disk, bench), least_met=0.8),
         Family("store-overflow", 8, partial(_overflow, bench), least_met=1),
         Family("store-memory", 12, partial(_memory, bench), least_met=1),
     ]
