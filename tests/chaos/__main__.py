@@ -33,20 +33,20 @@ FUZZED = 1000
 
 
 @contextlib.contextmanager
-def _store(folder: Path) -> Iterator[list[Family]]:
+def _store(folder: Path, asked: str) -> Iterator[list[Family]]:
     with StoreBench(folder / "store") as bench:
-        yield store_families(bench) + harm_families(bench)
+        yield store_families(bench, asked) + harm_families(bench)
 
 
 @contextlib.contextmanager
-def _operator(folder: Path) -> Iterator[list[Family]]:
+def _operator(folder: Path, asked: str) -> Iterator[list[Family]]:
     with OperatorBench(folder / "operator", nodes=2) as bench:
         faults = [*operator_families(bench), *clock_families(bench), *node_families(bench)]
         yield [*faults, fuzz_family(bench, FUZZED), *lost_families(bench)]
 
 
 @contextlib.contextmanager
-def _gang(folder: Path) -> Iterator[list[Family]]:
+def _gang(folder: Path, asked: str) -> Iterator[list[Family]]:
     with GangBench(folder / "gang") as bench:
         yield gang_families(bench)
 
@@ -66,25 +66,29 @@ def main() -> None:
     # A run that hangs says where: kill -USR1.
     faulthandler.register(signal.SIGUSR1)
     runs: list[Run] = []
+    families: list[Family] = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         for part in _PARTS:
             if part.startswith(given.family) or given.family.startswith(part):
-                _run_part(part, Path(folder), given, runs)
+                families += _run_part(part, Path(folder), given, runs)
     if not runs:
         raise SystemExit(f"no family begins with {given.family!r}")
-    print(figures.table(runs))
+    fell_short = figures.shortfalls(families, runs)
+    print(figures.table(runs, fell_short))
     whole = not (given.family or given.sample or given.case is not None)
     short = whole and any(goal.reached < goal.least for goal in figures.goals(runs))
-    sys.exit(short or any(run.bad for run in runs))
+    sys.exit(short or bool(fell_short) or any(run.bad for run in runs))
 
 
-def _run_part(part: str, folder: Path, given: argparse.Namespace, runs: list[Run]) -> None:
-    with _PARTS[part](folder) as families:
+def _run_part(part: str, folder: Path, given: argparse.Namespace, runs: list[Run]) -> list[Family]:
+    """Add the runs of a part's families; the families that were asked for."""
+    with _PARTS[part](folder, given.family) as families:
         chosen = [family for family in families if family.name == given.family]
         chosen = chosen or [family for family in families if family.name.startswith(given.family)]
         for at_once, group in itertools.groupby(chosen, lambda family: family.at_once):
             cases = [(family, index) for family in group for index in _numbers(family, given)]
             _run(cases, at_once, given, runs)
+        return chosen
 
 
 def _numbers(family: Family, given: argparse.Namespace) -> list[int]:

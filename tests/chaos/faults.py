@@ -40,6 +40,12 @@ class Kind(StrEnum):
     """The request is applied, and the client gets a signal before the answer."""
 
 
+OF_REQUEST_BODY = {Kind.TRUNCATE_REQUEST, Kind.GARBLE_REQUEST}
+"""What can be done only to a request that has a body …"""
+OF_ANSWER_BODY = {Kind.TRUNCATE, Kind.GARBLE}
+"""… and only to an answer that has one."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """One fault. `seconds` is of STALL, DELAY, LATE and SKEW, `status` and `code` of ANSWER."""
@@ -77,6 +83,7 @@ class Call:
     """Path and query."""
     conditional: bool = False
     """Whether it has an If-None-Match."""
+    body_bytes: int = 0
 
     @property
     def path(self) -> str:
@@ -89,6 +96,7 @@ class Entry:
 
     call: Call
     fault: Fault
+    """What it met: nothing where there was no body for the fault to break."""
     status: int = 0
     """What the server answered; 0 where it was not asked or its answer did not come."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -50,6 +51,11 @@ class Family:
     at_once: int = 1
     """Cases that may run at the same time. With 1, what a case does is felt by others: it runs alone,
     in the thread that started the bench."""
+    least_met: float = 0.0
+    """Share of its cases that must have met a fault when all have run: a call that is not made any
+    more must not look like a fault that did no harm."""
+    least_absorbed: float = 0.0
+    """Share of its cases that the product must have taken without an attempt's end."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,29 @@ def goals(runs: Iterable[Run]) -> list[Goal]:
     ]
 
 
+def shortfalls(families: Iterable[Family], runs: Sequence[Run]) -> list[str]:
+    """Families that ran in full and met, or absorbed, less than they must; one sentence each."""
+    found = []
+    for family in families:
+        own = [run for run in runs if run.family == family.name]
+        if len(own) < family.count:
+            continue
+        for word, count, share in (
+            ("met a fault", sum(bool(run.faults) for run in own), family.least_met),
+            ("absorbed it", sum(map(_absorbed, own)), family.least_absorbed),
+        ):
+            if count < math.ceil(share * family.count):
+                found.append(
+                    f"{family.name}: {count} of {family.count} cases {word}, and "
+                    f"{math.ceil(share * family.count)} should have"
+                )
+    return found
+
+
+def _absorbed(run: Run) -> bool:
+    return bool(run.told.get("absorbed"))
+
+
 def run_case(family: Family, index: int, seed: int) -> Run:
     """Run one case; what it raises is a violation too."""
     found = Run(family.name, index, f"{seed}/{family.name}/{index}")
@@ -97,6 +126,8 @@ _COLUMNS = (
     "runs",
     "lives",
     "faults",
+    "not met",
+    "absorbed",
     "commits",
     "lost",
     "wrong",
@@ -113,6 +144,8 @@ def totals(runs: Sequence[Run]) -> list[dict[str, Any]]:
         row["runs"] += 1
         row["lives"] += run.lives
         row["faults"] += len(run.faults)
+        row["not met"] += not run.faults
+        row["absorbed"] += _absorbed(run)
         row["commits"] += run.commits
         row["lost"] += len(run.lost)
         row["wrong"] += len(run.wrong)
@@ -121,9 +154,19 @@ def totals(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def table(runs: Sequence[Run]) -> str:
-    """The families' rows, and what each bad run found with the words that repeat it."""
-    rows: list[Iterable[Any]] = [_COLUMNS, *(row.values() for row in totals(runs))]
+def total(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All families' rows in one."""
+    sums = {name: round(sum(row[name] for row in rows), 1) for name in _COLUMNS[1:]}
+    return {"family": "total", **sums}
+
+
+def table(runs: Sequence[Run], short: Sequence[str] = ()) -> str:
+    """The families' rows, and what each bad run found with the words that repeat it.
+
+    `short` are the `shortfalls`, which count as violations.
+    """
+    told = totals(runs)
+    rows: list[Iterable[Any]] = [_COLUMNS, *(row.values() for row in [*told, total(told)])]
     width = [max(len(str(row[i])) for row in map(list, rows)) for i in range(len(_COLUMNS))]
     lines = [
         "  ".join(str(cell).rjust(width[i]) if i else str(cell).ljust(width[i])
@@ -131,8 +174,8 @@ def table(runs: Sequence[Run]) -> str:
         for row in map(list, rows)
     ]  # fmt: skip
     reached = "; ".join(map(str, goals(runs)))
-    bad = sum(len(run.bad) for run in runs)
-    stories = [story(run) for run in runs if run.bad]
+    bad = sum(len(run.bad) for run in runs) + len(short)
+    stories = [*(story(run) for run in runs if run.bad), *short]
     return "\n".join([*lines, *stories, f"{reached}; violations: {bad}"])
 
 
@@ -147,5 +190,11 @@ def story(run: Run) -> str:
 def write(path: Path, runs: Sequence[Run]) -> None:
     """All of it as JSON."""
     reached = {goal.name: goal.reached for goal in goals(runs)}
-    content = {"reached": reached, "families": totals(runs), "runs": [asdict(run) for run in runs]}
+    rows = totals(runs)
+    content = {
+        "reached": reached,
+        "families": rows,
+        "total": total(rows),
+        "runs": [asdict(run) for run in runs],
+    }
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -18,7 +18,17 @@ from types import TracebackType
 from typing import Self
 
 from chaos import wire
-from chaos.faults import PASS, Call, Entry, Fault, Kind, Script, calm
+from chaos.faults import (
+    OF_ANSWER_BODY,
+    OF_REQUEST_BODY,
+    PASS,
+    Call,
+    Entry,
+    Fault,
+    Kind,
+    Script,
+    calm,
+)
 
 Signaller = Callable[[str, Signals], None]
 """Sends a client, by its name, a signal."""
@@ -122,7 +132,7 @@ class Proxy(ABC):
         number = self._counts.get(client, 0)
         self._counts[client] = number + 1
         conditional = bool(request.header("If-None-Match"))
-        call = Call(number, client, request.method, request.target, conditional)
+        call = Call(number, client, request.method, request.target, conditional, len(request.body))
         fault = self.scripts.get(client, self.script)(call)
         return await self._serve(call, fault, request, (reader, writer))
 
@@ -139,15 +149,19 @@ class Proxy(ABC):
     ) -> bool:
         """Meet one request; whether the connection can take another."""
         _, writer = client
-        index = len(self.log)
-        self.log.append(Entry(call, fault))
+        if fault.kind in OF_REQUEST_BODY and not request.body:
+            fault = PASS
+        index, log = len(self.log), self.log
+        log.append(Entry(call, fault))
         reply = await self._meet(call, fault, request)
         if reply is None:
             wire.reset(writer)
             return False
         if fault.only_success and reply.status >= 400:
             fault = PASS
-        self.log[index] = Entry(call, fault, reply.status)
+        if fault.kind in OF_ANSWER_BODY and not reply.body:
+            fault = PASS
+        log[index] = Entry(call, fault, reply.status)
         goes_on = await _send(reply, fault, writer)
         return goes_on and reply.header("Connection").lower() != "close"
 
@@ -168,10 +182,10 @@ class Proxy(ABC):
             await self._strike(call, fault)
             if fault.signal == Signals.SIGKILL:
                 return None
-        if fault.kind == Kind.TRUNCATE_REQUEST and request.body:
+        if fault.kind == Kind.TRUNCATE_REQUEST:
             await self._send_half(request)
             return None
-        if fault.kind == Kind.GARBLE_REQUEST and request.body:
+        if fault.kind == Kind.GARBLE_REQUEST:
             request = replace(request, body=_garbled(request.body))
         reply = await self._forward(request)
         if fault.kind == Kind.SIGNAL_AFTER and not (fault.only_success and reply.status >= 400):
@@ -221,7 +235,7 @@ class Proxy(ABC):
 async def _send(reply: wire.Message, fault: Fault, writer: asyncio.StreamWriter) -> bool:
     """Send an answer, or what the fault leaves of it; whether the connection is still whole."""
     half = len(reply.body) // 2
-    if fault.kind == Kind.TRUNCATE and reply.body:
+    if fault.kind == Kind.TRUNCATE:
         writer.write(reply.head + reply.body[:half])
         await writer.drain()
         return False

@@ -14,12 +14,12 @@ from devcluster.node.limits import MemoryLimit
 from devcluster.zygote import Forked
 from kubedistill_api.exit_codes import ExitCode
 
-from chaos.damage import KINDS, commits, damage
+from chaos.damage import KINDS, OF_RECORDS, commits, damage
 from chaos.faults import At, Fault, Kind, calm
 from chaos.figures import Family, Run
-from chaos.store_bench import StoreBench, promised_step, resumed_step
-from chaos.store_judge import began
-from chaos.store_run import RANKS, STEPS, Ended, rank_name
+from chaos.store_bench import StoreBench, promised_step
+from chaos.store_judge import began, disturbed, expect_rejected, name_of
+from chaos.store_run import RANKS, STEPS, ZERO1, ZERO2, ZERO3, Ended, rank_name
 
 _MIB = 1 << 20
 _TOO_LITTLE = 64 * _MIB
@@ -31,46 +31,28 @@ _HANG_SECONDS = 30.0
 def harm_families(bench: StoreBench) -> list[Family]:
     """All of them."""
     return [
-        Family("store-damage", 36, partial(_damage, bench)),
-        Family("store-disk", 18, partial(_disk, bench)),
-        Family("store-overflow", 8, partial(_overflow, bench)),
-        Family("store-memory", 12, partial(_memory, bench)),
+        Family("store-damage", 36, partial(_damage, bench), least_met=1),
+        Family("store-disk", 18, partial(_disk, bench), least_met=0.8),
+        Family("store-overflow", 8, partial(_overflow, bench), least_met=1),
+        Family("store-memory", 12, partial(_memory, bench), least_met=1),
     ]
 
 
 def _damage(bench: StoreBench, run: Run, draw: random.Random) -> None:
     """Attempt 1 is killed after its last commit but one, whose bytes are harmed before attempt 2."""
-    zero = draw.choice((1, 1, 2, 3))
-    name = f"{run.family}-{run.index}"
+    job, name = draw.choice((ZERO1, ZERO1, ZERO2, ZERO3)), name_of(run)
     records = [
         call.number
-        for call in bench.calm(zero).of(0)
+        for call in bench.calm(job).of(0)
         if call.method == "PUT" and "/log/" in call.path
     ]
     # At step 6: FENCE, and three COMMITs.
-    with bench.attempt(
-        name, 1, zero, At(rank_name(0), records[3], Fault(Kind.SIGNAL_AFTER))
-    ) as attempt:
-        attempt.wait()
-    run.lives += 1
-    found = commits(bench, name)
-    older, newest = found[-2:]
-    run.faults.append(damage(bench, KINDS[run.index % len(KINDS)], newest, draw))
-    with bench.attempt(name, 2, zero, calm) as attempt:
-        ended = attempt.wait()
-    run.lives += 1
-    run.told["codes"] = [ended.codes]
-    if ended.codes != [0] * RANKS:
-        run.violations.append(f"attempt 2 ended with {ended.codes}: {ended.tail}")
-    if resumed_step(ended) != older.step:
-        run.wrong.append(f"resumed from {resumed_step(ended)}, not from {older.step}")
-    outcome = ended.outcomes[0]
-    told = outcome.progress.rejected_checkpoints if outcome and outcome.progress else []
-    if not told:
-        run.violations.append("no outcome tells of the rejected commit")
-    if bench.gang.weights(name) != bench.calm(zero).weights:
-        run.wrong.append("weights other than the calm run's")
-    run.commits += bench.commits(name)
+    disturbed(bench, run, job, At(rank_name(0), records[3], Fault(Kind.SIGNAL_AFTER)))
+    older, newest = commits(bench, name)[-2:]
+    kind = KINDS[run.index % len(KINDS)]
+    run.faults.append(damage(bench, kind, newest, draw))
+    ended = bench.conclude(run, name, 2, job, older.step, resumes_from=older.step)
+    expect_rejected(run, ended, newest, unreadable=kind in OF_RECORDS)
 
 
 @contextlib.contextmanager
@@ -87,7 +69,7 @@ def _small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
 
 def _disk(bench: StoreBench, run: Run, draw: random.Random) -> None:
     """One rank's scratch is too small: for its markers, its snapshots, its export, or not at all."""
-    name = f"{run.family}-{run.index}"
+    name = name_of(run)
     # Where memory is not short, only rank 0 needs its disk: for the export.
     rank, short = (0, False) if run.index < 6 else (run.index % RANKS, True)
     size = (4, 8, 16, 32, 64, 128)[run.index % 6] * 1024
@@ -96,7 +78,7 @@ def _disk(bench: StoreBench, run: Run, draw: random.Random) -> None:
         bench.attempt(
             name,
             1,
-            1,
+            ZERO1,
             calm,
             scratch={rank: disk},
             memory_limit_bytes=_TOO_LITTLE if short else None,
@@ -105,13 +87,13 @@ def _disk(bench: StoreBench, run: Run, draw: random.Random) -> None:
         ended = attempt.wait(_HANG_SECONDS)
     run.lives += 1
     run.told["codes"] = [ended.codes]
-    run.faults.append(f"rank {rank} has {size} bytes of disk{' and no memory' * short}")
     if ended.codes == [0] * RANKS:
         run.told["not met"] = "the disk was big enough"
     else:
+        run.faults.append(f"rank {rank} has {size} bytes of disk{' and no memory' * short}")
         _expect_told(run, ended, rank)
     run.violations += bench.check(name)
-    bench.conclude(run, name, 2, 1, promised_step(ended))
+    bench.conclude(run, name, 2, ZERO1, promised_step(ended))
 
 
 def _expect_told(run: Run, ended: Ended, rank: int) -> None:
@@ -132,14 +114,14 @@ def _overflow(bench: StoreBench, run: Run, draw: random.Random) -> None:
 
     Three saves in a row fail, which ends the attempt.
     """
-    name = f"{run.family}-{run.index}"
+    name = name_of(run)
     rank = run.index % RANKS
     size = (4, 8, 16, 24)[run.index // RANKS % 4] * 1024
     folder = bench.folder / f"{name}-scratch"
     with (
         _small_disk(folder / f"checkpoint-{rank}", size),
         bench.attempt(
-            name, 1, 1, calm, scratch={rank: folder}, memory_limit_bytes=_TOO_LITTLE
+            name, 1, ZERO1, calm, scratch={rank: folder}, memory_limit_bytes=_TOO_LITTLE
         ) as attempt,
     ):
         ended = attempt.wait(_HANG_SECONDS)
@@ -148,7 +130,7 @@ def _overflow(bench: StoreBench, run: Run, draw: random.Random) -> None:
     run.faults.append(f"rank {rank} has {size} bytes of disk for snapshots, and no memory")
     _expect_told(run, ended, rank)
     run.violations += bench.check(name)
-    bench.conclude(run, name, 2, 1, promised_step(ended))
+    bench.conclude(run, name, 2, ZERO1, promised_step(ended))
 
 
 def _watch(victim: Forked, limit: MemoryLimit) -> bool:
@@ -165,12 +147,12 @@ def _watch(victim: Forked, limit: MemoryLimit) -> bool:
 
 def _memory(bench: StoreBench, run: Run, draw: random.Random) -> None:
     """A rank reaches its memory limit, and the kernel kills it: its peer says that it is gone."""
-    name = f"{run.family}-{run.index}"
+    name = name_of(run)
     rank = run.index % RANKS
     size = int(bench.peak_bytes(rank) * draw.uniform(0.1, 0.95))
     with (
         bench.memory_limit(name, size) as limit,
-        bench.attempt(name, 1, 1, calm, groups={rank: limit.groups}) as attempt,
+        bench.attempt(name, 1, ZERO1, calm, groups={rank: limit.groups}) as attempt,
     ):
         killed = _watch(attempt.ranks[rank], limit)
         ended = attempt.wait(_HANG_SECONDS)
@@ -188,4 +170,4 @@ def _memory(bench: StoreBench, run: Run, draw: random.Random) -> None:
             f"{ended.tail}"
         )
     run.violations += bench.check(name)
-    bench.conclude(run, name, 2, 1, promised_step(ended))
+    bench.conclude(run, name, 2, ZERO1, promised_step(ended))

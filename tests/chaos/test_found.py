@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,12 +12,14 @@ from pathlib import Path
 import pytest
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_trainer import outcome
+from kubedistill_trainer.checkpoint.log import CommitLog, slot_key
+from kubedistill_trainer.checkpoint.records import Commit, ShardRecord
 from kubedistill_trainer.failures import InputsRefused
 from kubedistill_trainer.models import folder
-from kubedistill_trainer.store import AccessDenied, Store
+from kubedistill_trainer.store import AccessDenied, Limits, NotFound, Store
 from s3_fixture import S3Server, s3  # noqa: F401  (s3 is a fixture)
 
-from chaos.faults import At, Fault, Kind
+from chaos.faults import PASS, At, Call, Fault, Kind
 from chaos.s3_proxy import S3Proxy
 
 
@@ -131,3 +135,101 @@ def test_a_full_disk_changes_no_exit_code(tmp_path: Path) -> None:
 def test_gloo_says_in_several_ways_that_a_peer_is_lost(said: str) -> None:
     code, told = outcome.of_exception(RuntimeError(said))
     assert (code, told.reason) == (ExitCode.PEER_LOST, "PeerLost")
+
+
+_PART_BYTES = 5 << 20
+_IN_PARTS = Limits(
+    attempts=3, multipart_threshold_bytes=_PART_BYTES, multipart_part_bytes=_PART_BYTES
+)
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_a_record_that_is_garbled_on_its_way_back_is_not_rejected(
+    proxy: S3Proxy,
+    s3: S3Server,  # noqa: F811
+    slot: int,
+) -> None:
+    """The newest commit was given up for good, for one bit that only its reader saw."""
+    store = through(proxy, s3)
+    written = CommitLog(store, fence=1)
+    written.take_over()
+    shard = ShardRecord(path="a", rank=0, shared=False, size_bytes=0, sha256="0" * 64, crc32c=[])
+    written.append(
+        Commit, step=2, world_size=1, data="data/e1/s2/x", shards=[shard], cursor={},
+        config_digest="a",
+    )  # fmt: skip
+    key = f"/{slot_key(slot)}"
+
+    def garble_once(call: Call) -> Fault:
+        met = any(entry.fault != PASS for entry in proxy.log)
+        return Fault(Kind.GARBLE) if call.path.endswith(key) and not met else PASS
+
+    proxy.begin(garble_once)
+    read = CommitLog(store)
+    read.read()
+    assert [entry.fault.kind for entry in proxy.log if entry.fault != PASS] == [Kind.GARBLE]
+    assert read.unreadable() == []
+    assert [commit.record.step for commit in read.commits()] == [2]
+
+
+class _Forgotten:
+    """The first completion of an upload meets `fault`, and from then on its id is forgotten."""
+
+    def __init__(self, fault: Fault) -> None:
+        self._fault = fault
+        self._times = 0
+
+    def __call__(self, call: Call) -> Fault:
+        if call.method != "POST" or "uploadId" not in call.target:
+            return PASS
+        self._times += 1
+        return self._fault if self._times == 1 else Fault(Kind.ANSWER, 404, "NoSuchUpload")
+
+
+@pytest.mark.parametrize("source", ["stream", "file"])
+def test_a_completion_whose_answer_was_lost_is_not_a_failed_upload(
+    proxy: S3Proxy,
+    s3: S3Server,  # noqa: F811
+    tmp_path: Path,
+    source: str,
+) -> None:
+    """botocore repeats it, and some stores do not know the upload any more: the save failed."""
+    data = os.urandom(2 * _PART_BYTES + 1)
+    store = Store(s3.uri(), endpoint=proxy.endpoint("a"), limits=_IN_PARTS)
+    proxy.begin(_Forgotten(Fault(Kind.RESET_AFTER)))
+    if source == "file":
+        (tmp_path / "shard").write_bytes(data)
+        store.upload_file("shard", tmp_path / "shard")
+    else:
+        # About as long as it says.
+        store.upload_stream("shard", io.BytesIO(data), len(data) - 7)
+    assert store.get("shard") == data
+
+
+@pytest.mark.parametrize("before", [b"", b"short", bytes(2 * _PART_BYTES)])
+def test_an_upload_that_somebody_ended_has_failed(
+    proxy: S3Proxy,
+    s3: S3Server,  # noqa: F811
+    before: bytes,
+) -> None:
+    """Whatever lies at its key from another time is not it."""
+    store = Store(s3.uri(), endpoint=proxy.endpoint("a"), limits=_IN_PARTS)
+    data = os.urandom(2 * _PART_BYTES)
+    if before:
+        store.put("shard", before)
+        # The store's clock counts seconds.
+        written = store.head("shard")
+        assert written is not None
+        while (clock := _write_and_head(store)) <= written.last_modified.timestamp() + 1:
+            assert clock
+    proxy.begin(_Forgotten(Fault(Kind.ANSWER, 404, "NoSuchUpload")))
+    with pytest.raises(NotFound, match="upload"):
+        store.upload_stream("shard", io.BytesIO(data), len(data))
+    assert store.uploads() == ()
+
+
+def _write_and_head(store: Store) -> float:
+    store.put("clock", b"")
+    written = store.head("clock")
+    assert written is not None
+    return written.last_modified.timestamp()

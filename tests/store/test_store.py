@@ -327,9 +327,17 @@ def test_limits_may_come_from_the_environment() -> None:
     given = {
         "KUBEDISTILL_STORE_READ_TIMEOUT_SECONDS": "2.5",
         "KUBEDISTILL_STORE_ATTEMPTS": "3",
+        "KUBEDISTILL_STORE_MULTIPART_THRESHOLD_BYTES": "8388608",
+        "KUBEDISTILL_STORE_MULTIPART_PART_BYTES": "5242880",
     }
     limits = Limits.from_environment(given, upload_bytes_per_second=7)
-    assert limits == Limits(read_timeout_seconds=2.5, attempts=3, upload_bytes_per_second=7)
+    assert limits == Limits(
+        read_timeout_seconds=2.5,
+        attempts=3,
+        upload_bytes_per_second=7,
+        multipart_threshold_bytes=8 << 20,
+        multipart_part_bytes=5 << 20,
+    )
     assert Limits.from_environment({}) == Limits()
     for wrong in ("soon", "0", "-1", "nan"):
         with pytest.raises(ValueError, match=f"READ_TIMEOUT_SECONDS: found '{wrong}'; write"):

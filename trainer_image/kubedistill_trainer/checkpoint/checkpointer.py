@@ -33,7 +33,7 @@ from kubedistill_trainer.checkpoint.log import CommitEntry, CommitLog, Entry, sl
 from kubedistill_trainer.checkpoint.records import Commit, Reject, ShardRecord, digest
 from kubedistill_trainer.checkpoint.results import CommitInfo, Flight, Rejected, Restored
 from kubedistill_trainer.checkpoint.staging import HostMemory
-from kubedistill_trainer.store import Store, StoreError
+from kubedistill_trainer.store import NotFound, Store, StoreError
 
 _log = logging.getLogger(__name__)
 
@@ -257,7 +257,12 @@ class Checkpointer:
             flight.uploaded()
             return receipts
 
-        receipts = self._transfers.gather(own)
+        try:
+            receipts = self._transfers.gather(own)
+        except NotFound:
+            # A newer attempt ends what an older one uploads: then that is why it is gone.
+            self._transfers.from_first(self._log.refuse_if_overtaken)
+            raise
         return data, [receipt for of_rank in receipts for receipt in of_rank]
 
     def restore(self, engine: Any, step: int | None = None) -> Restored | None:

@@ -40,6 +40,7 @@ from kubedistill_trainer.store import NotFound, PreconditionFailed, Store
 __all__ = ["CommitEntry", "CommitLog", "Entry", "slot_key"]
 
 _READERS = 8
+_READ_ATTEMPTS = 2  # a record that is wrong twice was not garbled on its way
 _MOST_MISSING = 1000
 """Slots that may be absent below the highest one before the log counts as something else."""
 
@@ -274,12 +275,14 @@ class CommitLog:
         return self._read_if_taken(sequence) or empty
 
     def _read_if_taken(self, sequence: int) -> Entry | None:
-        try:
-            return Entry(sequence, decode(self._store.get(slot_key(sequence))))
-        except RecordUnreadable as error:
-            return Entry(sequence, None, str(error), isinstance(error, RecordTooNew))
-        except NotFound:
-            return None
+        for _ in range(_READ_ATTEMPTS):
+            try:
+                return Entry(sequence, decode(self._store.get(slot_key(sequence))))
+            except RecordUnreadable as error:
+                found = Entry(sequence, None, str(error), isinstance(error, RecordTooNew))
+            except NotFound:
+                return None
+        return found
 
     def _stamp(self, make: Callable[..., Record], **fields: Any) -> Record:
         return make(

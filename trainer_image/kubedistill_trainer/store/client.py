@@ -53,6 +53,23 @@ class Upload:
     """By the store's clock."""
 
 
+class _Counted:
+    """A stream that counts what is read of it."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self.size_bytes = 0
+
+    def read(self, size: int = -1) -> bytes:
+        """As of a file."""
+        data: bytes = self._source.read(size)
+        self.size_bytes += len(data)
+        return data
+
+    def readable(self) -> bool:
+        return True
+
+
 class Store:
     """One bucket and prefix. Thread-safe; children share the connection.
 
@@ -253,15 +270,36 @@ class Store:
         """Write what `source.read(size)` gives, or the file of that name, in parts when it is much:
         bounded memory.
 
-        `size_bytes` is about what it gives, for the deadline. Raises what `source.read` raises.
+        `size_bytes` is about what it gives, for the deadline. Raises what `source.read` raises, and
+        NotFound where somebody else has ended the upload.
         """
-        with (
-            translated("upload", self.uri_of(key), self._connection.server),
-            self._connection.transfer_within(size_bytes) as futures,
-        ):
-            futures.append(self._connection.transfers.upload(source, self.bucket, self._full(key)))
-            futures[0].result()
+        began = time.monotonic()
+        counted = source if isinstance(source, str) else _Counted(source)
+        try:
+            with (
+                translated("upload", self.uri_of(key), self._connection.server),
+                self._connection.transfer_within(size_bytes) as futures,
+            ):
+                upload = self._connection.transfers.upload
+                futures.append(upload(counted, self.bucket, self._full(key)))
+                futures[0].result()
+        except NotFound:
+            # The answer to its completion was lost, and the store had forgotten it when asked again;
+            # or it was aborted.
+            whole = counted.size_bytes if isinstance(counted, _Counted) else size_bytes
+            if not self._landed(key, whole, time.monotonic() - began):
+                raise
         BYTES.labels("upload").inc(size_bytes)
+
+    def _landed(self, key: str, size_bytes: int, seconds: float) -> bool:
+        """Whether an object of that size was written in the last `seconds`, by the store's clock."""
+        with suppress(NotFound), translated("head", self.uri_of(key), self._connection.server):
+            found = self._connection.client.head_object(Bucket=self.bucket, Key=self._full(key))
+            now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
+            # It tells whole seconds.
+            since = now - timedelta(seconds=seconds + 1)
+            return found["ContentLength"] == size_bytes and found["LastModified"] >= since
+        return False
 
     def download_file(self, key: str, path: Path) -> None:
         """Write an object to `path`, which appears only when it is whole. Raises NotFound."""

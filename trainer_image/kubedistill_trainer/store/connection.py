@@ -43,6 +43,10 @@ class Limits:
     """… plus its size at this speed: silence is not the only way for a store to stall."""
     upload_bytes_per_second: int | None = None
     """What uploads of files and streams may take of the network; None for all of it."""
+    multipart_threshold_bytes: int = 32 * MIB
+    """Files and streams of this size and more go up in parts …"""
+    multipart_part_bytes: int = 16 * MIB
+    """… of this size: S3 takes none below 5 MiB but the last, and 10,000 at most."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ, **fields: Any) -> Limits:
@@ -56,6 +60,8 @@ class Limits:
             ("read_timeout_seconds", float),
             ("attempts", int),
             ("deadline_floor_seconds", float),
+            ("multipart_threshold_bytes", int),
+            ("multipart_part_bytes", int),
         ):
             variable = f"KUBEDISTILL_STORE_{name.upper()}"
             text = environment.get(variable)
@@ -194,8 +200,8 @@ def _add_md5(*, params: dict[str, Any], **_event: Any) -> None:
 def _transfer_config(limits: Limits) -> TransferConfig:
     return TransferConfig(
         max_bandwidth=limits.upload_bytes_per_second,
-        multipart_threshold=32 * MIB,
-        multipart_chunksize=16 * MIB,
+        multipart_threshold=limits.multipart_threshold_bytes,
+        multipart_chunksize=limits.multipart_part_bytes,
         max_concurrency=max(4, min(10, os.cpu_count() or 4)),
         # "auto" may take the CRT client, which ignores endpoint_url.
         preferred_transfer_client="classic",

@@ -146,7 +146,11 @@ def _of_answer(error: ClientError, operation: str, uri: str, server: Server) -> 
         )
     if status == 412 or code in ("PreconditionFailed", "412"):
         return errors.PreconditionFailed(operation, uri, "the key is taken already")
-    if code in ("NoSuchKey", "NoSuchUpload", "404") or status == 404:
+    if code == "NoSuchUpload":
+        return errors.NotFound(
+            operation, uri, f"{endpoint} does not know this multipart upload: it has been ended"
+        )
+    if code in ("NoSuchKey", "404") or status == 404:
         return errors.NotFound(operation, uri, f"no such object at {endpoint}")
     if code == "RequestTimeTooSkewed":
         return errors.AccessDenied(
