@@ -265,10 +265,7 @@ class Effects:
             run_specs.base_run_spec(owner, spec, await self._accepted(raw, owner), "student"),
             attempt,
             template["spec"]["terminationGracePeriodSeconds"],
-            restart.mean_seconds_between_failures(status.attempts),
-            restart.failures_seen(status.attempts),
-            status.save_seconds,
-            status.furthest_commit,
+            status,
         )
         name = names.attempt_name(owner.name, attempt.number)
         return template, run_specs.config_map(owner, name, run)

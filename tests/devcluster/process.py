@@ -26,17 +26,17 @@ _given: deque[int] = deque(maxlen=1000)
 """Lately: whoever got one may not have taken it yet."""
 
 
-def free_port(host: str = "127.0.0.1") -> int:
+def free_port() -> int:
     """A TCP port that was free a moment ago, and that no outgoing connection takes."""
-    return _free(host, 0)
+    return _free(0)
 
 
 def free_port_pair(distance: int = 10000) -> int:
     """A port P so that P + distance is free as well."""
-    return _free("127.0.0.1", distance)
+    return _free(distance)
 
 
-def _free(host: str, distance: int) -> int:
+def _free(distance: int) -> int:
     chance = random.SystemRandom()
     for _ in range(2000):
         port = chance.choice(_PORTS)
@@ -44,9 +44,9 @@ def _free(host: str, distance: int) -> int:
             continue
         try:
             with socket.socket() as first, socket.socket() as second:
-                first.bind((host, port))
+                first.bind(("127.0.0.1", port))
                 if distance:
-                    second.bind((host, port + distance))
+                    second.bind(("127.0.0.1", port + distance))
         except OSError:
             continue
         _given.append(port)

@@ -9,13 +9,14 @@ import pytest
 from kubedistill_api import names, reasons
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import ProgressReport
-from kubedistill_api.status import Attempt, ResolvedModel
+from kubedistill_api.status import Attempt, DistillationJobStatus, ResolvedModel
 from kubedistill_operator.cache import Cache, Raw
 from kubedistill_operator.cluster import ApiError, Conflict, NotFound
 from kubedistill_operator.effects import InputsLost, NameTaken
 from kubedistill_operator.observe import observe_job
 from kubedistill_operator.plan.actions import CreateGang, Inputs
 from kubedistill_operator.plan.inputs import missing_models
+from kubedistill_operator.plan.times import format_time
 from kubedistill_operator.progress import contact_of
 from kubedistill_operator.reconcile import refusal_of
 from kubedistill_operator.resources import run_specs
@@ -181,13 +182,17 @@ def test_the_run_spec_of_an_attempt_that_is_smaller() -> None:
     whole = DistillationJobSpec.model_validate(spec(workers={"nodes": 4, "gpusPerNode": 8}))
     base = run_specs.base_run_spec(owner, whole, Inputs("abc", MODEL), "student")
     attempt = Attempt(number=3, fence=5, nodes=2, micro_batch_size=1)
-    run = run_specs.student_run_spec(base, attempt, 90, 1234.5, 3, 7.5, 40)
+    end = {"start_time": format_time(NOW), "end_time": format_time(NOW + timedelta(seconds=3000))}
+    struck = Attempt(number=1, fence=1, reason="Error", charged=True, rank_restarts=2, **end)
+    status = DistillationJobStatus(attempts=[struck, attempt], save_seconds=7.5, furthest_commit=40)
+    run = run_specs.student_run_spec(base, attempt, 90, status)
     assert run.rendezvous is not None
     assert (run.rendezvous.nodes, run.rendezvous.ranks_per_node) == (2, 8)
     assert (run.attempt, run.fence, run.micro_batch_size) == (3, 5, 1)
-    assert (run.mean_seconds_between_failures, run.failures_seen) == (1234.5, 3)
+    assert (run.mean_seconds_between_failures, run.failures_seen) == (1000, 3)
     assert (run.save_seconds, run.committed_step) == (7.5, 40)
-    plain = run_specs.student_run_spec(base, Attempt(number=1, fence=1), 90)
+    first = Attempt(number=1, fence=1)
+    plain = run_specs.student_run_spec(base, first, 90, DistillationJobStatus(attempts=[first]))
     assert plain.rendezvous is not None
     assert plain.rendezvous.nodes == 4
     assert plain.micro_batch_size is None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kubedistill_api import names
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.quantity import to_bytes
-from kubedistill_api.status import Attempt
+from kubedistill_api.status import Attempt, DistillationJobStatus
 from kubedistill_api.sweep import SweepTable, TrialStatus
 from kubedistill_operator.plan.actions import Inputs
 from kubedistill_operator.resources import batch_jobs, run_specs
@@ -276,7 +276,8 @@ def test_the_run_spec_survives_its_config_map() -> None:
     limits = {"name": "trainer", "resources": {"limits": {"memory": "1Ki"}}}
     whole = parsed(workers={"template": {"spec": {"containers": [limits]}}})
     base = run_specs.base_run_spec(OWNER, whole, Inputs("abc"), "student")
-    run = run_specs.student_run_spec(base, Attempt(number=2, fence=7), 90)
+    attempt = Attempt(number=2, fence=7)
+    run = run_specs.student_run_spec(base, attempt, 90, DistillationJobStatus(attempts=[attempt]))
     raw = run_specs.config_map(OWNER, "small-a2", run)
     assert raw["immutable"]
     assert run_specs.read_config_map(raw) == run

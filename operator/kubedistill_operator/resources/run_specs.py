@@ -10,10 +10,11 @@ from kubedistill_api import names
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.quantity import to_bytes
 from kubedistill_api.runspec import Rendezvous, RunSpec
-from kubedistill_api.status import Attempt
+from kubedistill_api.status import Attempt, DistillationJobStatus
 from kubedistill_api.sweep import SweepTable
 
 from kubedistill_operator.plan.actions import Inputs
+from kubedistill_operator.plan.restart import failures_seen, mean_seconds_between_failures
 from kubedistill_operator.plan.shape import nodes_of, ranks_per_node
 from kubedistill_operator.resources.owner import Owner
 from kubedistill_operator.resources.pods import memory_limit
@@ -44,15 +45,9 @@ def inputs_of(run: RunSpec) -> Inputs:
 
 
 def student_run_spec(
-    base: RunSpec,
-    attempt: Attempt,
-    grace_seconds: int,
-    mean_seconds_between_failures: float | None = None,
-    failures_seen: int = 0,
-    save_seconds: float | None = None,
-    committed_step: int = 0,
+    base: RunSpec, attempt: Attempt, grace_seconds: int, status: DistillationJobStatus
 ) -> RunSpec:
-    """The run spec of one attempt of the gang."""
+    """The run spec of one attempt of the gang, with what the status knows of those before it."""
     number = attempt.number
     return base.model_copy(
         update={
@@ -67,10 +62,10 @@ def student_run_spec(
             ),
             "termination_grace_seconds": grace_seconds,
             "micro_batch_size": attempt.micro_batch_size or None,
-            "mean_seconds_between_failures": mean_seconds_between_failures,
-            "failures_seen": failures_seen or None,
-            "save_seconds": save_seconds,
-            "committed_step": committed_step or None,
+            "mean_seconds_between_failures": mean_seconds_between_failures(status.attempts),
+            "failures_seen": failures_seen(status.attempts) or None,
+            "save_seconds": status.save_seconds,
+            "committed_step": status.furthest_commit or None,
         }
     )
 
