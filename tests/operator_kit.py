@@ -87,7 +87,7 @@ for step in range(start + 1, steps + 1):
     if behaviour == "fail-always" and step == start + 2:
         end(1, reason="Error", message="boom")
     if behaviour == "troubled":
-        report.update(saveProblem="no space" if step < 25 else "", saveSeconds=90.0,
+        report.update(saveProblem="no space" if step < 25 else "", saveSeconds=90.0, stepSeconds=0.2,
                       graceProblem="two saves take 180 s" if step < 40 else "",
                       straggler="rank 1 takes 1.5 times the median" if step > 5 else "",
                       skippedSteps=[7] if step > 8 else [])
