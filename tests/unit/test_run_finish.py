@@ -50,6 +50,7 @@ def end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., End]:
         monkeypatch.setattr(run, "publish_folder", publish)
         monkeypatch.setattr(run, "compare", lambda *arguments: comparison())
         monkeypatch.setattr(run, "evaluate", lambda *arguments: found or evaluation())
+        monkeypatch.setattr(run, "gather_teacher", lambda *arguments, **options: True)
         monkeypatch.setattr(run, "gather_weights", lambda engine: {"w": torch.zeros(2, 3)})
         done = finished(steps=30)
         done.dataset.tokenizer.files = {}
