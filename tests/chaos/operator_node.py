@@ -23,7 +23,9 @@ from chaos.operator_judge import AT_ONCE, Judge, State
 NAME = "one"
 _STEPS = 70
 _BEGIN_SECONDS = 0.7
-_OF_ATTEMPTS = ("attempt", "fence", "failuresSeen", "meanSecondsBetweenFailures", "saveSeconds")
+_OF_ATTEMPTS = (
+    "attempt", "fence", "failuresSeen", "meanSecondsBetweenFailures", "saveSeconds", "committedStep",
+)  # fmt: skip
 """Fields of an attempt's run spec."""
 
 
