@@ -25,7 +25,7 @@ _CHANGING = {
     "lastUpdatedTime", "tokensPerSecond", "estimatedRemainingSeconds", "saveSeconds",
 }  # fmt: skip
 """Fields whose values differ between two calm runs: that they are there is compared."""
-_OF_THE_RUN = ("meanSecondsBetweenFailures", "saveSeconds")
+_OF_THE_RUN = ("meanSecondsBetweenFailures", "saveSeconds", "committedStep")
 """Such fields of run specs."""
 _POD = re.compile(r"(\bpod [a-z][-a-z0-9]*-\d+)-[a-z0-9]{5}\b")
 """Its name in a message, whose end Kubernetes draws."""
