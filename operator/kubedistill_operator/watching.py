@@ -12,6 +12,7 @@ import contextlib
 import logging
 import threading
 import time
+from typing import Any
 
 import kopf
 
@@ -47,6 +48,7 @@ async def _watch(watcher: Watcher, settings: Settings) -> None:
     registry = registry_for(watcher, work)
     ended: asyncio.Future[None] = work.create_future()
     theirs, stop = asyncio.new_event_loop(), asyncio.Event()
+    theirs.set_exception_handler(_told)
 
     def finish(error: BaseException | None) -> None:
         if ended.done():
@@ -77,6 +79,16 @@ async def _watch(watcher: Watcher, settings: Settings) -> None:
         if not ended.done():
             theirs.call_soon_threadsafe(stop.set)
             await asyncio.wait([ended], timeout=_END_SECONDS)
+
+
+def _told(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What the loop has to say of failures that nobody awaits.
+
+    Not of kopf's request that is under way when it is to end: its callback asks for the task that it
+    is in, and is in none.
+    """
+    if "request_cancel_callback" not in str(context.get("message")):
+        loop.default_exception_handler(context)
 
 
 async def _kopf(registry: kopf.OperatorRegistry, settings: Settings, stop: asyncio.Event) -> None:

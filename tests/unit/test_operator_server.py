@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -17,6 +18,7 @@ from kubedistill_operator.cluster import DISTILLATION_JOBS, Cluster
 from kubedistill_operator.queue import WorkQueue
 from kubedistill_operator.settings import Settings
 from kubedistill_operator.watch import Resync, Watcher
+from kubedistill_operator.watching import _told
 from kubernetes.aio import client
 
 HOUR = timedelta(hours=1)
@@ -101,3 +103,22 @@ async def test_the_first_listing_is_asked_for_again(server: Server) -> None:
     resync = Resync(server.cluster, cache, Watcher(cache, queue), queue, Settings())
     await resync.first()
     assert server.failures == 0
+
+
+@pytest.mark.parametrize(("slips_in", "said"), [("request_cancel_callback", 0), ("other", 1)])
+def test_of_failures_that_nobody_awaits_kopfs_known_one_is_no_news(
+    slips_in: str, said: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its request that is under way when it is to end asks for a task that it is not in."""
+
+    def slip() -> None:
+        raise AssertionError
+
+    slip.__qualname__ = f"stream.<locals>.{slips_in}"
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(_told)
+    loop.call_soon(slip)
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    loop.close()
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == said
