@@ -386,3 +386,36 @@ def test_the_parts_that_are_done_are_read() -> None:
 def test_a_late_pass_changes_nothing() -> None:
     seen = shards_there(writing(writer()))
     assert settled(replace(seen, now=NOW + timedelta(seconds=30))).actions == ()
+
+
+# Whose end is seen after the job's
+
+
+def over_before_its_writer() -> Observed:
+    """A student that is done while the news are that its teacher still writes."""
+    early = shards_there(writing(writer()))
+    word = {"model": {"uri": "s3://m", "digest": "d", "parameters": 1}}
+    jobs = dict(early.batch_jobs) | gang_job(complete=True)
+    return after(early, batch_jobs=jobs, pods=(writer(), ended("s-0", 0, outcome=word)))
+
+
+def test_words_of_writers_that_come_after_the_jobs_end_are_taken() -> None:
+    """The API server was away as they ended: news of the student's end came first."""
+    over = over_before_its_writer()
+    plan = settled(over)
+    assert state(plan)[0] == "True"
+    assert state(plan, reasons.TEACHER_READY) == ("True", reasons.SHARDS_COMMITTED)
+    assert DeleteBatchJob(TEACHER) in plan.actions
+    stream = {"uri": "s3://s", "tokens": 50, "bytes": 100, "complete": True}
+    last = failed(code=0, gone=True, outcome={"progress": {"teacherStream": stream}})
+    plan = settled(after(over, batch_jobs=gang_job(complete=True), pods=(last, over.pods[1])))
+    assert state(plan, reasons.TEACHER_READY) == ("True", reasons.STREAM_COMPLETE)
+    assert plan.status.teacher_stream is not None
+    assert (plan.status.teacher_stream.tokens, plan.status.teacher_stream.complete) == (50, True)
+
+
+def test_a_stream_that_its_job_did_not_need_to_its_end_is_not_called_whole() -> None:
+    over = over_before_its_writer()
+    stopped = failed(code=18, gone=True)
+    plan = settled(after(over, batch_jobs=gang_job(complete=True), pods=(stopped, over.pods[1])))
+    assert state(plan, reasons.TEACHER_READY) == ("True", reasons.SHARDS_COMMITTED)

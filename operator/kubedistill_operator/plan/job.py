@@ -40,6 +40,7 @@ def plan_job(seen: Observed, timing: Timing) -> Plan:
         _summaries(step)
         gates.settle(step)
         if _finished(step):
+            teacher.after_the_end(step)
             _clean_up(draft)
             _refresh_after_end(draft)
         else:

@@ -108,6 +108,18 @@ def _take_outcomes(step: Pass, pods: list[PodView]) -> None:
         draft.tell(reasons.STREAM_COMPLETE, f"the teacher's stream is complete {message}".strip())
 
 
+def after_the_end(step: Pass) -> None:
+    """Of a job that has ended: news of its writers' ends may come later than of the student's."""
+    draft, teacher = step.draft, step.spec.teacher
+    if teacher is None or not needed(step.spec, draft.status) or _complete(step):
+        return
+    pods = draft.seen.pods_of(ROLE_TEACHER)
+    done = {pod.index for pod in pods if pod.exit_code == 0}
+    # Some may be of a time before the stream was found damaged.
+    if len(done) == teacher.workers.replicas and not _damaged_attempt(draft):
+        _take_outcomes(step, pods)
+
+
 def _take_figures(draft: Draft, pods: list[PodView]) -> None:
     """What pods that have ended said of the stream."""
     for pod in pods:
