@@ -29,6 +29,7 @@ _LIFTED_BY_EDIT = (
 """Failures that a larger limit in the spec undoes. Where commits or inputs were put back, the edit says
 so: nobody tells the operator of the store."""
 _LOOK_FOR_DEPENDENTS_SECONDS = 30.0
+_LAST_NEWS_SECONDS = 5.0
 
 
 def plan_job(seen: Observed, timing: Timing) -> Plan:
@@ -215,7 +216,19 @@ def _wind_down_all(draft: Draft) -> None:
     ending.wind_down(draft)
     writers = draft.seen.batch_jobs.get(teacher_name(draft.seen.name))
     if writers is not None and not writers.finished and not writers.deleting_since:
-        draft.act(DeleteBatchJob(writers.name))
+        if not _writers_may_be_done(draft):
+            draft.act(DeleteBatchJob(writers.name))
+
+
+def _writers_may_be_done(draft: Draft) -> bool:
+    """Whether news that a finished student's teacher is done too may be on their way: an API server
+    that comes back tells of both at once, in any order."""
+    if draft.conditions[reasons.SUCCEEDED].status != "True":
+        return False
+    left = _LAST_NEWS_SECONDS - seconds_since(draft.status.completion_time, draft.now)
+    if left > 0:
+        draft.look_again(left)
+    return left > 0
 
 
 def _clean_up(draft: Draft) -> None:
@@ -235,5 +248,6 @@ def _clean_up(draft: Draft) -> None:
     if draft.conditions[reasons.SUCCEEDED].status != "Unknown":
         for batch_job in draft.seen.batch_jobs.values():
             left = batch_job.role in (ROLE_STUDENT, ROLE_TEACHER) and not batch_job.finished
-            if left and not batch_job.deleting_since:
+            waits = batch_job.role == ROLE_TEACHER and _writers_may_be_done(draft)
+            if left and not waits and not batch_job.deleting_since:
                 draft.act(DeleteBatchJob(batch_job.name))
