@@ -215,9 +215,10 @@ def _wind_down_all(draft: Draft) -> None:
     ending.stop_attempt(draft, condition.reason, condition.message)
     ending.wind_down(draft)
     writers = draft.seen.batch_jobs.get(teacher_name(draft.seen.name))
-    if writers is not None and not writers.finished and not writers.deleting_since:
-        if not _writers_may_be_done(draft):
-            draft.act(DeleteBatchJob(writers.name))
+    if writers is None or writers.finished or writers.deleting_since:
+        return
+    if not _writers_may_be_done(draft):
+        draft.act(DeleteBatchJob(writers.name))
 
 
 def _writers_may_be_done(draft: Draft) -> bool:
