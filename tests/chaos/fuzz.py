@@ -19,8 +19,8 @@ from operator_kit import ONLINE, chain, job, template
 
 from chaos.figures import FUZZ, Family, Run
 from chaos.fuzz_states import State, condition, end, has_verdict, looked_at, stands
-from chaos.operator_bench import OperatorBench, World
-from chaos.operator_judge import AT_ONCE, differences, ends
+from chaos.operator_bench import OperatorBench, Trouble, World
+from chaos.operator_judge import AT_ONCE, RETRIED, differences, ends
 from chaos.operator_state import GROUP, children
 from chaos.schema import CHAIN, JOB, Schema, edited, edits, spec_schema
 
@@ -55,12 +55,17 @@ def fuzz_family(bench: OperatorBench, objects: int) -> Family:
             run.violations += [
                 f"in the log: {trouble}"[:400]
                 for trouble in world.troubles()
-                if trouble.message != _REFUSED and not _SLOW.match(trouble.error)
+                if not (trouble.message == _REFUSED or _slow(trouble))
             ]
         if run.told["edited and repaired"] < share * _LEAST_REPAIRED:
             run.violations.append(f"too few of {share} were edited and repaired: {run.told}")
 
     return Family(FUZZ, cases, run_all, AT_ONCE)
+
+
+def _slow(trouble: Trouble) -> bool:
+    """Whether a call timed out, or met a connection that was closed as it was used again."""
+    return bool(_SLOW.match(trouble.error) or RETRIED.match(trouble.message))
 
 
 @dataclass(frozen=True)

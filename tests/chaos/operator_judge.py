@@ -34,7 +34,7 @@ _BORNE = frozenset({
     "refused", "event not posted", "the Lease was not renewed", "the Lease was not given back",
 })  # fmt: skip
 """Lines that give the API server's words alone."""
-_RETRIED = re.compile(
+RETRIED = re.compile(
     r"^Request attempt #\d+(/\d+)? failed; (TCP closed; )?will re(try|-authenticate): "
 )
 """kopf's, of a call that it makes again."""
@@ -166,7 +166,7 @@ def troubles(world: World, *, errors: bool, leaders: bool) -> list[str]:
         if leaders and any(mark in trouble.message for mark in _OF_LEASE):
             return True
         of_server = trouble.message in _BORNE or DECLARED.match(trouble.error)
-        return errors and bool(of_server or _RETRIED.match(trouble.message))
+        return errors and bool(of_server or RETRIED.match(trouble.message))
 
     return [f"in the log: {t}"[:400] for t in world.troubles() if not explained(t)]
 
