@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from kubedistill_trainer.store.errors import NotFound, PreconditionFailed
 from kubedistill_trainer.teacher.codec import token_hash
-from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity
+from kubedistill_trainer.teacher.manifest import Manifest, StreamIdentity, publish_manifest
 from kubedistill_trainer.teacher.payload import Hidden, TeacherOutputs, sparse_of_logits
 from kubedistill_trainer.teacher.payload_spec import HiddenSpec, SparseSpec
+from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
 
 LENGTH, VOCABULARY, HIDDEN = 8, 64, 48
 GRID = (1.0, 2.0, 4.0)
+SMALL = WriterSettings(first_shard_bytes=3000, shard_bytes=3000)
 
 
 def identity(**changes: Any) -> StreamIdentity:
@@ -183,3 +185,17 @@ def once(action: Callable[[], None]) -> Callable[[], None]:
             left.pop()()
 
     return call
+
+
+def write_stream(store: MemoryStore, scratch: Path, *, upto: int = 12) -> None:
+    """A stream of 12 samples in two partitions, as far as a sample."""
+    layout = publish_manifest(store, manifest())
+    for partition in range(2):
+        with StreamWriter(store, layout, partition, scratch=scratch, settings=SMALL) as writer:
+            for sample in writer.samples():
+                if sample >= upto:
+                    break
+                writer.write(sample, tokens_of(sample), outputs_of(sample))
+            writer.commit()
+            if writer.next_sample is None:
+                writer.end()

@@ -17,28 +17,13 @@ from kubedistill_trainer.methods import gathering
 from kubedistill_trainer.methods.signal import NoTeacher
 from kubedistill_trainer.store.errors import StoreUnavailable
 from kubedistill_trainer.teacher.errors import SampleMissing, StreamStalled
-from kubedistill_trainer.teacher.manifest import publish_manifest
 from kubedistill_trainer.teacher.reading import ReaderSettings
 from kubedistill_trainer.teacher.stream_reader import StreamReader
-from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
 from loop_kit import Commits, Engine, gang, loop  # noqa: F401
-from teacher_builders import MemoryStore, identity, manifest, outputs_of, tokens_of
+from teacher_builders import MemoryStore, identity, write_stream
 
-SAMPLES = 12
-SMALL = WriterSettings(first_shard_bytes=3000, shard_bytes=3000)
 PATIENCE_SECONDS = 4.0
 """Of the group that the ranks step by."""
-
-
-def write(store: MemoryStore, scratch: Path, upto: int) -> None:
-    layout = publish_manifest(store, manifest(samples=SAMPLES, partitions=2))
-    for partition in range(2):
-        with StreamWriter(store, layout, partition, scratch=scratch, settings=SMALL) as writer:
-            for sample in writer.samples():
-                if sample >= upto:
-                    break
-                writer.write(sample, tokens_of(sample), outputs_of(sample))
-            writer.commit()
 
 
 def opened(store: MemoryStore, folder: Path, **settings: Any) -> StreamReader:
@@ -50,12 +35,12 @@ def opened(store: MemoryStore, folder: Path, **settings: Any) -> StreamReader:
 
 def test_a_reader_says_whether_samples_are_committed(tmp_path: Path) -> None:
     store = MemoryStore()
-    write(store, tmp_path / "a", upto=6)
+    write_stream(store, tmp_path / "a", upto=6)
     with opened(store, tmp_path) as source:
         assert source.there([0, 5])
         assert not source.there([5, 7])
         assert not source.there([7, 5], seconds=0.05)
-        write(store, tmp_path / "b", upto=9)
+        write_stream(store, tmp_path / "b", upto=9)
         assert source.there([7, 5], seconds=60)
         with pytest.raises(SampleMissing, match="sample 12"):
             source.there([12])
@@ -63,7 +48,7 @@ def test_a_reader_says_whether_samples_are_committed(tmp_path: Path) -> None:
 
 def test_samples_that_do_not_come_are_a_stall_however_short_the_looks(tmp_path: Path) -> None:
     store = MemoryStore()
-    write(store, tmp_path / "a", upto=6)
+    write_stream(store, tmp_path / "a", upto=6)
     with opened(store, tmp_path, stall_seconds=0.5) as source:
         looks = 0
         with pytest.raises(StreamStalled, match=r"partition 1 committed 3 samples"):
@@ -75,7 +60,7 @@ def test_samples_that_do_not_come_are_a_stall_however_short_the_looks(tmp_path: 
 
 def test_a_store_that_is_away_ends_no_look(tmp_path: Path) -> None:
     store = MemoryStore()
-    write(store, tmp_path / "a", upto=6)
+    write_stream(store, tmp_path / "a", upto=6)
 
     def away(operation: str, key: str) -> None:
         raise StoreUnavailable(operation, key, "503")

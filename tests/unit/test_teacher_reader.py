@@ -17,39 +17,21 @@ from kubedistill_trainer.teacher.errors import (
     StreamMismatch,
     StreamStalled,
 )
-from kubedistill_trainer.teacher.manifest import publish_manifest
 from kubedistill_trainer.teacher.metrics import DATA_WAIT, STREAM_LAG
 from kubedistill_trainer.teacher.reading import ReaderSettings
 from kubedistill_trainer.teacher.stream_reader import StreamReader
-from kubedistill_trainer.teacher.stream_writer import StreamWriter, WriterSettings
 from teacher_builders import (
     LENGTH,
     MemoryStore,
     assert_is_sample,
     hash_of,
     identity,
-    manifest,
-    outputs_of,
-    tokens_of,
+    write_stream,
 )
 
 SAMPLES = 12
-SMALL = WriterSettings(first_shard_bytes=3000, shard_bytes=3000)
 QUICK = ReaderSettings(stall_seconds=60, poll_seconds=0.01, poll_limit_seconds=0.02)
 IMPATIENT = ReaderSettings(stall_seconds=0.3, poll_seconds=0.01, poll_limit_seconds=0.02)
-
-
-def write_stream(store: MemoryStore, scratch: Path, *, upto: int = SAMPLES) -> None:
-    layout = publish_manifest(store, manifest(samples=SAMPLES, partitions=2))
-    for partition in range(2):
-        with StreamWriter(store, layout, partition, scratch=scratch, settings=SMALL) as writer:
-            for sample in writer.samples():
-                if sample >= upto:
-                    break
-                writer.write(sample, tokens_of(sample), outputs_of(sample))
-            writer.commit()
-            if writer.next_sample is None:
-                writer.end()
 
 
 @pytest.fixture
