@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kubedistill_api import reasons
 from kubedistill_api.job import DistillationJobSpec
-from kubedistill_api.names import ROLE_STUDENT, ROLE_TEACHER, teacher_name
+from kubedistill_api.names import ROLE_STUDENT, ROLE_TEACHER
+from kubedistill_api.status import Attempt
 
 from kubedistill_operator.plan import (
     dependencies,
@@ -214,11 +215,6 @@ def _wind_down_all(draft: Draft) -> None:
         _not_suspended(draft)
     ending.stop_attempt(draft, condition.reason, condition.message)
     ending.wind_down(draft)
-    writers = draft.seen.batch_jobs.get(teacher_name(draft.seen.name))
-    if writers is None or writers.finished or writers.deleting_since:
-        return
-    if not _writers_may_be_done(draft):
-        draft.act(DeleteBatchJob(writers.name))
 
 
 def _writers_may_be_done(draft: Draft) -> bool:
@@ -233,22 +229,26 @@ def _writers_may_be_done(draft: Draft) -> bool:
 
 
 def _clean_up(draft: Draft) -> None:
+    """No Job is left that is not needed: of old attempts, and of a job that has ended any that runs."""
+    hands.delete_orphans(draft)
+    if draft.attempt is not None:
+        _drop_old_attempts(draft, draft.attempt)
+    if draft.conditions[reasons.SUCCEEDED].status == "Unknown":
+        return
+    for batch_job in draft.seen.batch_jobs.values():
+        left = batch_job.role in (ROLE_STUDENT, ROLE_TEACHER) and not batch_job.finished
+        waits = batch_job.role == ROLE_TEACHER and _writers_may_be_done(draft)
+        if left and not waits and not batch_job.deleting_since:
+            draft.act(DeleteBatchJob(batch_job.name))
+
+
+def _drop_old_attempts(draft: Draft, attempt: Attempt) -> None:
     """Keep the last two attempts' Jobs: the running one, and the last ended one for its logs.
 
     One that did not end with its attempt (its controller was down, say) would go on beside the next.
     """
-    hands.delete_orphans(draft)
-    if draft.attempt is None:
-        return
     for batch_job in draft.seen.batch_jobs.values():
-        newest = draft.attempt.number
-        kept = newest - 1 if batch_job.finished else newest + bool(draft.attempt.end_time)
+        kept = attempt.number - 1 if batch_job.finished else attempt.number + bool(attempt.end_time)
         old = batch_job.role == ROLE_STUDENT and batch_job.attempt < kept
         if old and not batch_job.deleting_since:
             draft.act(DeleteBatchJob(batch_job.name))
-    if draft.conditions[reasons.SUCCEEDED].status != "Unknown":
-        for batch_job in draft.seen.batch_jobs.values():
-            left = batch_job.role in (ROLE_STUDENT, ROLE_TEACHER) and not batch_job.finished
-            waits = batch_job.role == ROLE_TEACHER and _writers_may_be_done(draft)
-            if left and not waits and not batch_job.deleting_since:
-                draft.act(DeleteBatchJob(batch_job.name))

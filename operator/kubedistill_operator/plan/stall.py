@@ -38,11 +38,15 @@ def stall(step: Pass, attempt: Attempt) -> str | None:
 
 def _waits_for_peers(step: Pass, contact: Contact) -> str | None:
     """Of a gang that starts: rank 0 has loaded what it needs, and its peers have not for too long."""
-    patience = max(step.spec.stall_timeout_seconds, START_SECONDS)
+    patience = _start_patience(step)
     since = contact.stepped_at
     if since is None or (step.draft.now - since).total_seconds() <= patience:
         return None
     return f"rank 0 has been ready for {patience} s, and waits for another rank to load"
+
+
+def _start_patience(step: Pass) -> int:
+    return max(step.spec.stall_timeout_seconds, START_SECONDS)
 
 
 def answers(step: Pass) -> bool:
@@ -91,7 +95,7 @@ def _looked_for_itself(step: Pass, since: datetime) -> bool:
 
 def _never_answered(step: Pass, attempt: Attempt) -> str | None:
     asked = step.seen.unanswered
-    patience = max(step.spec.stall_timeout_seconds, START_SECONDS)
+    patience = _start_patience(step)
     running = [
         pod.name
         for pod in step.seen.pods_of(ROLE_STUDENT, attempt.number)
