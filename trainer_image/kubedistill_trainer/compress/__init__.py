@@ -1,0 +1,1 @@
+"""Models made smaller: what of them matters least, and models without it."""
