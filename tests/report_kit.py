@@ -30,6 +30,7 @@ from kubedistill_trainer.methods.watch import Look, Watch
 from kubedistill_trainer.report.compare import Comparison
 from kubedistill_trainer.report.document import Finished
 from kubedistill_trainer.report.figures import Evaluation, Sums
+from kubedistill_trainer.report.work import Work
 
 SOURCES = (
     "s3://kubedistill/data/encyclopedia.jsonl",
@@ -48,10 +49,8 @@ def finished(*, teacher: bool = True, steps: int = STEPS) -> Finished:
     start = Metric(name="initialPerplexity", value=88.412345)
     metrics = [*found.metrics, *compared.metrics, start]
     watch = Watch(None, tuple(Look(step=n, loss=3 + abs(n - 20) / 50) for n in (10, 20, 30)))
-    return Finished(
-        _run(teacher), _dataset(steps), 134_515_008, metrics, found, points, watch, watch.best_step,
-        compared,
-    )  # fmt: skip
+    work = Work(88.412345, points, watch, watch.best_step)
+    return Finished(_run(teacher), _dataset(steps), 134_515_008, metrics, found, work, compared)
 
 
 def comparison(*, teacher: bool = True) -> Comparison:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import Field
+from pydantic.alias_generators import to_snake
 
 from kubedistill_api.base import ApiModel, cel, rules
 from kubedistill_api.checkpoint import Checkpoint
@@ -13,6 +14,7 @@ from kubedistill_api.evaluation import Evaluation
 from kubedistill_api.gates import MAX_GATES, Gate
 from kubedistill_api.generation import MAX_TOKENS, ChainOfThought, Generation
 from kubedistill_api.objective import Objective
+from kubedistill_api.pruning import Prune, Smaller
 from kubedistill_api.references import (
     JobReference,
     ModelSource,
@@ -87,14 +89,6 @@ class FineTune(ApiModel):
     """Train the student on the data's own labels: cross-entropy only, no teacher."""
 
 
-class FromTeacher(ApiModel):
-    """The student starts as the teacher with fewer layers."""
-
-    layers: int = Field(
-        ge=1, le=1024, description="Layers kept, spread evenly, the first and the last included."
-    )
-
-
 class Student(ApiModel):
     """How the student begins: exactly one of `model`, `fromJob`, `fromTeacher`, `config`."""
 
@@ -111,7 +105,7 @@ class Student(ApiModel):
     from_job: JobReference | None = Field(
         None, description="The model of another job; waits for it."
     )
-    from_teacher: FromTeacher | None = Field(None, description="The teacher made smaller.")
+    from_teacher: Smaller | None = Field(None, description="The teacher made smaller.")
     config: Preserved | None = Field(
         None,
         description="Keys of a Hugging Face config.json; random weights. `model_type` is needed, "
@@ -210,25 +204,37 @@ def _scored_rules() -> list[dict[str, Any]]:
     ]
 
 
+METHODS = ("distill", "fineTune", "prune")
+METHODS_TEXT = "one of " + ", ".join(f"`{name}: {{…}}`" for name in METHODS)
 IMMUTABLE_PARTS = (
-    "distill", "fineTune", "teacher", "student", "data", "training", "workers", "storage", "checkpoint",
+    *METHODS, "teacher", "student", "data", "training", "workers", "storage", "checkpoint",
     "evaluation",
 )  # fmt: skip
 
 
 class DistillationJobSpec(ApiModel):
-    """One student by one method: exactly one of `distill` and `fineTune`."""
+    """One student by one method: exactly one of `distill`, `fineTune` and `prune`."""
 
     model_config = rules(
         [
             cel(
-                "has(self.distill) != has(self.fineTune)",
-                "give exactly one method: either `distill: {}` or `fineTune: {}`",
+                f"[{', '.join(f'has(self.{name})' for name in METHODS)}].filter(x, x).size() == 1",
+                f"give exactly one method: {METHODS_TEXT}",
             ),
             cel(
-                "has(self.distill) == has(self.teacher)",
-                "a `distill` job needs a `teacher` (`model: {uri: s3://…}` or `fromJob: {name: …}`), "
-                "and a `fineTune` job has none",
+                "!has(self.distill) || has(self.teacher)",
+                "a `distill` job needs a `teacher` (`model: {uri: s3://…}` or `fromJob: {name: …}`)",
+            ),
+            cel(
+                "has(self.distill) || !has(self.teacher) || !has(self.teacher.endpoint)",
+                "without `distill` the teacher is what the student is compared with, by its logits: "
+                "give `model` or `fromJob`",
+                ".teacher",
+            ),
+            cel(
+                "!has(self.prune) || has(self.student.model) || has(self.student.fromJob)",
+                "`prune` makes a model smaller that is there: give `student.model` or `fromJob`",
+                ".student",
             ),
             cel(
                 "!has(self.student.fromTeacher) || has(self.teacher)",
@@ -241,8 +247,8 @@ class DistillationJobSpec(ApiModel):
                 "logits of a teacher, whose tokenizer it has then",
             ),
             cel(
-                "!has(self.teacher) || !has(self.teacher.model) || !has(self.student.model) || "
-                "self.teacher.model.uri != self.student.model.uri",
+                "!has(self.distill) || !has(self.teacher) || !has(self.teacher.model) || "
+                "!has(self.student.model) || self.teacher.model.uri != self.student.model.uri",
                 "student and teacher are the same model: give another `student.model.uri`",
             ),
             cel(
@@ -291,7 +297,11 @@ class DistillationJobSpec(ApiModel):
     )
     distill: Distill | None = Field(None, description="Learn from a teacher.")
     fine_tune: FineTune | None = Field(None, description="Learn from the data's labels alone.")
-    teacher: Teacher | None = Field(None, description="Whose outputs are learnt.")
+    prune: Prune | None = Field(None, description="Make a model smaller, without training it.")
+    teacher: Teacher | None = Field(
+        None,
+        description="Whose outputs are learnt; without `distill`, with what the student is compared.",
+    )
     student: Student = Field(description="How the student begins.")
     data: Data = Field(description="What is learnt from.")
     training: Training = Field(Training(), description="Optimizer and schedule.")
@@ -339,6 +349,21 @@ class DistillationJobSpec(ApiModel):
         description="Seconds after its end after which the object is deleted; its model stays. Of "
         "no effect in a chain, with which its jobs go.",
     )
+
+    @property
+    def method(self) -> str:
+        """The one method that a valid spec has, by its field's name."""
+        return next(name for name in METHODS if getattr(self, to_snake(name)) is not None)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the method trains the student."""
+        return self.prune is None
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is a teacher of which nothing is learnt: for figures beside it."""
+        return self.teacher is not None and self.distill is None
 
 
 def immutability_rules(started: str) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import Field
+from pydantic.alias_generators import to_snake
 
 from kubedistill_api.base import ApiModel, cel, rules
 
@@ -89,4 +90,22 @@ class Smaller(ApiModel):
     )
     calibration_sequences: int = Field(
         64, ge=1, le=65_536, description="Sequences of the training data that importance is of."
+    )
+
+    @property
+    def summary(self) -> str:
+        """The targets in a few characters, such as `15 layers, ffn 0.75`."""
+        given = {name: getattr(self, to_snake(name)) for name in TARGETS}
+        return ", ".join(
+            f"{value:g} {name}" if value >= 1 else f"{name} {value:g}"
+            for name, value in given.items()
+            if value is not None
+        )
+
+
+class Prune(ApiModel):
+    """Make the student smaller, without training it."""
+
+    structured: Smaller = Field(
+        description="What is kept: the result is an ordinary model with less of everything."
     )

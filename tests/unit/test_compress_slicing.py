@@ -11,8 +11,14 @@ import pytest
 import torch
 from kubedistill_trainer.compress.architecture import Architecture, architecture_of
 from kubedistill_trainer.compress.choosing import Kept, choose
-from kubedistill_trainer.compress.importance import Scores, Statistics, by_activation, collect
-from kubedistill_trainer.compress.sizes import Sizes, sizes_of, tensors_of
+from kubedistill_trainer.compress.importance import (
+    Batch,
+    Scores,
+    Statistics,
+    by_activation,
+    collect,
+)
+from kubedistill_trainer.compress.sizes import Shapes, Sizes, sizes_of, tensors_of
 from kubedistill_trainer.compress.slicing import cut
 from kubedistill_trainer.failures import InputsRefused
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -31,7 +37,7 @@ class Subject:
     model: Any
     architecture: Architecture
     sizes: Sizes
-    batches: list[tuple[torch.Tensor, torch.Tensor]]
+    batches: list[Batch]
 
     @property
     def statistics(self) -> Statistics:
@@ -43,7 +49,7 @@ class Subject:
 
     def logits(self, model: Any) -> torch.Tensor:
         with torch.no_grad():
-            return torch.cat([model(tokens).logits for tokens, _ in self.batches])
+            return torch.cat([model(tokens).logits for tokens, *_ in self.batches])
 
 
 def subject(model_type: str, **keys: Any) -> Subject:
@@ -63,9 +69,18 @@ def subject(model_type: str, **keys: Any) -> Subject:
     return Subject(
         model,
         architecture_of(model_type, "spec.student"),
-        sizes_of(config),
-        [(tokens[:2], positions[:2]), (tokens[2:], positions[2:])],
+        measured(model),
+        [(part, positions[:2], part) for part in (tokens[:2], tokens[2:])],
     )
+
+
+def shapes_of(model: Any) -> Shapes:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def measured(model: Any) -> Sizes:
+    architecture = architecture_of(model.config.model_type, "spec.student")
+    return sizes_of(architecture, model.config.to_dict(), shapes_of(model))
 
 
 def cut_to(one: Subject, **changes: int) -> tuple[Any, Kept]:
@@ -90,12 +105,11 @@ def test_all_that_is_kept_is_the_same_model(model_type: str) -> None:
 @every_architecture
 def test_the_count_is_that_of_the_model_that_comes_out(model_type: str) -> None:
     one = subject(model_type)
-    shapes = {name: p.shape for name, p in one.model.named_parameters()}
-    tensors = tensors_of(one.architecture, shapes, "spec.student")
+    tensors = tensors_of(one.architecture, shapes_of(one.model))
     smaller, _ = cut_to(one, layers=3, heads=4, kv_heads=1, ffn=40, hidden=24)
     for model in (one.model, smaller):
         counted = sum(p.numel() for p in model.parameters())
-        assert tensors.parameters(sizes_of(model.config)) == counted
+        assert tensors.parameters(measured(model)) == counted
 
 
 @every_architecture

@@ -70,7 +70,7 @@ def test_packing_keeps_every_conversation_apart(sizes: list[tuple[int, int]]) ->
 
 def test_attention_stays_within_a_conversation() -> None:
     import torch
-    from kubedistill_trainer.methods.signal import final_hidden
+    from kubedistill_trainer.models.decoder import final_hidden
     from kubedistill_trainer.models.load import config_of, random_model
 
     keys = {

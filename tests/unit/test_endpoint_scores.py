@@ -15,7 +15,7 @@ from kubedistill_api.teacher import Endpoint
 from kubedistill_trainer.data.packing import IGNORED, Packed, pack
 from kubedistill_trainer.data.tokenizer import TextTokenizer
 from kubedistill_trainer.failures import InputsRefused
-from kubedistill_trainer.methods.signal import final_hidden
+from kubedistill_trainer.models.decoder import final_hidden
 from kubedistill_trainer.teacher.endpoint_client import Client, Patience
 from kubedistill_trainer.teacher.endpoint_probe import find_way
 from kubedistill_trainer.teacher.endpoint_reply import Again

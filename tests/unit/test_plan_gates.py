@@ -134,7 +134,7 @@ CONFIG = {
             "or one of perplexity, ",
         ),
         ("speed", {}, "found speed (no such metric); write one of perplexity, "),
-        ("perplexityRatio", TUNED | CONFIG, "a figure beside a teacher, and a `fineTune` job has none"),
+        ("perplexityRatio", TUNED | CONFIG, "a figure beside a teacher, and the job has none"),
         ("perplexityRatio", {"teacher": SPARSE}, "more of the teacher than `payload: Sparse` holds"),
         ("teacherKL", {"teacher": SPARSE}, "more of the teacher than `payload: Sparse` holds"),
         ("teacherAgreement", {"teacher": SAMPLED}, "than `payload: Sampled` holds"),
@@ -152,7 +152,7 @@ CONFIG = {
         ("teacherSimpleAccuracy", {"teacher": SPLIT}, ""),
         ("teacherHallucinationRate", {"teacher": SPLIT}, ""),
         ("hallucinationRate", {"evaluation": {"examples": 0}}, "`evaluation.examples: 0` asks nothing"),
-        ("teacherQuestionAccuracy", TUNED | CONFIG, "a figure of a teacher, and a `fineTune` job has none"),
+        ("teacherQuestionAccuracy", TUNED | CONFIG, "a figure of a teacher, and the job has none"),
     ],
 )  # fmt: skip
 def test_what_a_job_cannot_measure_is_refused(

@@ -31,9 +31,8 @@ def taught(signal: str, **distill: Any) -> Finished:
         source, fineTune=None, distill={"signal": signal, **distill}, teacher={"endpoint": endpoint}
     )
     one = finished(teacher=False)
-    return replace(
-        one, run=one.run.model_copy(update={"spec": run.spec}), taught=TaughtText(LEARNT, STREAM)
-    )
+    work = replace(one.work, taught=TaughtText(LEARNT, STREAM))
+    return replace(one, run=one.run.model_copy(update={"spec": run.spec}), work=work)
 
 
 def content(signal: str = "ChainOfThought", **distill: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.runspec import Outcome
 from kubedistill_api.status import ModelStatus
 from kubedistill_api.training import EarlyStopping
-from kubedistill_trainer import run
+from kubedistill_trainer import finishing
 from kubedistill_trainer.exporter import ProgressBoard
 from kubedistill_trainer.failures import RunFailure
 from kubedistill_trainer.methods.signal import NoTeacher
@@ -37,7 +37,7 @@ class End:
 
 @pytest.fixture
 def end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., End]:
-    """`_finish` with nothing but the export and the evaluation put in its place."""
+    """`finish` with nothing but the export and the evaluation put in its place."""
 
     def finish(found: Evaluation | None = None, **parts: Any) -> End:
         exported: dict[str, Any] = {}
@@ -46,27 +46,21 @@ def end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., End]:
             exported.update(documents)
             return ModelStatus(uri="s3://m/d", digest="d", parameters=parameters)
 
-        monkeypatch.setattr(run, "write_folder", lambda *arguments: 6)
-        monkeypatch.setattr(run, "publish_folder", publish)
-        monkeypatch.setattr(run, "compare", lambda *arguments: comparison())
-        monkeypatch.setattr(run, "evaluate", lambda *arguments: found or evaluation())
-        monkeypatch.setattr(run, "gather_teacher", lambda *arguments, **options: True)
-        monkeypatch.setattr(run, "gather_weights", lambda engine: {"w": torch.zeros(2, 3)})
+        monkeypatch.setattr(finishing, "write_folder", lambda *arguments: 6)
+        monkeypatch.setattr(finishing, "publish_folder", publish)
+        monkeypatch.setattr(finishing, "compare", lambda *arguments: comparison())
+        monkeypatch.setattr(finishing, "evaluate", lambda *arguments: found or evaluation())
+        monkeypatch.setattr(finishing, "gather_teacher", lambda *arguments, **options: True)
+        monkeypatch.setattr(finishing, "gather_weights", lambda engine: {"w": torch.zeros(2, 3)})
         done = finished(steps=30)
         done.dataset.tokenizer.files = {}
         context = SimpleNamespace(
             run=done.run, rank=0, world_size=1, scratch=tmp_path, models_store=None
         )
-        fields = {
-            "initial_perplexity": 88.4,
-            "history": SimpleNamespace(points=done.history),
-            "watch": done.watch,
-            "exported_step": 20,
-        }
-        loop = SimpleNamespace(**fields | parts)
+        work = replace(done.work, **{"exported_step": 20, **parts})
         engine = SimpleNamespace(module=SimpleNamespace(model=None), device="cpu")
         board, nobody = ProgressBoard(), NoTeacher()
-        ended: Any = run._finish(context, done.dataset, engine, nobody, board, None, None, loop)  # type: ignore[arg-type]
+        ended: Any = finishing.finish(context, done.dataset, engine, nobody, board, None, None, work)  # type: ignore[arg-type]
         return End(ended, exported)
 
     return finish
@@ -141,7 +135,7 @@ def test_the_report_says_that_a_student_learns_by_heart(end: Callable[..., End])
 
 def test_the_evaluation_shows_that_it_goes_on_and_ends_when_the_pod_is_to_stop() -> None:
     board, interruption = ProgressBoard(), SimpleNamespace(asked=False)
-    tick = run._tick(board, interruption)  # type: ignore[arg-type]
+    tick = finishing.tick_of(board, interruption)  # type: ignore[arg-type]
     assert board.report.last_step_time is None
     tick()
     assert board.report.last_step_time is not None

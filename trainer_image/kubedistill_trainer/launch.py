@@ -74,7 +74,7 @@ def _teacher(run: RunSpec) -> tuple[ExitCode, Outcome]:
     with quiet_collector():
         if learns_text(run.spec) and run.teacher_model is None:
             from kubedistill_trainer.methods.write_text import run_endpoint_teacher as write
-        elif learns_text(run.spec):
+        elif learns_text(run.spec) or run.spec.compares:
             from kubedistill_trainer.methods.own_teacher import run_own_teacher as write
         else:
             from kubedistill_trainer.methods.generate import run_teacher as write

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from kubedistill_api.metrics import OF_A_TEACHER
+from kubedistill_api.pruning import Smaller
 from kubedistill_api.runspec import Outcome, RunSpec
 from kubedistill_api.status import Resolved
 
+from kubedistill_trainer.compress.planning import Plan, planned
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import (
     Dataset,
@@ -26,8 +28,9 @@ from kubedistill_trainer.imports import quiet_collector
 from kubedistill_trainer.methods.check_text import TextChecked, check_text
 from kubedistill_trainer.methods.request import job_request
 from kubedistill_trainer.models.folder import read_config
-from kubedistill_trainer.models.sizes import check_layers, decoder_parameters, is_plain
-from kubedistill_trainer.models.weights import check_sample, vocabulary_rows
+from kubedistill_trainer.models.sizes import decoder_parameters, is_plain
+from kubedistill_trainer.models.weights import check_sample, tensors_in, vocabulary_rows
+from kubedistill_trainer.store import Store
 from kubedistill_trainer.store import preflight as check_store
 from kubedistill_trainer.teacher.endpoint_preflight import check_endpoint
 from kubedistill_trainer.teacher.endpoint_scores import longest_piece
@@ -181,7 +184,7 @@ def _check_tokenizers(
         found = load_tokenizer(store, field)
         if found.digest != tokenizer.digest:
             needed = (
-                "learning a teacher's logits needs one tokenizer for teacher, student and data"
+                "a teacher's logits need one tokenizer for teacher, student and data"
                 if teacher is not None
                 else "the student needs its own tokenizer for the data"
             )
@@ -278,6 +281,9 @@ def _check_split(context: Context, teacher_config: dict[str, Any] | None) -> Non
 def _student_parameters(
     context: Context, tokenizer: TextTokenizer, teacher_config: dict[str, Any] | None
 ) -> int:
+    cut = _cut(context, teacher_config)
+    if cut is not None:
+        return cut[1].parameters
     field, keys = _student_config(context, teacher_config)
     vocab_size = tokenizer.vocab_size
     counted = decoder_parameters(keys, vocab_size, field)
@@ -300,18 +306,40 @@ def _student_config(
     student = context.run.spec.student
     if student.config is not None:
         return "spec.student.config", student.config
-    if student.from_teacher is not None:
-        field = "spec.student.fromTeacher"
-        if teacher_config is None:
-            raise refuse(field, "no teacher", "give spec.teacher")
-        check_layers(int(teacher_config["num_hidden_layers"]), student.from_teacher.layers)
-        keys = {**teacher_config, "num_hidden_layers": student.from_teacher.layers}
-        keys.pop("layer_types", None)
-        return field, keys
+    cut = _cut(context, teacher_config)
+    if cut is not None:
+        field, plan = cut
+        assert teacher_config is not None
+        layers = min(sizes.layers for sizes in plan.candidates)
+        return field, {**teacher_config, "num_hidden_layers": layers}
     model = context.run.student_model
     if model is None:
         raise refuse("spec.student", "no start", "give model, fromJob, fromTeacher or config")
     return "spec.student", read_config(context.open_store(model.uri), "spec.student")
+
+
+def _cut(context: Context, teacher_config: dict[str, Any] | None) -> tuple[str, Plan] | None:
+    """The field that says what is kept of a model, and what that may come to; None for no such."""
+    run, spec = context.run, context.run.spec
+    if spec.prune is not None and run.student_model is not None:
+        store = context.open_store(run.student_model.uri)
+        field = "spec.prune.structured"
+        return field, _planned(
+            store, read_config(store, "spec.student"), spec.prune.structured, field
+        )
+    if spec.student.from_teacher is None:
+        return None
+    field = "spec.student.fromTeacher"
+    if teacher_config is None or run.teacher_model is None:
+        raise refuse(field, "no teacher", "give spec.teacher")
+    store = context.open_store(run.teacher_model.uri)
+    return field, _planned(store, teacher_config, spec.student.from_teacher, field)
+
+
+def _planned(store: Store, config: dict[str, Any], wanted: Smaller, field: str) -> Plan:
+    tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+    shapes = {t.name: t.shape for t in tensors_in(store, field) if t.name not in tied}
+    return planned(wanted, config, shapes, field)
 
 
 def memory_bytes(parameters: int, precision: str, zero_stage: int, ranks: int) -> int:
@@ -373,8 +401,16 @@ def _stream(context: Context, dataset: Dataset) -> tuple[str, bool]:
     With `payload: Auto` the URI is known once a teacher has measured: until then it is empty.
     """
     spec = context.run.spec
-    if spec.teacher is None or spec.distill is None or spec.teacher.delivery != "Stream":
+    if spec.teacher is None or spec.teacher.delivery != "Stream":
         return "", False
+    if spec.compares:
+        with quiet_collector():
+            from kubedistill_trainer.methods.held_out import held_out, is_settled
+
+        wanted = held_out(context, dataset)
+        return context.storage.child(wanted.identity.address).uri, is_settled(
+            context.storage, wanted
+        )
     asked = job_request(context.run, dataset, context.open_store)
     found = resolved(asked.request, context.storage)
     if found is None:

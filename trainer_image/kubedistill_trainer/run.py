@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
-import math
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.objective import Objective
 from kubedistill_api.runspec import Outcome
-from kubedistill_api.status import Metric, WeakestSlice
 
 from kubedistill_trainer import exporter
 from kubedistill_trainer.checkpoint import Checkpointer
+from kubedistill_trainer.compress.smaller import Cut
 from kubedistill_trainer.context import (
     Context,
     committed_file,
@@ -30,36 +27,25 @@ from kubedistill_trainer.context import (
 from kubedistill_trainer.data.dataset import Dataset, learns_text, load_dataset
 from kubedistill_trainer.data.order import micro_batch_size
 from kubedistill_trainer.evaluation.speak import Tick
-from kubedistill_trainer.failures import RunFailure, refuse
+from kubedistill_trainer.failures import refuse
+from kubedistill_trainer.finishing import finish, tick_of
 from kubedistill_trainer.imports import tell_late_imports
 from kubedistill_trainer.losses import FeatureMatcher
 from kubedistill_trainer.methods.engine import join_gang, wrap
-from kubedistill_trainer.methods.gathering import gather_teacher
-from kubedistill_trainer.methods.held_out import NotComparable, held_out_teacher
 from kubedistill_trainer.methods.interruption import Interruption
 from kubedistill_trainer.methods.learn_text import TextTeacher, read_taught
 from kubedistill_trainer.methods.objective import feature_pairs
 from kubedistill_trainer.methods.request import job_request
+from kubedistill_trainer.methods.shrink import shrink
 from kubedistill_trainer.methods.signal import NoTeacher, Signal, online_teacher, stream_teacher
 from kubedistill_trainer.methods.student import StudentWithLoss
 from kubedistill_trainer.methods.train import Loop
+from kubedistill_trainer.methods.untrained import Untrained
 from kubedistill_trainer.models import load
-from kubedistill_trainer.models.export import gather_weights, publish_folder, write_folder
 from kubedistill_trainer.models.folder import download
-from kubedistill_trainer.models.sizes import check_layers
-from kubedistill_trainer.report.compare import Comparison, compare
-from kubedistill_trainer.report.document import Finished, document, files
-from kubedistill_trainer.report.evaluate import evaluate, heldout_perplexity
-from kubedistill_trainer.report.figures import Evaluation
-from kubedistill_trainer.report.table import table
+from kubedistill_trainer.report.evaluate import heldout_perplexity
+from kubedistill_trainer.report.work import Work
 from kubedistill_trainer.teacher.digest import teacher_digest
-from kubedistill_trainer.teacher.learn import TaughtText
-
-_log = logging.getLogger(__name__)
-_VITAL = "perplexity"
-"""The figure without which a student is worth nothing."""
-_DISTRIBUTION = "teacher.distribution"
-"""The name of what is not measured where a teacher is known by its text only."""
 
 
 def run_student(
@@ -75,6 +61,8 @@ def run_student(
     )
     group = groups.control
     joined_file(context.scratch, local_rank).touch()
+    if not spec.trains:
+        return _untrained(context, board, interruption, group, local_rank)
     checkpointer = Checkpointer(
         store=context.run_store,
         scratch=context.scratch / f"checkpoint-{context.rank}",
@@ -103,7 +91,8 @@ def run_student(
     dataset = load_dataset(run, context.open_store, taught.learnt.conversations if taught else ())
     checkpointer.pin_inputs(_inputs(context, dataset))
     teacher_folder = _download_teacher(context)
-    model = _student_model(context, dataset, teacher_folder)
+    tick = tick_of(board, interruption)
+    model, cut = _student_model(context, dataset, teacher_folder, group, tick)
     objective = spec.distill.objective if spec.distill is not None else None
     features = _features(objective, model, teacher_folder)
     module = StudentWithLoss(model, objective, dataset.tokenizer.vocab_size, features)
@@ -132,7 +121,15 @@ def run_student(
     try:
         loop.run()
         trained_file(context.scratch, local_rank).touch()
-        return _finish(context, dataset, engine, teacher, board, interruption, group, loop, taught)
+        work = Work(
+            loop.initial_perplexity,
+            loop.history.points,
+            loop.watch,
+            loop.exported_step,
+            cut,
+            taught,
+        )
+        return finish(context, dataset, engine, teacher, board, interruption, group, work)
     finally:
         teacher.close()
 
@@ -178,22 +175,70 @@ def _download_teacher(context: Context) -> Path | None:
     return folder
 
 
-def _student_model(context: Context, dataset: Dataset, teacher_folder: Path | None) -> Any:
+def _untrained(
+    context: Context,
+    board: exporter.ProgressBoard,
+    interruption: Interruption,
+    group: Any,
+    local_rank: int,
+) -> Outcome:
+    """A method that changes a model without training it: nothing is committed on the way, and what
+    is interrupted begins anew."""
+    spec = context.run.spec
+    dataset = load_dataset(context.run, context.open_store)
+    tick = tick_of(board, interruption)
+    interruption.has_work()
+    board.update(phase="Evaluating", last_step_time=time.time())
+    model = _loaded_student(context)
+    whole = Untrained(_module(model, dataset), context.rank, local_rank)
+    initial = heldout_perplexity(whole, dataset, context.rank, context.world_size, group, tick)
+    assert spec.prune is not None
+    model, cut = shrink(
+        context, dataset, model, spec.prune.structured, "spec.prune.structured", group, tick
+    )
+    del whole
+    engine = Untrained(_module(model, dataset), context.rank, local_rank)
+    teacher_folder = _download_teacher(context)
+    teacher = _signal(context, dataset, teacher_folder, engine.device, None)
+    try:
+        work = Work(initial_perplexity=initial, cut=cut)
+        return finish(context, dataset, engine, teacher, board, interruption, group, work)
+    finally:
+        teacher.close()
+
+
+def _module(model: Any, dataset: Dataset) -> StudentWithLoss:
+    return StudentWithLoss(model, None, dataset.tokenizer.vocab_size)
+
+
+def _student_model(
+    context: Context,
+    dataset: Dataset,
+    teacher_folder: Path | None,
+    group: Any,
+    tick: Tick,
+) -> tuple[Any, Cut | None]:
+    """The student as it starts, and how it was cut out of its teacher where it was. A collective."""
     spec = context.run.spec
     dtype = load.dtype_of(spec.training.precision)
     vocab_size, length = dataset.tokenizer.vocab_size, dataset.packed.sequence_length
     if spec.student.config is not None:
         config = load.config_of(spec.student.config, vocab_size, "spec.student.config", length)
-        return load.random_model(config, spec.training.seed, dtype)
-    if spec.student.from_teacher is not None and teacher_folder is not None:
-        teacher = load.load_model(teacher_folder, "spec.teacher", dtype)
-        check_layers(teacher.config.num_hidden_layers, spec.student.from_teacher.layers)
-        return load.fewer_layers(teacher, spec.student.from_teacher.layers)
+        return load.random_model(config, spec.training.seed, dtype), None
+    wanted = spec.student.from_teacher
+    if wanted is None or teacher_folder is None:
+        return _loaded_student(context), None
+    teacher = load.load_model(teacher_folder, "spec.teacher", dtype)
+    return shrink(context, dataset, teacher, wanted, "spec.student.fromTeacher", group, tick)
+
+
+def _loaded_student(context: Context) -> Any:
     source = context.run.student_model
     if source is None:
         raise refuse("spec.student", "no start", "give model, fromJob, fromTeacher or config")
     folder = context.scratch / f"student-{context.rank}"
     download(context.open_store(source.uri), folder, "spec.student", source.digest)
+    dtype = load.dtype_of(context.run.spec.training.precision)
     return load.load_model(folder, "spec.student", dtype)
 
 
@@ -219,135 +264,14 @@ def _signal(
     features: FeatureMatcher | None,
 ) -> Signal:
     spec = context.run.spec
-    if spec.distill is None or spec.teacher is None or learns_text(spec):
+    if spec.teacher is None or learns_text(spec):
         return NoTeacher()
     if spec.teacher.delivery == "Online" and teacher_folder is not None:
         layers = features.teacher_layers if features else ()
         dtype = load.dtype_of(spec.training.precision)
         return online_teacher(teacher_folder, dtype, device, layers)
+    if spec.distill is None:
+        return NoTeacher()  # its pod has written what it makes of the held-out text
     asked = job_request(context.run, dataset, context.open_store)
     temperature = spec.distill.objective.temperature
     return stream_teacher(context, dataset, asked.request, asked.config, temperature, device)
-
-
-def _finish(
-    context: Context,
-    dataset: Dataset,
-    engine: Any,
-    teacher: Signal,
-    board: exporter.ProgressBoard,
-    interruption: Interruption,
-    group: Any,
-    loop: Loop,
-    taught: TaughtText | None = None,
-) -> Outcome:
-    """Evaluate on the held-out text on all ranks; ask, report and export on rank 0."""
-    board.update(phase="Evaluating")
-    if not gather_teacher(
-        teacher,
-        dataset.split.heldout,
-        group,
-        asked=lambda: interruption.asked,
-        alive=lambda: board.update(last_step_time=time.time()),
-    ):
-        raise _stopped_in_evaluation()
-    found, incomparable = _held_beside(context, dataset, engine, teacher, group)
-    weights = gather_weights(engine)
-    if weights is None:
-        return Outcome(reason="Completed", message="rank 0 exports")
-    folder = context.scratch / "export"
-    parameters = write_folder(engine.module.model, weights, dataset.tokenizer.files, folder)
-    del weights
-    tick = _tick(board, interruption)
-    compared = compare(context, dataset, folder, teacher, engine.device, tick)
-    compared.problems.update(incomparable)
-    metrics = _publish(found, loop.initial_perplexity, compared)
-    board.update(phase="Exporting")
-    finished = Finished(
-        context.run,
-        dataset,
-        parameters,
-        metrics,
-        found,
-        loop.history.points,
-        loop.watch,
-        loop.exported_step,
-        compared,
-        taught,
-    )
-    content = document(finished)
-    for line in table(content):
-        _log.info(line)
-    status = publish_folder(folder, files(finished, content), parameters, context.models_store)
-    board.update(phase="Done")
-    _log.info("model exported", extra={"uri": status.uri})
-    return Outcome(
-        reason="Completed",
-        message="model exported",
-        progress=board.report.model_copy(update={"teacher_stream": teacher.status()}),
-        model=status,
-        metrics=metrics,
-        weakest=[
-            WeakestSlice(metric=name, source=part.name, tokens=part.tokens)
-            for name, part in found.weakest().items()
-        ],
-    )
-
-
-def _held_beside(
-    context: Context, dataset: Dataset, engine: Any, teacher: Signal, group: Any
-) -> tuple[Evaluation, dict[str, str]]:
-    """Held-out figures, and why there are none beside the teacher, if so. A collective."""
-    ranks = context.rank, context.world_size, group
-    if not isinstance(teacher, TextTeacher):
-        return evaluate(engine, teacher, dataset, *ranks), {}
-    try:
-        beside = held_out_teacher(context, dataset, engine.device)
-    except NotComparable as reason:
-        return evaluate(engine, teacher, dataset, *ranks), {_DISTRIBUTION: str(reason)}
-    with closing(beside):
-        found = evaluate(engine, beside, dataset, *ranks)
-    return found, {_DISTRIBUTION: beside.problem} if beside.problem else {}
-
-
-def _tick(board: exporter.ProgressBoard, interruption: Interruption) -> Tick:
-    """Shows that the evaluation goes on, and ends it when the pod is to stop: the next attempt
-    finds the last step committed."""
-
-    def tick() -> None:
-        board.update(last_step_time=time.time())
-        if interruption.asked:
-            raise _stopped_in_evaluation()
-
-    return tick
-
-
-def _stopped_in_evaluation() -> RunFailure:
-    text = "asked to stop while the student was evaluated"
-    return RunFailure(ExitCode.GRACEFUL_CHECKPOINT, text)
-
-
-def _publish(found: Evaluation, initial: float | None, compared: Comparison) -> list[Metric]:
-    """The figures for the status, which are this process's metrics from now on.
-
-    RunFailure for a student whose perplexity is no number.
-    """
-    metrics = found.metrics + compared.metrics
-    if initial is not None:
-        metrics.append(Metric(name="initialPerplexity", value=initial))
-    broken = [metric.name for metric in metrics if not math.isfinite(metric.value)]
-    if _VITAL in broken:
-        raise RunFailure(
-            ExitCode.UNKNOWN,
-            "the held-out perplexity after the last step is not a number: training has diverged; "
-            "lower spec.training.learningRate",
-        )
-    if broken:
-        # The API server would refuse a status with them in it.
-        _log.warning("figures that are no numbers are left out: %s", ", ".join(broken))
-        metrics = [metric for metric in metrics if metric.name not in broken]
-    for metric in metrics:
-        exporter.EVALUATION.labels(metric.name).set(metric.value)
-        if metric.name == "teacherAgreement":
-            exporter.AGREEMENT.set(metric.value)
-    return metrics

@@ -47,7 +47,7 @@ def _run(context: Context, board: exporter.ProgressBoard) -> Outcome:
     if context.rank == 0:
         exporter.serve(board)
     group = sharding.join(meeting_file(context.scratch), context.rank, size)
-    text = learns_text(context.run.spec)
+    text = learns_text(context.run.spec) or context.run.spec.compares
     if context.rank > 0:
         follow = own_teacher.follow_own_teacher if text else generate.follow_teacher
         return follow(context, group)

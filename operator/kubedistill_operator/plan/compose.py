@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from kubedistill_api.chain import DistillationChainSpec
+from kubedistill_api.job import METHODS
 from kubedistill_api.names import stage_job_name
 from kubedistill_api.sweep import Sweep
 
-_METHODS = {"distill": ("fineTune",), "fineTune": ("distill", "teacher")}
-"""A stage's method, and what of the template it puts aside."""
+_OF_METHODS = {"distill": (), "fineTune": ("teacher",), "prune": ("teacher",)}
+"""A method, and what of the template a stage that names it puts aside beside the other methods."""
 _EXCLUSIVE = {
     "teacher": ("model", "fromJob", "endpoint"),
     "student": ("model", "fromJob", "fromTeacher", "config"),
@@ -72,9 +73,9 @@ def _make_trial(merged: dict[str, Any], sweep: Sweep, temperature: float) -> Non
 
 def _put_aside(template: dict[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
     """What of a template a stage's own choice replaces instead of merging with."""
-    for method, others in _METHODS.items():
+    for method, parts in _OF_METHODS.items():
         if stage.get(method) is not None:
-            for other in others:
+            for other in (*(m for m in METHODS if m != method), *parts):
                 if other not in stage:
                     template.pop(other, None)
     for part, sources in _EXCLUSIVE.items():
@@ -89,10 +90,11 @@ def _put_aside(template: dict[str, Any], stage: Mapping[str, Any]) -> dict[str, 
 def _pass_down(
     merged: dict[str, Any], spec: DistillationChainSpec, index: int, previous: str | None
 ) -> None:
-    """The default teacher of a distilling stage, and the default student of a tuned one.
+    """The default teacher of a distilling stage, and the default student of any other.
 
-    A stage that tunes goes on from the stage before it: what the template says of students is meant
-    for the stages that distil.
+    A stage that does not distil goes on from the stage before it: what the template says of students
+    is meant for the stages that distil. One that does not train either is compared with what it was
+    made of, which is small enough beside a student without an optimizer.
     """
     if merged.get("distill") is not None:
         teacher = merged.get("teacher")
@@ -106,3 +108,5 @@ def _pass_down(
             merged["teacher"] = teacher
     elif spec.stages[index].job_part().get("student") is None and previous is not None:
         merged["student"] = {"fromJob": {"name": previous}}
+        if merged.get("prune") is not None and merged.get("teacher") is None:
+            merged["teacher"] = {"fromJob": {"name": previous}, "delivery": "Online"}

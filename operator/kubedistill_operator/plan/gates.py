@@ -42,8 +42,10 @@ def unmeasured(metric: str, spec: DistillationJobSpec) -> str:
         return _unasked(metric, spec)
     if metric not in OF_A_TEACHER:
         return ""
-    if spec.distill is None or spec.teacher is None:
-        return "a figure beside a teacher, and a `fineTune` job has none"
+    if spec.teacher is None:
+        return "a figure beside a teacher, and the job has none"
+    if spec.distill is None:
+        return ""
     if spec.distill.signal != "Logits":
         if spec.teacher.endpoint is None:
             return ""  # the teacher's own pod writes it down, where the tokenizers are one
@@ -66,7 +68,7 @@ def _unasked(metric: str, spec: DistillationJobSpec) -> str:
     if metric in OF_MULTI_STEP_TASKS and tasks <= SIMPLE_TASKS:
         return "and `evaluation.tasks` names none of several steps, such as gsm_symbolic"
     if metric.startswith("teacher") and spec.teacher is None:
-        return "a figure of a teacher, and a `fineTune` job has none"
+        return "a figure of a teacher, and the job has none"
     return ""
 
 

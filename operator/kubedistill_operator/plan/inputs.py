@@ -9,10 +9,17 @@ from typing import Any
 
 from kubedistill_api.data import DataSource
 from kubedistill_api.generation import Generation
-from kubedistill_api.job import IMMUTABLE_PARTS, Distill, DistillationJobSpec
+from kubedistill_api.job import (
+    IMMUTABLE_PARTS,
+    METHODS,
+    METHODS_TEXT,
+    Distill,
+    DistillationJobSpec,
+)
 from kubedistill_api.runspec import Problem, ResolvedModel
 from kubedistill_api.teacher import Teacher
 from pydantic import ValidationError
+from pydantic.alias_generators import to_snake
 
 _FOUND_LIMIT = 80
 
@@ -56,17 +63,7 @@ def rule_problems(spec: DistillationJobSpec) -> list[Problem]:
             Problem(field=f"spec.{field}" if field else "spec", found=what, expected=expected)
         )
 
-    if (spec.distill is None) == (spec.fine_tune is None):
-        refuse(
-            "", "both methods" if spec.distill else "no method",
-            "give exactly one method: either `distill: {}` or `fineTune: {}`",
-        )  # fmt: skip
-    elif (spec.distill is None) != (spec.teacher is None):
-        refuse(
-            "teacher", "a teacher" if spec.teacher else "no teacher",
-            "a `distill` job needs a `teacher` (`model: {uri: s3://…}` or `fromJob: {name: …}`), "
-            "and a `fineTune` job has none",
-        )  # fmt: skip
+    _method_problems(spec, refuse)
     _source_problems(spec, refuse)
     _objective_problems(spec, refuse)
     _text_problems(spec, refuse)
@@ -83,6 +80,30 @@ def rule_problems(spec: DistillationJobSpec) -> list[Problem]:
             f"a multiple of the {ranks} ranks (workers.nodes × workers.gpusPerNode)",
         )  # fmt: skip
     return found
+
+
+def _method_problems(spec: DistillationJobSpec, refuse: Any) -> None:
+    given = [name for name in METHODS if getattr(spec, to_snake(name)) is not None]
+    if len(given) != 1:
+        refuse("", ", ".join(given) or "no method", f"give exactly one method: {METHODS_TEXT}")
+        return
+    teacher = spec.teacher
+    if spec.distill is not None and teacher is None:
+        refuse(
+            "teacher", "no teacher",
+            "a `distill` job needs a `teacher` (`model: {uri: s3://…}` or `fromJob: {name: …}`)",
+        )  # fmt: skip
+    if spec.distill is None and teacher is not None and teacher.endpoint is not None:
+        refuse(
+            "teacher.endpoint", teacher.endpoint.model,
+            "without `distill` the student is compared with the teacher's logits: give `model` or "
+            "`fromJob`",
+        )  # fmt: skip
+    if spec.prune is not None and not (spec.student.model or spec.student.from_job):
+        refuse(
+            "student", "no model",
+            "`prune` makes a model smaller that is there: give `student.model` or `fromJob`",
+        )  # fmt: skip
 
 
 def _source_problems(spec: DistillationJobSpec, refuse: Any) -> None:
@@ -112,7 +133,8 @@ def _source_problems(spec: DistillationJobSpec, refuse: Any) -> None:
             "data.tokenizer", "nothing",
             "give `tokenizer: {uri: s3://…}`: only with a teacher's logits its tokenizer is taken",
         )  # fmt: skip
-    if teacher and teacher.model and student.model and teacher.model.uri == student.model.uri:
+    taught = spec.distill is not None and teacher is not None and teacher.model
+    if taught and student.model and taught.uri == student.model.uri:
         refuse("student.model.uri", student.model.uri, "another model than the teacher")
 
 
@@ -292,7 +314,7 @@ def student_summary(spec: DistillationJobSpec) -> str:
     """The student in a few characters, for the table."""
     student = spec.student
     if student.from_teacher:
-        return f"teacher, {student.from_teacher.layers} layers"[:64]
+        return f"teacher, {student.from_teacher.summary}"[:64]
     if student.from_job:
         return f"from {student.from_job.name}"[:64]
     if student.model:

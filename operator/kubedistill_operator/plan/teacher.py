@@ -152,6 +152,7 @@ def _running(
     step: Pass, batch_job: BatchJobView, pods: list[PodView], leaving: tuple[str, str] | None
 ) -> bool:
     draft, text = step.draft, learns_text(step.spec)
+    whole = text or step.spec.compares
     held = _take_reports(step)
     if any(p.active and p.phase == "Running" for p in pods):
         draft.look_again(draft.timing.poll)
@@ -164,15 +165,19 @@ def _running(
     if trouble is None and not batch_job.suspended:
         trouble = no_pods(draft, batch_job, pods)
     known = draft.status.teacher_stream
-    if known is not None and known.tokens > 0 and not text:
+    if known is not None and known.tokens > 0 and not whole:
         _shards_there(draft, held, trouble, words)
         return not _awaited(step, batch_job, trouble, words)
     if trouble:
         _say(draft, "False", trouble[0], _joined(trouble[1], words), trouble)
         draft.summary(*trouble)
         return False
-    answers = "the teacher answers; the student starts when all answers are there"
-    _generating(step, _joined(answers if text else "the teacher writes its stream", words))
+    doing = "the teacher writes its stream"
+    if whole:
+        doing = "the teacher answers; the student starts when all answers are there"
+    if step.spec.compares:
+        doing = "the teacher is measured, for the student to be compared with"
+    _generating(step, _joined(doing, words))
     return False
 
 

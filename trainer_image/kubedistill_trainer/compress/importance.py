@@ -19,14 +19,17 @@ from torch import Tensor, nn
 
 from kubedistill_trainer.compress.architecture import Architecture
 from kubedistill_trainer.compress.sizes import Sizes
+from kubedistill_trainer.losses.types import IGNORED
+from kubedistill_trainer.models.decoder import final_hidden
 
-Batch = tuple[Tensor, Tensor]
-"""Tokens and positions, each [B, L]."""
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Tokens, positions and labels, each [B, L], as of a packed sequence. Positions without a label
+(IGNORED) are read, and not counted: nothing is learnt there."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over the calibration tokens, of each layer first.
+    """Sums over the calibration tokens that have a label, of each layer first.
 
     `heads` [layers, heads, size, size]: second moments of the heads' outputs; `ffn` [layers, ffn]:
     squares of the inner activations; `normed` [layers · norms + 1, hidden]: squares of the norms'
@@ -51,7 +54,6 @@ def empty(architecture: Architecture, sizes: Sizes, device: torch.device) -> Sta
     norms = sizes.layers * len(architecture.norms) + 1
 
     def zeros(*shape: int) -> Tensor:
-        # On the CPU even for MPS-like devices without float64: sums of millions of squares.
         return torch.zeros(*shape, dtype=torch.float64, device=device)
 
     return Statistics(
@@ -78,20 +80,30 @@ def collect(
     decoder = model.get_decoder()
     training = model.training
     model.eval()
-    with _watched(decoder, architecture, sizes, found):
-        for tokens, positions in batches:
-            decoder(
-                input_ids=tokens.to(device), position_ids=positions.to(device), use_cache=False
-            )
-            found.tokens.add_(tokens.numel())
+    counted = _Counted()
+    with _watched(decoder, architecture, sizes, found, counted):
+        for tokens, positions, labels in batches:
+            counted.rows_N = (labels.to(device) != IGNORED).flatten()
+            final_hidden(decoder, tokens.to(device), positions.to(device))
+            found.tokens.add_(counted.rows_N.sum())
             tick()
     model.train(training)
     return found
 
 
+class _Counted:
+    """Which positions of the batch that is read are counted."""
+
+    rows_N: Tensor
+
+    def of(self, values: Tensor) -> Tensor:
+        """[B, L, channels] → [tokens that count, channels], in float32."""
+        return values.flatten(0, -2)[self.rows_N].float()
+
+
 @contextmanager
 def _watched(
-    decoder: Any, architecture: Architecture, sizes: Sizes, into: Statistics
+    decoder: Any, architecture: Architecture, sizes: Sizes, into: Statistics, counted: _Counted
 ) -> Iterator[None]:
     with ExitStack() as stack:
         norms: list[nn.Module] = []
@@ -99,53 +111,54 @@ def _watched(
             heads = layer.get_submodule(architecture.attention_output)
             ffn = layer.get_submodule(architecture.ffn_output)
             for handle in (
-                heads.register_forward_pre_hook(_heads_hook(into.heads[index], sizes)),
-                ffn.register_forward_pre_hook(_squares_hook(into.ffn[index])),
-                layer.register_forward_hook(_turn_hook(into.turned[index : index + 1])),
+                heads.register_forward_pre_hook(_heads_hook(into.heads[index], counted)),
+                ffn.register_forward_pre_hook(_squares_hook(into.ffn[index], counted)),
+                layer.register_forward_hook(_turn_hook(into.turned[index], counted)),
             ):
                 stack.callback(handle.remove)
             norms += [layer.get_submodule(name) for name in architecture.norms]
         for index, norm in enumerate([*norms, decoder.norm]):
-            handle = norm.register_forward_hook(_norm_hook(into.raw[index], into.normed[index]))
+            hook = _norm_hook(into.raw[index], into.normed[index], counted)
+            handle = norm.register_forward_hook(hook)
             stack.callback(handle.remove)
         yield
 
 
-def _heads_hook(into: Tensor, sizes: Sizes) -> Callable[..., None]:
+def _heads_hook(into: Tensor, counted: _Counted) -> Callable[..., None]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        heads_NHD = inputs[0].reshape(-1, sizes.heads, sizes.head_size).float()
+        heads_NHD = counted.of(inputs[0]).view(-1, *into.shape[:2])
         into.add_(torch.einsum("nhd,nhe->hde", heads_NHD, heads_NHD))
 
     return hook
 
 
-def _squares_hook(into: Tensor) -> Callable[..., None]:
+def _squares_hook(into: Tensor, counted: _Counted) -> Callable[..., None]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        into.add_(_squares(inputs[0]))
+        into.add_(_squares(counted.of(inputs[0])))
 
     return hook
 
 
-def _norm_hook(raw: Tensor, normed: Tensor) -> Callable[..., None]:
+def _norm_hook(raw: Tensor, normed: Tensor, counted: _Counted) -> Callable[..., None]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        raw.add_(_squares(inputs[0]))
-        normed.add_(_squares(output))
+        raw.add_(_squares(counted.of(inputs[0])))
+        normed.add_(_squares(counted.of(output)))
 
     return hook
 
 
-def _turn_hook(into: Tensor) -> Callable[..., None]:
+def _turn_hook(into: Tensor, counted: _Counted) -> Callable[..., None]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         after = output[0] if isinstance(output, tuple) else output
-        cosine = torch.cosine_similarity(inputs[0].float(), after.float(), dim=-1)
+        cosine = torch.cosine_similarity(counted.of(inputs[0]), counted.of(after), dim=-1)
         into.add_((1 - cosine.double()).sum())
 
     return hook
 
 
-def _squares(values: Tensor) -> Tensor:
-    """[..., channels] → sums of squares [channels]."""
-    return values.flatten(0, -2).float().square().sum(0).double()
+def _squares(values_NC: Tensor) -> Tensor:
+    """Sums of squares over the tokens."""
+    return values_NC.square().sum(0).double()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from kubedistill_trainer.compress.architecture import Architecture, Axes, Axis
+from kubedistill_trainer.models.shapes import layer_of
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,34 @@ class Sizes:
         return self.heads // self.kv_heads
 
 
-def sizes_of(config: Any) -> Sizes:
-    """Of a Hugging Face config object."""
-    heads = int(config.num_attention_heads)
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of a model's tensors, tied ones once, by their names."""
+
+
+def sizes_of(architecture: Architecture, config: Mapping[str, Any], shapes: Shapes) -> Sizes:
+    """Of a model with this config.json and these tensors.
+
+    Only the heads are asked of the config, which leaves out what is an architecture's default.
+    """
+    lengths = _lengths(architecture, shapes)
+    heads = int(config["num_attention_heads"])
     return Sizes(
-        layers=int(config.num_hidden_layers),
+        layers=1 + max(index for name in shapes if (index := layer_of(name)) is not None),
         heads=heads,
-        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-        ffn=int(config.intermediate_size),
-        hidden=int(config.hidden_size),
-        vocabulary=int(config.vocab_size),
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_size=lengths["queries"] // heads,
+        ffn=lengths["ffn"],
+        hidden=lengths["hidden"],
+        vocabulary=lengths["vocabulary"],
     )
+
+
+def _lengths(architecture: Architecture, shapes: Shapes) -> dict[Axis, int]:
+    """Of each axis, by the tensors that have it."""
+    lengths: dict[Axis, int] = {}
+    for name, shape in shapes.items():
+        lengths |= zip(architecture.axes_of(name), shape, strict=True)
+    return lengths
 
 
 def config_changes(sizes: Sizes, config: Any, layers: tuple[int, ...]) -> dict[str, Any]:
@@ -90,9 +107,8 @@ class Tensors:
         return sizes.layers * layer + sum(_size(axes, sizes) for axes in self.model)
 
 
-def tensors_of(architecture: Architecture, shapes: Mapping[str, Any], field: str) -> Tensors:
-    """Of a model with tensors of these names. InputsRefused for one that is not described."""
-    architecture.check(shapes, field)
+def tensors_of(architecture: Architecture, shapes: Shapes) -> Tensors:
+    """Of a model with these tensors, all of which are described."""
     first = [name for name in architecture.layer if _in_first_layer(name, shapes)]
     return Tensors(
         tuple(architecture.layer[name] for name in first),
@@ -100,7 +116,7 @@ def tensors_of(architecture: Architecture, shapes: Mapping[str, Any], field: str
     )
 
 
-def _in_first_layer(name: str, shapes: Mapping[str, Any]) -> bool:
+def _in_first_layer(name: str, shapes: Shapes) -> bool:
     return f"model.layers.0.{name}" in shapes
 
 

@@ -62,9 +62,8 @@ def _state(model: Any, architecture: Architecture, sizes: Sizes, kept: Kept) -> 
             indices = _indices(axis, place, sizes, kept)
             if indices is not None:
                 part = part.index_select(axis_index, torch.tensor(indices, device=part.device))
-        if layer is not None:
-            name = f"model.layers.{place}.{in_layer(name, layer)}"
-        state[name] = part.clone()
+        new = name if layer is None else f"model.layers.{place}.{in_layer(name, layer)}"
+        state[new] = part.clone()
     return state
 
 

@@ -120,7 +120,7 @@ def load_dataset(
         packed=packed,
         split=divided,
         order=order,
-        total_steps=order.total_steps(training.epochs, training.max_steps),
+        total_steps=order.total_steps(training.epochs, training.max_steps) if spec.trains else 0,
         digest=_digest(corpus.digest, answered),
         files_digest=corpus.digest,
         packing_digest=packing_digest(

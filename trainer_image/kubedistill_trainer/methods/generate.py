@@ -26,8 +26,8 @@ from kubedistill_trainer.methods import sharding
 from kubedistill_trainer.methods.objective import divergence_of
 from kubedistill_trainer.methods.probe import probe
 from kubedistill_trainer.methods.request import job_request
-from kubedistill_trainer.methods.signal import final_hidden, softcap_of, softcapped
 from kubedistill_trainer.methods.stream_report import StreamReporter
+from kubedistill_trainer.models.decoder import final_hidden, softcap_of, softcapped
 from kubedistill_trainer.models.folder import download
 from kubedistill_trainer.models.load import dtype_of, load_model
 from kubedistill_trainer.teacher.auto import (

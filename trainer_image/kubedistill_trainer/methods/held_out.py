@@ -1,8 +1,9 @@
-"""The distribution of a teacher that is learnt by its text, over the held-out answers.
+"""The distribution of a teacher whose logits are not learnt, over the held-out sequences.
 
-The text that it writes says nothing of it, and perplexity, agreement and divergence need it. So the
-teacher's pod, once all answers are there, writes its states over the held-out sequences as a
-`Hidden` stream of their own, which the student's ranks read when they evaluate.
+It may be learnt by its text, which says nothing of it, or be there to compare with; and perplexity,
+agreement and divergence need it. So the teacher's pod (once all answers are there) writes its states
+over the held-out sequences as a `Hidden` stream of their own, which the student's ranks read when
+they evaluate.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.conversation import Message
-from kubedistill_trainer.data.dataset import Dataset
+from kubedistill_trainer.data.dataset import Dataset, learns_text, load_dataset
 from kubedistill_trainer.data.template import ChatTemplate, Unrenderable
 from kubedistill_trainer.data.tokenizer import TextTokenizer, load_tokenizer
 from kubedistill_trainer.evaluation.speak import Tick
@@ -83,7 +84,8 @@ def check_comparable(
     own, config = load_tokenizer(store, "spec.teacher"), read_config(store, "spec.teacher")
     if own.digest != tokenizer.digest:
         raise NotComparable("the teacher has another tokenizer than the student")
-    if template is None or _rendered(own) != _rendered(tokenizer, template):
+    talks = template is not None or learns_text(context.run.spec)
+    if talks and (template is None or _rendered(own) != _rendered(tokenizer, template)):
         raise NotComparable("the teacher has another chat template than the student")
     for name, least in (("vocab_size", tokenizer.vocab_size), ("hidden_size", 1)):
         size = config.get(name)
@@ -135,7 +137,8 @@ def write_held_out(context: Context, model: Callable[[], Any], tick: Tick) -> No
     where the pod is to stop, or a split teacher's processes are out of step.
     """
     try:
-        there = text_there(context)
+        text = learns_text(context.run.spec)
+        there = text_there(context) if text else load_dataset(context.run, context.open_store)
         wanted = None if there is None else held_out(context, there)
         if wanted is None or is_settled(context.storage, wanted):
             return
@@ -154,7 +157,7 @@ def write_held_out(context: Context, model: Callable[[], Any], tick: Tick) -> No
     except RunFailure:
         raise
     except Exception as error:
-        _log.exception("the teacher's states over the held-out answers are not written")
+        _log.exception("the teacher's states over the held-out sequences are not written")
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
 
@@ -169,7 +172,7 @@ def _tries(stream: Store) -> int:
 
 
 def _write(context: Context, wanted: HeldOut, teacher: Any, tick: Tick) -> None:
-    _log.info("writing the teacher's states over the held-out answers")
+    _log.info("writing the teacher's states over the held-out sequences")
     scratch = context.scratch / "held-out"
     scratch.mkdir(parents=True, exist_ok=True)
     identity, packed = wanted.identity, wanted.dataset.packed
@@ -235,7 +238,9 @@ def held_out_teacher(context: Context, dataset: Dataset, device: torch.device) -
     with ExitStack() as opened:
         try:
             if not is_whole(context.storage, wanted.identity):
-                raise NotComparable("its pod has not written its states over the held-out answers")
+                raise NotComparable(
+                    "its pod has not written its states over the held-out sequences"
+                )
             reader = opened.enter_context(
                 StreamReader(
                     context.storage,

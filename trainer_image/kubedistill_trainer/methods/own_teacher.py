@@ -1,4 +1,4 @@
-"""The teacher's folder, loaded to answer in text."""
+"""The teacher's folder, loaded to answer in text, or to be compared with."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ _LOAD = "load"
 
 
 def run_own_teacher(context: Context, board: exporter.ProgressBoard, group: Any = None) -> Outcome:
-    """Write this pod's partition of the answers; then what the student is held beside.
+    """Write this pod's partition of the answers, where they are learnt; then what the student is held
+    beside.
 
     With a `group`, the teacher is split over its processes (`sharding.py`).
     """
@@ -42,7 +43,13 @@ def run_own_teacher(context: Context, board: exporter.ProgressBoard, group: Any 
         together = {} if group is None else {"generate": _together(group)}
         return OwnTeacher(model(), tokenizer, template, manifest.identity, **together)
 
-    outcome = run_text_teacher(context, board, opened)
+    if context.run.spec.compares:
+        if context.partition > 0:
+            return Outcome(reason="Completed", message="the first writer does all of it")
+        board.update(phase="Generating", last_step_time=time.time())
+        outcome = Outcome(reason="Completed", message="the teacher is there to compare with")
+    else:
+        outcome = run_text_teacher(context, board, opened)
 
     @cache
     def asked() -> Any:

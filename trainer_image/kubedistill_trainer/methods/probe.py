@@ -14,6 +14,7 @@ import torch
 from kubedistill_api.status import PayloadProbe
 from torch import Tensor
 
+from kubedistill_trainer.compress.choosing import evenly_spread
 from kubedistill_trainer.data.packing import IGNORED, Packed
 from kubedistill_trainer.losses.cached import (
     SampledTokens,
@@ -23,8 +24,7 @@ from kubedistill_trainer.losses.cached import (
 )
 from kubedistill_trainer.losses.divergence import Scratch, dense_divergence
 from kubedistill_trainer.losses.types import Divergence, TeacherSampled, TeacherSparse
-from kubedistill_trainer.methods.signal import final_hidden, softcap_of, softcapped
-from kubedistill_trainer.models.load import kept_layers
+from kubedistill_trainer.models.decoder import final_hidden, softcap_of, softcapped
 from kubedistill_trainer.teacher.auto import Answer, Question, choose, label
 from kubedistill_trainer.teacher.codec import decode_outputs, encode_outputs
 from kubedistill_trainer.teacher.payload import Hidden, Sparse, TeacherOutputs, sparse_of_logits
@@ -215,7 +215,7 @@ def _thinned(decoder: Any) -> Iterator[None]:
     """The decoder without a tenth of its layers, at least one."""
     layers = decoder.layers
     wanted = len(layers) - max(1, len(layers) // 10)
-    kept: Sequence[int] = kept_layers(len(layers), wanted) if wanted else ()
+    kept: Sequence[int] = evenly_spread(len(layers), wanted) if wanted else ()
     decoder.layers = torch.nn.ModuleList(layers[i] for i in kept)
     try:
         yield

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.losses import Teacher, TeacherHidden, TeacherSampled, TeacherSparse
+from kubedistill_trainer.models.decoder import final_hidden, softcap_of
 from kubedistill_trainer.models.load import load_model
 from kubedistill_trainer.store import Store
 from kubedistill_trainer.teacher.auto import Question
@@ -199,17 +200,6 @@ def joined_sampled(outputs: list[TeacherOutputs], device: torch.device) -> Teach
     return TeacherSampled(ids.where(counts > 0, 0), shares)
 
 
-def final_hidden(decoder: Any, tokens: Tensor, positions: Tensor) -> Tensor:
-    """The decoder's states after its final norm, [B, L, H]; attention stays within documents.
-
-    transformers derives the block-diagonal mask from positions that restart, given that neither a
-    mask nor a cache is passed.
-    """
-    output = decoder(input_ids=tokens, position_ids=positions, use_cache=False)
-    hidden: Tensor = output.last_hidden_state
-    return hidden
-
-
 def hidden_states(
     decoder: Any, tokens: Tensor, positions: Tensor, layers: Sequence[int]
 ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -224,17 +214,6 @@ def hidden_states(
     )
     states = output.hidden_states
     return output.last_hidden_state.flatten(0, 1), {n: states[n].flatten(0, 1) for n in layers}
-
-
-def softcapped(logits: Tensor, cap: float | None) -> Tensor:
-    """cap · tanh(logits / cap), or the logits where there is no cap."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def softcap_of(model: Any) -> float | None:
-    """The cap of the final logits (Gemma 2), if the architecture has one."""
-    value = getattr(model.config, "final_logit_softcapping", None)
-    return None if value is None else float(value)
 
 
 def online_teacher(

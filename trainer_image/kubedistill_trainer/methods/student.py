@@ -15,7 +15,8 @@ from kubedistill_trainer.losses import (
     distillation_loss,
 )
 from kubedistill_trainer.methods.objective import divergence_of
-from kubedistill_trainer.methods.signal import TeacherBatch, hidden_states, softcap_of, softcapped
+from kubedistill_trainer.methods.signal import TeacherBatch, hidden_states
+from kubedistill_trainer.models.decoder import softcap_of, softcapped
 
 
 class StudentWithLoss(nn.Module):

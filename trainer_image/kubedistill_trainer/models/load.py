@@ -1,4 +1,4 @@
-"""Models in memory: from a folder, from a config, or from the teacher with fewer layers."""
+"""Models in memory: from a folder, or from a config."""
 
 from __future__ import annotations
 
@@ -100,28 +100,6 @@ def config_of_folder(folder: Path, field: str) -> Any:
 
 def _config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
-def kept_layers(total: int, wanted: int) -> list[int]:
-    """Indices of the `wanted` layers kept of `total`: evenly spread, first and last included."""
-    if wanted == 1:
-        return [0]
-    return [round(i * (total - 1) / (wanted - 1)) for i in range(wanted)]
-
-
-def fewer_layers(model: Model, layers: int) -> Model:
-    """The same model with `layers` of its layers; the given model is used up."""
-    decoder = model.get_decoder()
-    kept = kept_layers(len(decoder.layers), layers)
-    decoder.layers = torch.nn.ModuleList(decoder.layers[i] for i in kept)
-    for index, layer in enumerate(decoder.layers):
-        if hasattr(layer, "self_attn"):
-            layer.self_attn.layer_idx = index
-    model.config.num_hidden_layers = layers
-    layer_types = getattr(model.config, "layer_types", None)
-    if layer_types is not None:
-        model.config.layer_types = [layer_types[i] for i in kept]
-    return model
 
 
 def parameter_count(model: Model) -> int:

@@ -36,16 +36,6 @@ _FRACTIONS = frozenset({"rms_norm_eps", "initializer_range"})
 _SWITCHES = frozenset({"tie_word_embeddings", "attention_bias", "use_cache"})
 
 
-def check_layers(teacher_layers: int, wanted: int) -> None:
-    """Refuse a student with more layers than its teacher."""
-    if wanted > teacher_layers:
-        raise refuse(
-            "spec.student.fromTeacher.layers",
-            str(wanted),
-            f"the teacher has {teacher_layers} layers: keep at most that many",
-        )
-
-
 def check_vocabulary(keys: Mapping[str, Any], vocab_size: int, field: str) -> None:
     """Refuse a model without an embedding for each id of the tokenizer."""
     given = keys.get("vocab_size")

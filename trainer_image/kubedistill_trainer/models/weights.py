@@ -89,17 +89,23 @@ def check_sample(store: Store, config: Mapping[str, Any], field: str) -> None:
     head) and of those of three layers. InputsRefused (unreadable) names `field`, the folder and the
     tensor.
     """
+    tensors = tensors_in(store, field)
+    check_shapes({tensor.name: tensor.shape for tensor in tensors}, config, field, store.uri)
+    verdicts = [
+        (tensor, _verdict(tensor.dtype, _pieces(store, tensor))) for tensor in sample_of(tensors)
+    ]
+    _refuse_dead(verdicts, field, store.uri)
+
+
+def tensors_in(store: Store, field: str) -> list[Tensor]:
+    """What the headers of a model folder's files say. InputsRefused where there is no model."""
     sizes = {info.key: info.size_bytes for info in store.list("") if "/" not in info.key}
     index = store.get(INDEX) if INDEX in sizes else None
     tensors: list[Tensor] = []
     for name in weight_files(sizes, index, field, store.uri):
         with _naming(field, store.uri_of(name)):
             tensors += read_header(name, sizes[name], partial(store.get_range, name))
-    check_shapes({tensor.name: tensor.shape for tensor in tensors}, config, field, store.uri)
-    verdicts = [
-        (tensor, _verdict(tensor.dtype, _pieces(store, tensor))) for tensor in sample_of(tensors)
-    ]
-    _refuse_dead(verdicts, field, store.uri)
+    return tensors
 
 
 def check_files(folder: Path, field: str, uri: str) -> None:

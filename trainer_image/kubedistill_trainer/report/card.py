@@ -27,7 +27,7 @@ def card(
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [kubedistill, {_method(run)}]
+tags: [kubedistill, {run.spec.method}]
 ---
 # {run.name}
 
@@ -73,11 +73,9 @@ def _source_text(source: DataSource) -> str:
     return text if source.weight == 1 else f"{text}, weight {source.weight:g}"
 
 
-def _method(run: RunSpec) -> str:
-    return "distill" if run.spec.distill is not None else "fineTune"
-
-
 def _method_text(run: RunSpec) -> str:
+    if run.spec.prune is not None:
+        return f"pruning, kept: {run.spec.prune.structured.summary}"
     if run.spec.distill is None:
         return "fine-tuning on labels"
     if run.spec.distill.signal in SIGNALS:
@@ -110,7 +108,7 @@ def student_text(run: RunSpec) -> str:
     """What the student began as."""
     student = run.spec.student
     if student.from_teacher is not None:
-        return f"{student.from_teacher.layers} layers of the teacher"
+        return f"the teacher made smaller: {student.from_teacher.summary}"
     if student.config is not None:
         return f"random weights ({student.config.get('model_type')})"
     return run.student_model.uri if run.student_model else "unknown"

@@ -113,7 +113,7 @@ def _teacher(
     problems: dict[str, str],
 ) -> Abilities | None:
     """Of the teacher in this process, or what its own pod has left in the store."""
-    if context.run.spec.distill is None or context.run.spec.teacher is None:
+    if context.run.spec.teacher is None:
         return None
     if isinstance(teacher, OnlineTeacher):
         found: Abilities | None = measure(

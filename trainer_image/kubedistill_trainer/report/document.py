@@ -19,32 +19,28 @@ from kubedistill_trainer.data.order import Ids
 from kubedistill_trainer.data.packing import IGNORED
 from kubedistill_trainer.methods.history import Point
 from kubedistill_trainer.methods.overfitting import Overfitting, overfitting
-from kubedistill_trainer.methods.watch import Watch
 from kubedistill_trainer.report import abilities, gates
 from kubedistill_trainer.report.card import card, student_text
 from kubedistill_trainer.report.compare import Comparison
 from kubedistill_trainer.report.figures import BINS, Calibration, Evaluation, Slice
 from kubedistill_trainer.report.page import page
 from kubedistill_trainer.report.teacher_text import taught_text
-from kubedistill_trainer.teacher.learn import TaughtText
+from kubedistill_trainer.report.work import Work
 
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that trained and was evaluated. `metrics`: those of the status, in order."""
+    """A run that was evaluated. `metrics`: those of the status, in order."""
 
     run: RunSpec
     dataset: Dataset
     parameters: int
     metrics: Sequence[Metric]
     evaluation: Evaluation
-    history: Sequence[Point]
-    watch: Watch
-    exported_step: int | None
+    work: Work
     compared: Comparison
-    taught: TaughtText | None = None
 
 
 def files(finished: Finished, content: dict[str, Any]) -> dict[str, str]:
@@ -70,8 +66,9 @@ def document(finished: Finished) -> dict[str, Any]:
         "job": _job(run),
         "student": {"parameters": finished.parameters, "start": student_text(run)},
         "teacher": _teacher(run),
-        "teacherText": taught_text(run.spec, finished.taught),
+        "teacherText": taught_text(run.spec, finished.work.taught),
         "objective": run.spec.distill.objective.to_wire() if run.spec.distill else None,
+        "pruning": finished.work.cut.to_dict() if finished.work.cut else None,
         "data": {
             "sources": list(dataset.sources),
             "sequenceLength": dataset.packed.sequence_length,
@@ -100,7 +97,7 @@ def document(finished: Finished) -> dict[str, Any]:
         }
         | _weakest_task(finished.compared),
         **abilities.parts(finished.compared),
-        "history": [_point(point) for point in finished.history],
+        "history": [_point(point) for point in finished.work.history],
         "earlyStopping": _early_stopping(finished),
         # Of a trial it is filled in when all trials have ended.
         "sweep": None,
@@ -124,7 +121,7 @@ def _job(run: RunSpec) -> dict[str, Any]:
         "namespace": run.namespace,
         "chain": run.chain,
         "stage": run.stage,
-        "method": "distill" if run.spec.distill is not None else "fineTune",
+        "method": run.spec.method,
     }
 
 
@@ -199,8 +196,8 @@ def _point(point: Point) -> dict[str, Any]:
 
 def _early_stopping(finished: Finished) -> dict[str, Any] | None:
     """The looks at the held-out loss that were finite; None where there was none."""
-    watch = finished.watch
-    found = overfitting(watch.looks, finished.history, watch.min_delta)
+    watch = finished.work.watch
+    found = overfitting(watch.looks, finished.work.history, watch.min_delta)
     looks = [
         {"step": look.step, "loss": look.loss, "perplexity": math.exp(look.loss)}
         for look in watch.looks
@@ -211,7 +208,7 @@ def _early_stopping(finished: Finished) -> dict[str, Any] | None:
     return {
         "looks": looks,
         "bestStep": watch.best_step,
-        "exportedStep": finished.exported_step,
+        "exportedStep": finished.work.exported_step,
         "stopped": watch.stopped,
         "overfitting": _overfitting(found) if found else None,
     }

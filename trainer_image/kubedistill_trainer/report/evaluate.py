@@ -14,7 +14,8 @@ from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.data.packing import IGNORED
 from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.losses import TeacherHidden, TeacherSparse
-from kubedistill_trainer.methods.signal import NoTeacher, Signal, softcapped
+from kubedistill_trainer.methods.signal import NoTeacher, Signal
+from kubedistill_trainer.models.decoder import softcapped
 from kubedistill_trainer.report.figures import Evaluation, Sums
 
 _CHUNK_TOKENS = 256

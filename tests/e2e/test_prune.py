@@ -1,0 +1,129 @@
+"""Models made smaller by real ranks: `prune`, and students cut out of their teachers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from devcluster.s3 import S3Server
+from devcluster.zygote import Zygote
+from kubedistill_api.exit_codes import ExitCode
+from kubedistill_api.job import DistillationJobSpec
+from kubedistill_api.runspec import ResolvedModel
+
+from e2e.gang import Result, Trainer, llama, model_of, put_inputs
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
+
+
+@dataclass(frozen=True)
+class Bench:
+    trainer: Trainer
+    server: S3Server
+    large: ResolvedModel
+
+    def spec(self, **parts: Any) -> DistillationJobSpec:
+        """Prunes the large model, and compares the result with it."""
+        own: dict[str, Any] = {
+            "teacher": {"model": {"uri": self.large.uri}, "workers": {"gpusPerReplica": 0}},
+            "student": {"model": {"uri": self.large.uri}},
+            **parts,
+        }
+        return self.trainer.spec(**own)
+
+    def object(self, uri: str, name: str) -> bytes:
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        got = self.server.access.client().get_object(Bucket=bucket, Key=f"{prefix}/{name}")
+        return bytes(got["Body"].read())
+
+    def made(self, result: Result) -> tuple[dict[str, Any], dict[str, Any]]:
+        """config.json and report.json of the model."""
+        uri = model_of(result, "any").uri
+        return tuple(json.loads(self.object(uri, name)) for name in ("config.json", "report.json"))  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, warm: Zygote) -> Iterator[Bench]:
+    folder: Path = tmp_path_factory.mktemp("prune")
+    server = S3Server(folder / "s3")
+    server.start()
+    try:
+        put_inputs(server.access)
+        trainer = Trainer(folder, server.access, warm)
+        shape = {**llama(32, 4), "num_attention_heads": 4, "intermediate_size": 96}
+        made = trainer.run(
+            "student",
+            trainer.spec(
+                fineTune={}, student={"config": shape}, workers={"nodes": 1},
+                training={"maxSteps": 40},
+            ),
+            name="large",
+        )  # fmt: skip
+        assert made.codes == [0], made.log
+        yield Bench(trainer, server, model_of(made, "large"))
+    finally:
+        server.stop()
+
+
+def test_a_model_is_pruned_by_two_ranks_and_compared_with_what_it_was(bench: Bench) -> None:
+    kept = {"layers": 3, "heads": 0.5, "ffn": 64, "embedding": 24, "calibrationSequences": 6}
+    spec = bench.spec(prune={"structured": kept})
+    models = {"teacher": bench.large, "student": bench.large}
+    looked = bench.trainer.run("preflight", spec, name="pruned", **models)
+    assert looked.codes == [0], looked.log
+    measured = bench.trainer.run("teacher", spec, name="pruned", **models)
+    assert measured.codes == [0], measured.log
+    result = bench.trainer.run("student", spec, name="pruned", **models)
+    assert result.codes == [0, 0], result.log
+    config, report = bench.made(result)
+    assert (config["num_hidden_layers"], config["num_attention_heads"]) == (3, 2)
+    assert (config["intermediate_size"], config["hidden_size"], config["head_dim"]) == (64, 24, 8)
+    resolved = looked.outcomes[0].resolved
+    assert resolved is not None and resolved.total_steps == 0
+    assert resolved.student_parameters == report["student"]["parameters"]
+    assert report["job"]["method"] == "prune" and report["notMeasured"] == {}
+    assert report["pruning"]["before"]["hidden"] == 32 and report["pruning"]["after"]["hidden"] == 24
+    assert len(report["pruning"]["kept_layers"]) == 3
+    metrics = report["metrics"]
+    assert metrics["teacherPerplexity"] == pytest.approx(metrics["initialPerplexity"], rel=1e-4)
+    assert metrics["perplexityRatio"] > 1
+
+
+def test_a_student_is_cut_out_of_its_teacher_within_a_budget(bench: Bench) -> None:
+    kept = {"parameters": 0.8, "calibrationSequences": 6}
+    spec = bench.spec(
+        distill={}, student={"model": None, "fromTeacher": kept},
+        teacher={"model": {"uri": bench.large.uri}, "delivery": "Online"},
+        training={"maxSteps": 2, "deepSpeed": {"zeroStage": 3}},
+    )  # fmt: skip
+    result = bench.trainer.run("student", spec, name="cut", teacher=bench.large)
+    assert result.codes == [0, 0], result.log
+    _, report = bench.made(result)
+    pruning = report["pruning"]
+    assert report["student"]["parameters"] == pruning["parameters_after"]
+    assert pruning["parameters_after"] <= 0.8 * pruning["parameters_before"]
+    losses = [one["loss"] for one in pruning["candidates"]]
+    chosen = [one["loss"] for one in pruning["candidates"] if one["sizes"] == pruning["after"]]
+    assert len(losses) > 1 and chosen == [min(losses)]
+
+
+@pytest.mark.parametrize(
+    "kept,sentence",
+    [
+        ({"heads": 0.3}, "spec.prune.structured.heads: found 0.3, which is 1.2 of 4 heads"),
+        ({"layers": 9}, "spec.prune.structured.layers: found 9; the model has 4 layers"),
+        ({"parameters": 0.01}, "spec.prune.structured.parameters: found 0.01"),
+    ],
+)
+def test_what_no_model_can_have_is_refused_before_a_pod_is_asked_for(
+    bench: Bench, kept: dict[str, Any], sentence: str
+) -> None:
+    spec = bench.spec(prune={"structured": kept})
+    models = {"teacher": bench.large, "student": bench.large}
+    looked = bench.trainer.run("preflight", spec, name=f"no-{next(iter(kept))}", **models)
+    assert looked.codes == [int(ExitCode.BAD_CONFIGURATION)], looked.log
+    assert sentence in looked.outcomes[0].message
