@@ -54,7 +54,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, warm: Zygote) -> Iterator[Be
     try:
         put_inputs(server.access)
         trainer = Trainer(folder, server.access, warm)
-        shape = {**llama(32, 4), "num_attention_heads": 4, "intermediate_size": 96}
+        shape = {**llama(32, 4), "num_attention_heads": 4, "intermediate_size": 104}
         made = trainer.run(
             "student",
             trainer.spec(
