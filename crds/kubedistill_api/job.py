@@ -15,6 +15,7 @@ from kubedistill_api.gates import MAX_GATES, Gate
 from kubedistill_api.generation import MAX_TOKENS, ChainOfThought, Generation
 from kubedistill_api.objective import Objective
 from kubedistill_api.pruning import Prune, Smaller
+from kubedistill_api.quantization import Quantize
 from kubedistill_api.references import (
     JobReference,
     ModelSource,
@@ -87,6 +88,10 @@ class Distill(ApiModel):
 
 class FineTune(ApiModel):
     """Train the student on the data's own labels: cross-entropy only, no teacher."""
+
+
+class Evaluate(ApiModel):
+    """Measure the student as it is."""
 
 
 class Student(ApiModel):
@@ -204,7 +209,7 @@ def _scored_rules() -> list[dict[str, Any]]:
     ]
 
 
-METHODS = ("distill", "fineTune", "prune")
+METHODS = ("distill", "fineTune", "prune", "quantize", "evaluate")
 METHODS_TEXT = "one of " + ", ".join(f"`{name}: {{…}}`" for name in METHODS)
 IMMUTABLE_PARTS = (
     *METHODS, "teacher", "student", "data", "training", "workers", "storage", "checkpoint",
@@ -213,7 +218,7 @@ IMMUTABLE_PARTS = (
 
 
 class DistillationJobSpec(ApiModel):
-    """One student by one method: exactly one of `distill`, `fineTune` and `prune`."""
+    """One student by one method: exactly one of `distill`, `fineTune`, `prune`, `quantize` and `evaluate`."""
 
     model_config = rules(
         [
@@ -232,9 +237,16 @@ class DistillationJobSpec(ApiModel):
                 ".teacher",
             ),
             cel(
-                "!has(self.prune) || has(self.student.model) || has(self.student.fromJob)",
-                "`prune` makes a model smaller that is there: give `student.model` or `fromJob`",
+                "has(self.distill) || has(self.fineTune) || has(self.student.model) || "
+                "has(self.student.fromJob)",
+                "without training the student is a model that is there: give `student.model` or "
+                "`fromJob`",
                 ".student",
+            ),
+            cel(
+                "!has(self.quantize) || (self.workers.nodes == 1 && self.workers.gpusPerNode <= 1)",
+                "`quantize` runs in one process: write `workers: {nodes: 1, gpusPerNode: 1}`",
+                ".workers",
             ),
             cel(
                 "!has(self.student.fromTeacher) || has(self.teacher)",
@@ -298,6 +310,8 @@ class DistillationJobSpec(ApiModel):
     distill: Distill | None = Field(None, description="Learn from a teacher.")
     fine_tune: FineTune | None = Field(None, description="Learn from the data's labels alone.")
     prune: Prune | None = Field(None, description="Make a model smaller, without training it.")
+    quantize: Quantize | None = Field(None, description="Store a model in fewer bits.")
+    evaluate: Evaluate | None = Field(None, description="Measure a model, and leave it as it is.")
     teacher: Teacher | None = Field(
         None,
         description="Whose outputs are learnt; without `distill`, with what the student is compared.",
@@ -358,7 +372,7 @@ class DistillationJobSpec(ApiModel):
     @property
     def trains(self) -> bool:
         """Whether the method trains the student."""
-        return self.prune is None
+        return self.distill is not None or self.fine_tune is not None
 
     @property
     def compares(self) -> bool:

@@ -60,7 +60,9 @@ def end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., End]:
         work = replace(done.work, **{"exported_step": 20, **parts})
         engine = SimpleNamespace(module=SimpleNamespace(model=None), device="cpu")
         board, nobody = ProgressBoard(), NoTeacher()
-        ended: Any = finishing.finish(context, done.dataset, engine, nobody, board, None, None, work)  # type: ignore[arg-type]
+        ended: Any = finishing.finish(
+            context, done.dataset, engine, nobody, board, None, None, work
+        )  # type: ignore[arg-type]
         return End(ended, exported)
 
     return finish

@@ -6,10 +6,12 @@ import logging
 import math
 import time
 from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kubedistill_api.exit_codes import ExitCode
-from kubedistill_api.runspec import Outcome
+from kubedistill_api.runspec import Outcome, ResolvedModel
 from kubedistill_api.status import Metric, WeakestSlice
 
 from kubedistill_trainer import exporter
@@ -22,7 +24,12 @@ from kubedistill_trainer.methods.held_out import NotComparable, held_out_teacher
 from kubedistill_trainer.methods.interruption import Interruption
 from kubedistill_trainer.methods.learn_text import TextTeacher
 from kubedistill_trainer.methods.signal import Signal
-from kubedistill_trainer.models.export import gather_weights, publish_folder, write_folder
+from kubedistill_trainer.models.export import (
+    gather_weights,
+    publish_folder,
+    publish_report,
+    write_folder,
+)
 from kubedistill_trainer.report.compare import Comparison, compare
 from kubedistill_trainer.report.document import Finished, document, files
 from kubedistill_trainer.report.evaluate import evaluate
@@ -37,6 +44,16 @@ _DISTRIBUTION = "teacher.distribution"
 """The name of what is not measured where a teacher's distribution is not to be had."""
 
 
+@dataclass(frozen=True)
+class Product:
+    """A finished model in a folder on this disk. `source`: where it lies in the store already, of one
+    that was only looked at."""
+
+    folder: Path
+    parameters: int
+    source: ResolvedModel | None = None
+
+
 def finish(
     context: Context,
     dataset: Dataset,
@@ -46,10 +63,12 @@ def finish(
     interruption: Interruption,
     group: Any,
     work: Work,
+    product: Product | None = None,
 ) -> Outcome:
     """Evaluate on the held-out text on all ranks; ask, report and export on rank 0.
 
-    `engine`: of DeepSpeed, or what stands for it where nothing was trained.
+    `engine`: of DeepSpeed, or what stands for it where nothing was trained. `product`: the model on
+    rank 0's disk, where it is not to be made of the engine's weights.
     """
     board.update(phase="Evaluating")
     if not gather_teacher(
@@ -61,12 +80,10 @@ def finish(
     ):
         raise stopped_in_evaluation()
     found, incomparable = _held_beside(context, dataset, engine, teacher, group)
-    weights = gather_weights(engine)
-    if weights is None:
+    product = product or _product(context, dataset, engine)
+    if product is None or context.rank > 0:
         return Outcome(reason="Completed", message="rank 0 exports")
-    folder = context.scratch / "export"
-    parameters = write_folder(engine.module.model, weights, dataset.tokenizer.files, folder)
-    del weights
+    folder, parameters = product.folder, product.parameters
     tick = tick_of(board, interruption)
     compared = compare(context, dataset, folder, teacher, engine.device, tick)
     compared.problems.update(incomparable)
@@ -84,12 +101,18 @@ def finish(
     content = document(finished)
     for line in table(content):
         _log.info(line)
-    status = publish_folder(folder, files(finished, content), parameters, context.models_store)
+    documents = files(finished, content)
+    if product.source is not None:
+        status = publish_report(documents, product.source, parameters, context.models_store)
+        message = "model evaluated"
+    else:
+        status = publish_folder(folder, documents, parameters, context.models_store)
+        message = "model exported"
     board.update(phase="Done")
-    _log.info("model exported", extra={"uri": status.uri})
+    _log.info(message, extra={"uri": status.uri})
     return Outcome(
         reason="Completed",
-        message="model exported",
+        message=message,
         progress=board.report.model_copy(update={"teacher_stream": teacher.status()}),
         model=status,
         metrics=metrics,
@@ -100,12 +123,24 @@ def finish(
     )
 
 
+def _product(context: Context, dataset: Dataset, engine: Any) -> Product | None:
+    """Written of the engine's weights by rank 0; None on the others. A collective under ZeRO-3."""
+    weights = gather_weights(engine)
+    if weights is None:
+        return None
+    folder = context.scratch / "export"
+    parameters = write_folder(engine.module.model, weights, dataset.tokenizer.files, folder)
+    return Product(folder, parameters)
+
+
 def _held_beside(
     context: Context, dataset: Dataset, engine: Any, teacher: Signal, group: Any
 ) -> tuple[Evaluation, dict[str, str]]:
     """Held-out figures, and why there are none beside the teacher, if so. A collective."""
     ranks = context.rank, context.world_size, group
-    if not isinstance(teacher, TextTeacher) and not context.run.spec.compares:
+    spec = context.run.spec
+    streamed = spec.compares and spec.teacher is not None and spec.teacher.delivery == "Stream"
+    if not isinstance(teacher, TextTeacher) and not streamed:
         return evaluate(engine, teacher, dataset, *ranks), {}
     try:
         beside = held_out_teacher(context, dataset, engine.device)

@@ -10,8 +10,8 @@ from kubedistill_api.job import METHODS
 from kubedistill_api.names import stage_job_name
 from kubedistill_api.sweep import Sweep
 
-_OF_METHODS = {"distill": (), "fineTune": ("teacher",), "prune": ("teacher",)}
-"""A method, and what of the template a stage that names it puts aside beside the other methods."""
+_UNTRAINED = ("prune", "quantize", "evaluate")
+"""Methods that leave the student's weights to what they were trained to."""
 _EXCLUSIVE = {
     "teacher": ("model", "fromJob", "endpoint"),
     "student": ("model", "fromJob", "fromTeacher", "config"),
@@ -55,10 +55,26 @@ def compose(
         before = spec.stages[index - 1].name
         previous = (students or {}).get(before, stage_job_name(chain, before))
     _pass_down(merged, spec, index, previous)
+    if merged.get("quantize") is not None:
+        _in_one_process(merged, stage)
     sweep = spec.stages[index].sweep
     if temperature is not None and sweep is not None:
         _make_trial(merged, sweep, temperature)
     return merged
+
+
+def _in_one_process(merged: dict[str, Any], stage: Mapping[str, Any]) -> None:
+    """The gang of a stage that quantises is one rank, whatever the template's are, unless the stage
+    says otherwise itself (and is refused)."""
+    own = stage.get("workers")
+    own = own if isinstance(own, Mapping) else {}
+    workers = dict(merged["workers"]) if isinstance(merged.get("workers"), Mapping) else {}
+    workers.pop("minNodes", None)
+    if "nodes" not in own:
+        workers["nodes"] = 1
+    if "gpusPerNode" not in own and workers.get("gpusPerNode") != 0:
+        workers["gpusPerNode"] = 1
+    merged["workers"] = workers
 
 
 def _make_trial(merged: dict[str, Any], sweep: Sweep, temperature: float) -> None:
@@ -73,9 +89,9 @@ def _make_trial(merged: dict[str, Any], sweep: Sweep, temperature: float) -> Non
 
 def _put_aside(template: dict[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
     """What of a template a stage's own choice replaces instead of merging with."""
-    for method, parts in _OF_METHODS.items():
+    for method in METHODS:
         if stage.get(method) is not None:
-            for other in (*(m for m in METHODS if m != method), *parts):
+            for other in (*METHODS, *(() if method == "distill" else ("teacher",))):
                 if other not in stage:
                     template.pop(other, None)
     for part, sources in _EXCLUSIVE.items():
@@ -108,5 +124,6 @@ def _pass_down(
             merged["teacher"] = teacher
     elif spec.stages[index].job_part().get("student") is None and previous is not None:
         merged["student"] = {"fromJob": {"name": previous}}
-        if merged.get("prune") is not None and merged.get("teacher") is None:
+        untrained = any(merged.get(method) is not None for method in _UNTRAINED)
+        if untrained and merged.get("teacher") is None:
             merged["teacher"] = {"fromJob": {"name": previous}, "delivery": "Online"}

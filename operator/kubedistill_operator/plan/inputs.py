@@ -99,11 +99,23 @@ def _method_problems(spec: DistillationJobSpec, refuse: Any) -> None:
             "without `distill` the student is compared with the teacher's logits: give `model` or "
             "`fromJob`",
         )  # fmt: skip
-    if spec.prune is not None and not (spec.student.model or spec.student.from_job):
+    if not spec.trains and not (spec.student.model or spec.student.from_job):
         refuse(
             "student", "no model",
-            "`prune` makes a model smaller that is there: give `student.model` or `fromJob`",
+            "without training the student is a model that is there: give `student.model` or `fromJob`",
         )  # fmt: skip
+    ranks = ranks_of(spec)
+    if spec.quantize is not None and ranks > 1:
+        refuse(
+            "workers", f"{ranks} ranks",
+            "`quantize` runs in one process: write `workers: {nodes: 1, gpusPerNode: 1}`",
+        )  # fmt: skip
+    quantize = spec.quantize
+    if quantize is not None and quantize.scheme != "W4A16":
+        if quantize.algorithm == "AWQ":
+            refuse("quantize.algorithm", "AWQ", "it is for `scheme: W4A16`: write GPTQ or RTN")
+        if quantize.group_size is not None:
+            refuse("quantize.groupSize", str(quantize.group_size), "only W4A16 has groups")
 
 
 def _source_problems(spec: DistillationJobSpec, refuse: Any) -> None:

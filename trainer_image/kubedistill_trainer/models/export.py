@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from kubedistill_api.status import ModelStatus
+from kubedistill_api.status import ModelStatus, ResolvedModel
 
 from kubedistill_trainer.models.folder import upload
 from kubedistill_trainer.models.load import parameter_count
@@ -76,6 +77,20 @@ def publish_folder(
         (folder / name).write_text(text)
     digest, uploaded = upload(folder, store)
     return ModelStatus(uri=uploaded.uri, digest=digest, parameters=parameters)
+
+
+def publish_report(
+    documents: dict[str, str], model: ResolvedModel, parameters: int, store: Store
+) -> ModelStatus:
+    """Put what is said of a model, which stays where it is, below `store`.
+
+    The place is addressed by the report's digest; putting it twice changes nothing.
+    """
+    digest = hashlib.sha256("".join(documents[name] for name in sorted(documents)).encode())
+    place = store.child(f"report/{digest.hexdigest()}")
+    for name, text in documents.items():
+        place.put(name, text.encode())
+    return ModelStatus(uri=model.uri, digest=model.digest, parameters=parameters, report=place.uri)
 
 
 def weights_on_disk(folder: Path) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 from transformers.distributed import DistributedConfig
 
 from kubedistill_trainer.failures import refuse, unreadable
@@ -59,9 +59,13 @@ def load_model(
     With a tensor-parallel `plan` this process's part of it. InputsRefused for a folder that lacks
     weights: transformers would draw random ones.
     """
-    split = {"distributed_config": DistributedConfig(tp_plan=plan)} if plan else {}
+    split: dict[str, Any] = {"distributed_config": DistributedConfig(tp_plan=plan)} if plan else {}
     try:
         config = _config(folder)
+        if getattr(config, "quantization_config", None) is not None:
+            # By default its weights are made numbers again in the whole model's forward pass, and
+            # here the decoder and the head are used by themselves.
+            split["quantization_config"] = CompressedTensorsConfig(dequantize=True)
         if (folder / INDEX).is_file():
             # Of a single file beside an index transformers takes the file, which nobody looked at.
             config.transformers_weights = INDEX

@@ -76,6 +76,10 @@ def _source_text(source: DataSource) -> str:
 def _method_text(run: RunSpec) -> str:
     if run.spec.prune is not None:
         return f"pruning, kept: {run.spec.prune.structured.summary}"
+    if run.spec.quantize is not None:
+        return f"quantisation, {run.spec.quantize.scheme} by {run.spec.quantize.algorithm}"
+    if run.spec.evaluate is not None:
+        return "evaluation; the model is as it was"
     if run.spec.distill is None:
         return "fine-tuning on labels"
     if run.spec.distill.signal in SIGNALS:

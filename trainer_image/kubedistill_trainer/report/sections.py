@@ -18,7 +18,9 @@ from kubedistill_trainer.report.markup import Child, Markup, join, tag
 from kubedistill_trainer.report.plots import Labels, Series, lines, reliability
 from kubedistill_trainer.report.text import SIGNALS, compared, number, paired, shown
 
-_METHODS = {"distill": "distillation", "fineTune": "fine-tuning", "prune": "pruning"}
+_METHODS = {
+    "distill": "distillation", "fineTune": "fine-tuning", "prune": "pruning",
+    "quantize": "quantisation", "evaluate": "evaluation"}  # fmt: skip
 _LOSSES = {"total": "total", "soft": "soft: against the teacher", "hard": "hard: cross-entropy"}
 _SHOWN_STEPS = 12
 _SLICE_COLUMNS = {

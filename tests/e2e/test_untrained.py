@@ -1,4 +1,4 @@
-"""Models made smaller by real ranks: `prune`, and students cut out of their teachers."""
+"""Models that real ranks prune, quantise and measure; and students cut out of their teachers."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ class Bench:
         }
         return self.trainer.spec(**own)
 
+    def run(self, role: str, spec: DistillationJobSpec, name: str) -> Result:
+        return self.trainer.run(role, spec, name=name, teacher=self.large, student=self.large)
+
     def object(self, uri: str, name: str) -> bytes:
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         got = self.server.access.client().get_object(Bucket=bucket, Key=f"{prefix}/{name}")
@@ -48,7 +51,7 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, warm: Zygote) -> Iterator[Bench]:
-    folder: Path = tmp_path_factory.mktemp("prune")
+    folder: Path = tmp_path_factory.mktemp("untrained")
     server = S3Server(folder / "s3")
     server.start()
     try:
@@ -72,12 +75,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory, warm: Zygote) -> Iterator[Be
 def test_a_model_is_pruned_by_two_ranks_and_compared_with_what_it_was(bench: Bench) -> None:
     kept = {"layers": 3, "heads": 0.5, "ffn": 64, "embedding": 24, "calibrationSequences": 6}
     spec = bench.spec(prune={"structured": kept})
-    models = {"teacher": bench.large, "student": bench.large}
-    looked = bench.trainer.run("preflight", spec, name="pruned", **models)
+    looked = bench.run("preflight", spec, "pruned")
     assert looked.codes == [0], looked.log
-    measured = bench.trainer.run("teacher", spec, name="pruned", **models)
+    measured = bench.run("teacher", spec, "pruned")
     assert measured.codes == [0], measured.log
-    result = bench.trainer.run("student", spec, name="pruned", **models)
+    result = bench.run("student", spec, "pruned")
     assert result.codes == [0, 0], result.log
     config, report = bench.made(result)
     assert (config["num_hidden_layers"], config["num_attention_heads"]) == (3, 2)
@@ -86,7 +88,9 @@ def test_a_model_is_pruned_by_two_ranks_and_compared_with_what_it_was(bench: Ben
     assert resolved is not None and resolved.total_steps == 0
     assert resolved.student_parameters == report["student"]["parameters"]
     assert report["job"]["method"] == "prune" and report["notMeasured"] == {}
-    assert report["pruning"]["before"]["hidden"] == 32 and report["pruning"]["after"]["hidden"] == 24
+    assert (
+        report["pruning"]["before"]["hidden"] == 32 and report["pruning"]["after"]["hidden"] == 24
+    )
     assert len(report["pruning"]["kept_layers"]) == 3
     metrics = report["metrics"]
     assert metrics["teacherPerplexity"] == pytest.approx(metrics["initialPerplexity"], rel=1e-4)
@@ -123,7 +127,43 @@ def test_what_no_model_can_have_is_refused_before_a_pod_is_asked_for(
     bench: Bench, kept: dict[str, Any], sentence: str
 ) -> None:
     spec = bench.spec(prune={"structured": kept})
-    models = {"teacher": bench.large, "student": bench.large}
-    looked = bench.trainer.run("preflight", spec, name=f"no-{next(iter(kept))}", **models)
+    looked = bench.run("preflight", spec, f"no-{next(iter(kept))}")
     assert looked.codes == [int(ExitCode.BAD_CONFIGURATION)], looked.log
     assert sentence in looked.outcomes[0].message
+
+
+def test_a_quantised_model_is_compared_with_what_it_was_and_measured_again(bench: Bench) -> None:
+    alone = {"nodes": 1}
+    online = {"model": {"uri": bench.large.uri}, "delivery": "Online"}
+    spec = bench.spec(
+        quantize={"scheme": "W8A16", "calibrationSequences": 8}, workers=alone, teacher=online
+    )
+    looked = bench.run("preflight", spec, "quantised")
+    assert looked.codes == [0], looked.log
+    result = bench.run("student", spec, "quantised")
+    assert result.codes == [0], result.log
+    config, report = bench.made(result)
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert report["job"]["method"] == "quantize" and report["notMeasured"] == {}
+    assert report["sizeOnDisk"]["student"] < 0.6 * report["sizeOnDisk"]["teacher"]
+    metrics = report["metrics"]
+    assert metrics["perplexityRatio"] == pytest.approx(1, abs=0.05)
+
+    small = model_of(result, "quantised")
+    again = bench.spec(evaluate={}, workers=alone, teacher=online)
+    found = bench.trainer.run("student", again, name="measured", teacher=bench.large, student=small)
+    assert found.codes == [0], found.log
+    model = found.outcomes[0].model
+    assert model is not None and (model.uri, model.digest) == (small.uri, small.digest)
+    measured = json.loads(bench.object(model.report, "report.json"))
+    assert measured["metrics"]["perplexity"] == pytest.approx(metrics["perplexity"], rel=1e-6)
+    for method in ({"quantize": {}}, {"prune": {"structured": {"layers": 1}}}, {"fineTune": {}}):
+        spec = bench.spec(**method, workers=alone, teacher=online)
+        refused = bench.trainer.run(
+            "preflight", spec, name=f"twice-{next(iter(method)).lower()}", teacher=bench.large,
+            student=small,
+        )  # fmt: skip
+        assert refused.codes == [int(ExitCode.BAD_CONFIGURATION)], refused.log
+        assert (
+            "spec.student: found a model that is quantised already" in refused.outcomes[0].message
+        )
