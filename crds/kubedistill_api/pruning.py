@@ -103,9 +103,74 @@ class Smaller(ApiModel):
         )
 
 
-class Prune(ApiModel):
-    """Make the student smaller, without training it."""
+class Sparse(ApiModel):
+    """The same shape with zeros among its weights."""
 
-    structured: Smaller = Field(
-        description="What is kept: the result is an ordinary model with less of everything."
+    model_config = rules(
+        [
+            cel(
+                "has(self.sparsity) == (!has(self.pattern) || self.pattern == 'Any')",
+                "give `sparsity` with `pattern: Any`; 2:4 is half of all weights",
+                ".sparsity",
+            )
+        ]
     )
+    sparsity: float | None = Field(
+        None, gt=0, lt=1, description="Share of the weights of each matrix that becomes zero."
+    )
+    pattern: Literal["Any", "2:4"] = Field(
+        "Any",
+        description="Any: wherever they matter least. 2:4: two of every four beside each other, "
+        "which GPUs multiply faster.",
+    )
+    criterion: Literal["SparseGPT", "Wanda", "Gradient", "Magnitude"] = Field(
+        "SparseGPT",
+        description="Which weights matter least. SparseGPT: by the error of each layer's output, "
+        "which the weights that stay make up for. Wanda: weight times the norm of its input. "
+        "Gradient: weight times its gradient (first-order Taylor). Magnitude: the weight alone.",
+    )
+    calibration_sequences: int = Field(
+        128,
+        ge=1,
+        le=65_536,
+        description="Sequences of the training data that errors are measured on.",
+    )
+
+    @property
+    def share(self) -> float:
+        """Of zeros."""
+        return 0.5 if self.sparsity is None else self.sparsity
+
+    @property
+    def summary(self) -> str:
+        """In a few characters, such as `2:4 by Wanda`."""
+        what = self.pattern if self.pattern != "Any" else f"{self.share:.0%} zeros"
+        return f"{what} by {self.criterion}"
+
+
+class Prune(ApiModel):
+    """Make the student smaller, or sparse, without training it: `structured` or `unstructured`."""
+
+    model_config = rules(
+        [
+            cel(
+                "has(self.structured) != has(self.unstructured)",
+                "give either `structured: {…}` (less of everything) or `unstructured: {…}` (zeros "
+                "among the weights)",
+            )
+        ]
+    )
+    structured: Smaller | None = Field(
+        None, description="What is kept: the result is an ordinary model with less of everything."
+    )
+    unstructured: Sparse | None = Field(
+        None,
+        description="Zeros among the weights, which stay zero in whatever trains the model later.",
+    )
+
+    @property
+    def summary(self) -> str:
+        """What is done, in a few characters."""
+        if self.structured is not None:
+            return f"kept: {self.structured.summary}"
+        return self.unstructured.summary if self.unstructured is not None else ""

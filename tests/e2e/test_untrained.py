@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from devcluster.s3 import S3Server
 from devcluster.zygote import Zygote
 from kubedistill_api.exit_codes import ExitCode
 from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import ResolvedModel
+from safetensors.torch import load
 
 from e2e.gang import Result, Trainer, llama, model_of, put_inputs
 
@@ -167,3 +169,35 @@ def test_a_quantised_model_is_compared_with_what_it_was_and_measured_again(bench
         assert (
             "spec.student: found a model that is quantised already" in refused.outcomes[0].message
         )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zeros_stay_zero_while_a_sparse_model_is_trained(bench: Bench, stage: int) -> None:
+    alone, name = {"nodes": 1}, f"sparse-{stage}"
+    prune = {"unstructured": {"pattern": "2:4", "criterion": "Magnitude"}}
+    result = bench.run("student", bench.spec(prune=prune, teacher=None, workers=alone), name)
+    assert result.codes == [0], result.log
+    _, report = bench.made(result)
+    assert report["sparsity"] == {"pattern": "2:4", "asked": 0.5, "share": 0.5}
+    sparse = model_of(result, name)
+    spec = bench.spec(
+        fineTune={}, teacher=None, student={"model": {"uri": sparse.uri}},
+        training={"maxSteps": 6, "precision": "BF16", "deepSpeed": {"zeroStage": stage}},
+    )  # fmt: skip
+    tuned = bench.trainer.run("student", spec, name=f"tuned-{stage}", student=sparse)
+    assert tuned.codes == [0, 0], tuned.log
+    _, report = bench.made(tuned)
+    assert report["sparsity"] == {"pattern": "2:4", "asked": 0.5, "share": 0.5}
+    metrics = report["metrics"]
+    assert metrics["perplexity"] < metrics["initialPerplexity"]
+    zero = [
+        mask(bench.object(model_of(one, "any").uri, "model.safetensors")) for one in (result, tuned)
+    ]
+    assert zero[0].keys() == zero[1].keys()
+    for key, before in zero[0].items():
+        assert torch.equal(before, zero[1][key]), key
+
+
+def mask(weights: bytes) -> dict[str, torch.Tensor]:
+    """Where the matrices of the layers are zero."""
+    return {name: tensor == 0 for name, tensor in load(weights).items() if "proj" in name}

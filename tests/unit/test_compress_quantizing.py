@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from kubedistill_api.quantization import Quantize
-from kubedistill_trainer.compress.importance import Batch
+from kubedistill_trainer.compress.calibration import Batch
+from kubedistill_trainer.compress.oneshot import quantize
 from kubedistill_trainer.compress.precision import check_not_quantized, group_size
-from kubedistill_trainer.compress.quantizing import quantize
 from kubedistill_trainer.failures import InputsRefused
 from kubedistill_trainer.models.load import load_model
 from safetensors.torch import load_file

@@ -10,14 +10,9 @@ from typing import Any
 import pytest
 import torch
 from kubedistill_trainer.compress.architecture import Architecture, architecture_of
+from kubedistill_trainer.compress.calibration import Batch
 from kubedistill_trainer.compress.choosing import Kept, choose
-from kubedistill_trainer.compress.importance import (
-    Batch,
-    Scores,
-    Statistics,
-    by_activation,
-    collect,
-)
+from kubedistill_trainer.compress.importance import Scores, Statistics, by_activation, collect
 from kubedistill_trainer.compress.sizes import Shapes, Sizes, sizes_of, tensors_of
 from kubedistill_trainer.compress.slicing import cut
 from kubedistill_trainer.failures import InputsRefused

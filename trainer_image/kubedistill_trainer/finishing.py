@@ -15,6 +15,7 @@ from kubedistill_api.runspec import Outcome, ResolvedModel
 from kubedistill_api.status import Metric, WeakestSlice
 
 from kubedistill_trainer import exporter
+from kubedistill_trainer.compress.sparsity import zeros_of
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset
 from kubedistill_trainer.evaluation.speak import Tick
@@ -36,6 +37,7 @@ from kubedistill_trainer.report.evaluate import evaluate
 from kubedistill_trainer.report.figures import Evaluation
 from kubedistill_trainer.report.table import table
 from kubedistill_trainer.report.work import Work
+from kubedistill_trainer.starting import student_record
 
 _log = logging.getLogger(__name__)
 _VITAL = "perplexity"
@@ -97,6 +99,7 @@ def finish(
         found,
         work,
         compared,
+        zeros_of(folder),
     )
     content = document(finished)
     for line in table(content):
@@ -130,6 +133,9 @@ def _product(context: Context, dataset: Dataset, engine: Any) -> Product | None:
         return None
     folder = context.scratch / "export"
     parameters = write_folder(engine.module.model, weights, dataset.tokenizer.files, folder)
+    record = student_record(context) if context.run.spec.trains else None
+    if record is not None:
+        record.write(folder)
     return Product(folder, parameters)
 
 

@@ -10,7 +10,12 @@ from kubedistill_api.runspec import Outcome, RunSpec
 from kubedistill_api.status import Resolved
 
 from kubedistill_trainer.compress.planning import Plan, planned
-from kubedistill_trainer.compress.precision import check_not_quantized, group_size
+from kubedistill_trainer.compress.precision import (
+    SPARSITY_RECORD,
+    check_blocks,
+    check_not_quantized,
+    check_quantizable,
+)
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import (
     Dataset,
@@ -55,7 +60,7 @@ def run_preflight(context: Context) -> Outcome:
     _check_tokenizers(context, dataset.tokenizer, dataset.template)
     _check_vocabularies(context, dataset.tokenizer, teacher_config)
     _check_weights(context, teacher_config)
-    _check_precision(context, teacher_config)
+    _check_change(context, teacher_config)
     _check_features(context, dataset, teacher_config)
     _check_split(context, teacher_config)
     parameters = _student_parameters(context, dataset.tokenizer, teacher_config)
@@ -84,7 +89,7 @@ def _text_preflight(context: Context) -> Outcome:
     _check_tokenizers(context, text.tokenizer, None)
     _check_vocabularies(context, text.tokenizer, teacher_config)
     _check_weights(context, teacher_config)
-    _check_precision(context, teacher_config)
+    _check_change(context, teacher_config)
     _check_split(context, teacher_config)
     parameters = _student_parameters(context, text.tokenizer, teacher_config)
     _check_memory(run, parameters)
@@ -235,17 +240,22 @@ def _check_weights(context: Context, teacher_config: dict[str, Any] | None) -> N
         check_sample(store, read_config(store, "spec.student"), "spec.student")
 
 
-def _check_precision(context: Context, teacher_config: dict[str, Any] | None) -> None:
-    """A model that is quantised can be asked, and neither trained nor changed any more."""
+def _check_change(context: Context, teacher_config: dict[str, Any] | None) -> None:
+    """What cannot be made of the student: one that is quantised can be asked, and neither trained nor
+    changed any more."""
     run = context.run
     if run.spec.student.from_teacher is not None and teacher_config is not None:
         check_not_quantized(teacher_config, "spec.teacher")
     if run.student_model is None or run.spec.evaluate is not None:
         return
-    config = read_config(context.open_store(run.student_model.uri), "spec.student")
+    store = context.open_store(run.student_model.uri)
+    config = read_config(store, "spec.student")
     check_not_quantized(config, "spec.student")
-    if run.spec.quantize is not None and run.spec.quantize.scheme == "W4A16":
-        group_size(run.spec.quantize, config, "spec.quantize")
+    sparse = run.spec.prune.unstructured if run.spec.prune is not None else None
+    if sparse is not None and sparse.pattern == "2:4":
+        check_blocks(config, "spec.prune.unstructured.pattern")
+    if run.spec.quantize is not None:
+        check_quantizable(run.spec.quantize, config, store.head(SPARSITY_RECORD) is not None)
 
 
 def _check_template(used: ChatTemplate | None, uri: str, known: str | None) -> None:
@@ -337,7 +347,11 @@ def _student_config(
 def _cut(context: Context, teacher_config: dict[str, Any] | None) -> tuple[str, Plan] | None:
     """The field that says what is kept of a model, and what that may come to; None for no such."""
     run, spec = context.run, context.run.spec
-    if spec.prune is not None and run.student_model is not None:
+    if (
+        spec.prune is not None
+        and spec.prune.structured is not None
+        and run.student_model is not None
+    ):
         store = context.open_store(run.student_model.uri)
         field = "spec.prune.structured"
         return field, _planned(

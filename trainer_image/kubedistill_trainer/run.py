@@ -27,11 +27,19 @@ from kubedistill_trainer.imports import tell_late_imports
 from kubedistill_trainer.methods.engine import join_gang, wrap
 from kubedistill_trainer.methods.interruption import Interruption
 from kubedistill_trainer.methods.learn_text import TextTeacher, read_taught
+from kubedistill_trainer.methods.masks import hold_zeros
+from kubedistill_trainer.methods.signal import NoTeacher
 from kubedistill_trainer.methods.student import StudentWithLoss
 from kubedistill_trainer.methods.train import Loop
 from kubedistill_trainer.report.evaluate import heldout_perplexity
 from kubedistill_trainer.report.work import Work
-from kubedistill_trainer.starting import download_teacher, features_of, signal_of, student_model
+from kubedistill_trainer.starting import (
+    download_teacher,
+    features_of,
+    signal_of,
+    student_model,
+    student_record,
+)
 from kubedistill_trainer.teacher.digest import teacher_digest
 from kubedistill_trainer.untrained import run_untrained
 
@@ -96,11 +104,11 @@ def run_student(
     dist.barrier(groups.uploads)
     _waits(board, False)
     engine = wrap(module, spec.training, context.world_size, micro)
-    teacher = (
-        TextTeacher(taught)
-        if taught
-        else signal_of(context, dataset, teacher_folder, engine.device, features)
-    )
+    record = student_record(context)
+    if record is not None:
+        hold_zeros(model, record.tensors)
+    signal = partial(signal_of, context, dataset, teacher_folder, engine.device, features)
+    teacher = TextTeacher(taught) if taught else NoTeacher() if spec.compares else signal()
     measured = partial(heldout_perplexity, engine, dataset, context.rank, context.world_size, group)
     loop = Loop(
         context, dataset, engine, teacher, checkpointer, board, interruption, group, measured
@@ -117,7 +125,8 @@ def run_student(
             cut,
             taught,
         )
-        return finish(context, dataset, engine, teacher, board, interruption, group, work)
+        beside = signal() if spec.compares else teacher
+        return finish(context, dataset, engine, beside, board, interruption, group, work)
     finally:
         teacher.close()
 

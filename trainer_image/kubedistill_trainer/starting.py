@@ -10,6 +10,7 @@ import torch
 from kubedistill_api.objective import Objective
 
 from kubedistill_trainer.compress.smaller import Cut
+from kubedistill_trainer.compress.sparsity import SparsityRecord, read_record
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset, learns_text
 from kubedistill_trainer.evaluation.speak import Tick
@@ -38,6 +39,11 @@ def download_teacher(context: Context) -> Path | None:
 
 def student_folder(context: Context) -> Path:
     return context.scratch / f"student-{context.rank}"
+
+
+def student_record(context: Context) -> SparsityRecord | None:
+    """The record of the zeros that the student began with; None for one that began dense."""
+    return read_record(student_folder(context))
 
 
 def student_model(

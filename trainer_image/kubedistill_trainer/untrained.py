@@ -12,7 +12,7 @@ from kubedistill_trainer import exporter
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset, load_dataset
 from kubedistill_trainer.finishing import Product, finish, tick_of
-from kubedistill_trainer.methods.fewer_bits import quantized
+from kubedistill_trainer.methods.apart import changed
 from kubedistill_trainer.methods.interruption import Interruption
 from kubedistill_trainer.methods.shrink import shrink
 from kubedistill_trainer.methods.student import StudentWithLoss
@@ -43,21 +43,22 @@ def run_untrained(
     measured = partial(heldout_perplexity, whole, dataset, context.rank, context.world_size, group)
     work, product, engine = Work(), None, whole
     spec = context.run.spec
-    if spec.prune is not None:
+    apart = spec.quantize or (spec.prune.unstructured if spec.prune is not None else None)
+    if apart is not None:
+        work = Work(initial_perplexity=measured(tick))
+        product = Product(context.scratch / "export", load.parameter_count(model))
+        source = student_folder(context)
+        del model, whole, measured, engine
+        changed(context, dataset, source, apart, product.folder, tick)
+        dtype = load.dtype_of(spec.training.precision)
+        model = load.load_model(product.folder, "the changed student", dtype)
+        engine = _untrained_engine(context, dataset, model, local_rank)
+    elif spec.prune is not None and spec.prune.structured is not None:
         initial = measured(tick)
         wanted, field = spec.prune.structured, "spec.prune.structured"
         model, cut = shrink(context, dataset, model, wanted, field, group, tick)
         engine = _untrained_engine(context, dataset, model, local_rank)
         work = Work(initial_perplexity=initial, cut=cut)
-    elif spec.quantize is not None:
-        work = Work(initial_perplexity=measured(tick))
-        product = Product(context.scratch / "export", load.parameter_count(model))
-        source = student_folder(context)
-        del model, whole, measured, engine
-        quantized(context, dataset, source, spec.quantize, product.folder, tick)
-        dtype = load.dtype_of(spec.training.precision)
-        model = load.load_model(product.folder, "the quantised student", dtype)
-        engine = _untrained_engine(context, dataset, model, local_rank)
     else:
         source = context.run.student_model
         product = Product(student_folder(context), load.parameter_count(model), source)

@@ -18,13 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from kubedistill_trainer.compress.architecture import Architecture
+from kubedistill_trainer.compress.calibration import Batch
 from kubedistill_trainer.compress.sizes import Sizes
 from kubedistill_trainer.losses.types import IGNORED
 from kubedistill_trainer.models.decoder import final_hidden
-
-Batch = tuple[Tensor, Tensor, Tensor]
-"""Tokens, positions and labels, each [B, L], as of a packed sequence. Positions without a label
-(IGNORED) are read, and not counted: nothing is learnt there."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from kubedistill_api.pruning import Smaller
 from torch import Tensor
 
 from kubedistill_trainer.compress.architecture import Architecture
+from kubedistill_trainer.compress.calibration import Batch, loss_of
 from kubedistill_trainer.compress.choosing import Kept, choose
 from kubedistill_trainer.compress.importance import (
-    Batch,
     Scores,
     Statistics,
     by_activation,
@@ -26,9 +26,7 @@ from kubedistill_trainer.compress.importance import (
 from kubedistill_trainer.compress.planning import planned
 from kubedistill_trainer.compress.sizes import Sizes
 from kubedistill_trainer.compress.slicing import cut
-from kubedistill_trainer.losses import distillation_loss
 from kubedistill_trainer.losses.types import IGNORED
-from kubedistill_trainer.models.decoder import final_hidden, softcap_of
 
 _log = logging.getLogger(__name__)
 Tick = Callable[[], None]
@@ -170,19 +168,9 @@ def _loss(model: Any, batches: Sequence[Batch], ranks: Ranks, tick: Tick) -> flo
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for tokens, positions, labels in batches:
-        hidden = final_hidden(model.get_decoder(), tokens.to(device), positions.to(device))
         count = int((labels != IGNORED).sum())
-        parts = distillation_loss(
-            hidden.flatten(0, 1),
-            model.get_output_embeddings().weight,
-            labels.flatten().to(device),
-            None,
-            temperature=1.0,
-            soft_weight=0.0,
-            normalizer=1.0,
-            softcap=softcap_of(model),
-        )
-        total += torch.tensor([float(parts.total), count], dtype=torch.float64, device=device)
+        loss = loss_of(model, tokens, positions, labels)
+        total += torch.tensor([float(loss), count], dtype=torch.float64, device=device)
         tick()
     ranks.sum([total])
     return float(total[0] / total[1].clamp(min=1))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from kubedistill_api.pruning import Smaller
 from torch import Tensor
 
-from kubedistill_trainer.compress.importance import Batch
+from kubedistill_trainer.compress.calibration import Batch
 from kubedistill_trainer.compress.smaller import Cut, make_smaller
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset

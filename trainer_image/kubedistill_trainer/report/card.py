@@ -75,7 +75,7 @@ def _source_text(source: DataSource) -> str:
 
 def _method_text(run: RunSpec) -> str:
     if run.spec.prune is not None:
-        return f"pruning, kept: {run.spec.prune.structured.summary}"
+        return f"pruning, {run.spec.prune.summary}"
     if run.spec.quantize is not None:
         return f"quantisation, {run.spec.quantize.scheme} by {run.spec.quantize.algorithm}"
     if run.spec.evaluate is not None:

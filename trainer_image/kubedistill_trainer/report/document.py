@@ -14,6 +14,7 @@ from kubedistill_api.data import DataSource
 from kubedistill_api.runspec import RunSpec
 from kubedistill_api.status import Metric
 
+from kubedistill_trainer.compress.sparsity import Zeros
 from kubedistill_trainer.data.dataset import Dataset, learns_text
 from kubedistill_trainer.data.order import Ids
 from kubedistill_trainer.data.packing import IGNORED
@@ -41,6 +42,7 @@ class Finished:
     evaluation: Evaluation
     work: Work
     compared: Comparison
+    zeros: Zeros | None = None
 
 
 def files(finished: Finished, content: dict[str, Any]) -> dict[str, str]:
@@ -68,6 +70,7 @@ def document(finished: Finished) -> dict[str, Any]:
         "teacher": _teacher(run),
         "teacherText": taught_text(run.spec, finished.work.taught),
         "objective": run.spec.distill.objective.to_wire() if run.spec.distill else None,
+        "sparsity": asdict(finished.zeros) if finished.zeros else None,
         "pruning": finished.work.cut.to_dict() if finished.work.cut else None,
         "data": {
             "sources": list(dataset.sources),
