@@ -107,6 +107,26 @@ def test_stages_of_both_methods(chain: Chart) -> None:
     assert small.teacher.from_job is not None and small.teacher.delivery == "Stream"
 
 
+def test_stages_that_do_not_train(chain: Chart) -> None:
+    stages = [
+        *MINIMAL["stages"],
+        {"name": "narrow", "prune": {"structured": {"ffn": 0.75}}},
+        {"name": "sparse", "prune": {"unstructured": {"pattern": "2:4"}}},
+        {"name": "int4", "quantize": {"algorithm": "RTN"}, "gates": [{"metric": "perplexityRatio", "max": 1.1}]},
+        {"name": "looked-at", "evaluate": {}},
+    ]  # fmt: skip
+    values = MINIMAL | {"stages": stages, "workers": {"nodes": 2, "gpusPerNode": 2}}
+    _, narrow, sparse, int4, seen = stage_jobs(chain_spec(chain.objects(values)))
+    assert [job.method for job in (narrow, sparse, int4, seen)] == [
+        "prune", "prune", "quantize", "evaluate",
+    ]  # fmt: skip
+    for job in (narrow, sparse, int4, seen):
+        assert job.distill is None and job.teacher is not None and job.student.from_job is not None
+        assert job.teacher.from_job == job.student.from_job
+    assert (int4.workers.nodes, int4.workers.gpus_per_node) == (1, 1)
+    assert (narrow.workers.nodes, narrow.workers.gpus_per_node) == (2, 2)
+
+
 SWEPT: Object = MINIMAL | {
     "stages": [MINIMAL["stages"][0] | {"sweep": {"temperature": [0.5, 2], "parallelism": 2}}]
 }
@@ -268,7 +288,7 @@ def test_bad_values_of_a_chain_are_refused(chain: Chart) -> None:
         ),
         (
             {"stages": [STAGE | {"fineTune": {}, "distill": {}}]},
-            "stage medium has two methods: keep one of distill and fineTune",
+            "stage medium has 2 methods: keep one of distill, fineTune",
         ),
         ({"control": {"enabled": True}}, "student of the last stage medium is fromTeacher"),
         (

@@ -86,6 +86,41 @@ def test_a_stages_method_replaces_the_templates() -> None:
     assert parse_spec(tuned)[1] == []
 
 
+def test_a_stage_that_does_not_train_changes_the_student_before_it_and_is_compared_with_it() -> (
+    None
+):
+    pruned = composed(1, {"name": "m"}, {"name": "p", "prune": {"structured": {"ffn": 0.5}}})
+    assert "distill" not in pruned
+    assert pruned["student"] == {"fromJob": {"name": "c-m"}}
+    assert pruned["teacher"] == {"fromJob": {"name": "c-m"}, "delivery": "Online"}
+    assert parse_spec(pruned)[1] == []
+    own = {"fromJob": {"name": "elder"}}
+    stage = {"name": "p", "evaluate": {}, "teacher": own}
+    assert composed(1, {"name": "m"}, stage)["teacher"] == own
+
+
+@pytest.mark.parametrize(
+    "template,own,workers",
+    [
+        ({}, {}, {"nodes": 1, "gpusPerNode": 1}),
+        ({"nodes": 4, "gpusPerNode": 8, "minNodes": 2}, {}, {"nodes": 1, "gpusPerNode": 1}),
+        ({"nodes": 4, "gpusPerNode": 0}, {}, {"nodes": 1, "gpusPerNode": 0}),
+        ({"nodes": 4}, {"gpuResourceName": "amd.com/gpu"},
+         {"nodes": 1, "gpusPerNode": 1, "gpuResourceName": "amd.com/gpu"}),
+        ({"nodes": 4}, {"nodes": 2}, {"nodes": 2, "gpusPerNode": 1}),
+    ],
+)  # fmt: skip
+def test_a_stage_that_quantises_runs_in_one_process(
+    template: dict[str, Any], own: dict[str, Any], workers: dict[str, Any]
+) -> None:
+    whole = {k: v for k, v in spec().items() if k not in ("teacher", "workers")}
+    stage = {"name": "q", "quantize": {}} | ({"workers": own} if own else {})
+    found = composed(1, {"name": "m"}, stage, template=whole | {"workers": template})
+    assert found["workers"] == workers
+    problems = [problem.field for problem in parse_spec(found)[1]]
+    assert problems == (["spec.workers"] if workers["nodes"] > 1 else [])
+
+
 @pytest.mark.parametrize("signal", ["Logits", "Responses"])
 def test_only_logits_bring_the_teacher_s_tokenizer(signal: str) -> None:
     asked = {"origin": "Teacher", "promptField": "q"} if signal == "Responses" else {}

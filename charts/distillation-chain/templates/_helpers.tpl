@@ -65,7 +65,18 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- toJson $template -}}
 {{- end -}}
 
-{{/* JSON: the chain's spec. A stage that fine-tunes puts the template's method and teacher aside. */}}
+{{/* The methods that a stage names, with blanks between; "distill" where it names none. */}}
+{{- define "distillation-chain.methods" -}}
+{{- $found := list -}}
+{{- range $method := list "distill" "fineTune" "prune" "quantize" "evaluate" -}}
+{{- if hasKey $ $method -}}
+{{- $found = append $found $method -}}
+{{- end -}}
+{{- end -}}
+{{- default (list "distill") $found | join " " -}}
+{{- end -}}
+
+{{/* JSON: the chain's spec. A stage of another method puts the template's and the teacher aside. */}}
 {{- define "distillation-chain.spec" -}}
 {{- $template := include "distillation-chain.template" . | fromJson -}}
 {{- $spec := dict "template" $template "stages" .Values.stages -}}
@@ -81,7 +92,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{/* JSON: the last stage's job, without a teacher. */}}
 {{- define "distillation-chain.controlSpec" -}}
 {{- $template := omit (include "distillation-chain.template" . | fromJson) "distill" "teacher" -}}
-{{- $stage := omit (last .Values.stages) "name" "sweep" "distill" "teacher" "fineTune" -}}
+{{- $stage := omit (last .Values.stages) "name" "sweep" "gates" "teacher" "distill" "fineTune" "prune" "quantize" "evaluate" -}}
 {{- $spec := include "distillation-chain.merge" (list $template $stage) | fromJson -}}
 {{- $_ := set $spec "fineTune" dict -}}
 {{- if hasKey .Values "suspend" -}}
@@ -94,16 +105,18 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "distillation-chain.check" -}}
 {{- $taught := hasKey .Values.initialTeacher "model" -}}
 {{- range $index, $_ := .Values.stages -}}
-{{- if not (or .student (and $index (hasKey . "fineTune"))) -}}
+{{- $methods := include "distillation-chain.methods" . | splitList " " -}}
+{{- $distils := has "distill" $methods -}}
+{{- if not (or .student (and $index (not $distils))) -}}
 {{- fail (printf "stage %s has no student: set student.model.uri, student.fromTeacher.layers, student.config or student.fromJob.name" .name) -}}
 {{- end -}}
 {{- if and (not $.Values.data.sources) (not (dig "data" "sources" list .)) -}}
 {{- fail (printf "stage %s has no data: set data.sources, such as [{uri: s3://data/chats.jsonl}]" .name) -}}
 {{- end -}}
-{{- if and (hasKey . "fineTune") (hasKey . "distill") -}}
-{{- fail (printf "stage %s has two methods: keep one of distill and fineTune" .name) -}}
+{{- if gt (len $methods) 1 -}}
+{{- fail (printf "stage %s has %d methods: keep one of %s" .name (len $methods) (join ", " $methods)) -}}
 {{- end -}}
-{{- if not (hasKey . "fineTune") -}}
+{{- if $distils -}}
 {{- $own := default dict .teacher -}}
 {{- if not (or $taught (hasKey $own "model") (hasKey $own "fromJob")) -}}
 {{- fail (printf "stage %s has no teacher: set initialTeacher.model.uri" .name) -}}
