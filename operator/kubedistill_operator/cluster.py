@@ -10,6 +10,7 @@ import json
 import logging
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -94,6 +95,25 @@ def log_failure(log: logging.Logger, message: str, error: BaseException, **extra
         log.error(message, exc_info=error, extra=extra)
 
 
+_CHECK: ContextVar[Callable[[], None] | None] = ContextVar("check", default=None)
+"""Of the write that a task makes: raises where it may not be made any more."""
+
+
+def _asked_again() -> aiohttp.TraceConfig:
+    """Asks for a write once more when it has its connection, which it may have waited for long: in a
+    process that was paused meanwhile another leads by now. What follows is done without waiting."""
+
+    async def check(*_: Any) -> None:
+        asked = _CHECK.get()
+        if asked is not None:
+            asked()
+
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_create_end.append(check)
+    trace.on_connection_reuseconn.append(check)
+    return trace
+
+
 class Cluster:
     """Calls to the API server. Writes pass only while `may_write` says so."""
 
@@ -104,6 +124,8 @@ class Cluster:
         may_write: Callable[[], bool] = lambda: True,
     ) -> None:
         self.api = api
+        # Read when the first call makes the pool.
+        api.configuration.trace_configs = [_asked_again()]
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self.may_write = may_write
         self.calls: dict[str, int] = {}
@@ -233,9 +255,16 @@ class Cluster:
         body: Mapping[str, Any] | str,
         content_type: str,
     ) -> dict[str, Any]:
-        if not self.may_write():
-            raise NotLeading(f"{method} {path}")
-        return await self._call(method, path, query, body, content_type)
+        def check() -> None:
+            if not self.may_write():
+                raise NotLeading(f"{method} {path}")
+
+        check()
+        token = _CHECK.set(check)
+        try:
+            return await self._call(method, path, query, body, content_type)
+        finally:
+            _CHECK.reset(token)
 
     async def _call(
         self,

@@ -112,7 +112,8 @@ def test_stages_that_do_not_train(chain: Chart) -> None:
         *MINIMAL["stages"],
         {"name": "narrow", "prune": {"structured": {"ffn": 0.75}}},
         {"name": "sparse", "prune": {"unstructured": {"pattern": "2:4"}}},
-        {"name": "int4", "quantize": {"algorithm": "RTN"}, "gates": [{"metric": "perplexityRatio", "max": 1.1}]},
+        {"name": "int4", "quantize": {"algorithm": "RTN"},
+         "gates": [{"metric": "perplexityRatio", "max": 1.1}]},
         {"name": "looked-at", "evaluate": {}},
     ]  # fmt: skip
     values = MINIMAL | {"stages": stages, "workers": {"nodes": 2, "gpusPerNode": 2}}

@@ -14,7 +14,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from kubedistill_operator.cache import Cache
 from kubedistill_operator.clock import ServerClock
-from kubedistill_operator.cluster import DISTILLATION_JOBS, Cluster
+from kubedistill_operator.cluster import DISTILLATION_JOBS, Cluster, NotLeading
 from kubedistill_operator.queue import WorkQueue
 from kubedistill_operator.settings import Settings
 from kubedistill_operator.watch import Resync, Watcher
@@ -31,9 +31,16 @@ class Server:
         self.text = '{"items": []}'
         self.ahead = timedelta(0)
         self.failures = 0
+        self.goes_on = asyncio.Event()
+        self.goes_on.set()
+        self.asked = asyncio.Event()
+        self.methods: list[str] = []
         self.cluster: Cluster
 
     async def answer(self, request: web.Request) -> web.Response:
+        self.methods.append(request.method)
+        self.asked.set()
+        await self.goes_on.wait()
         if self.failures:
             self.failures -= 1
             return web.json_response({"reason": "InternalError"}, status=500)
@@ -54,6 +61,7 @@ async def server() -> AsyncIterator[Server]:
     app.router.add_route("*", "/{path:.*}", found.answer)
     async with TestServer(app) as running:
         configuration = client.Configuration(host=f"http://127.0.0.1:{running.port}")
+        configuration.connection_pool_maxsize = 1
         found.cluster = Cluster(client.ApiClient(configuration=configuration))
         yield found
         await found.cluster.close()
@@ -122,3 +130,27 @@ def test_of_failures_that_nobody_awaits_kopfs_known_one_is_no_news(
     loop.run_forever()
     loop.close()
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == said
+
+
+async def test_a_write_that_waited_for_a_connection_is_not_made_by_one_that_leads_no_more(
+    server: Server,
+) -> None:
+    """A leader was paused between its look at the lease and its call, and made the call when it woke,
+    while another led (make chaos SEED=0 FAMILY=operator-pause CASE=4)."""
+    leads = True
+    server.cluster.may_write = lambda: leads
+    server.goes_on.clear()
+    asked = asyncio.create_task(server.ask())
+    await server.asked.wait()
+    delete = server.cluster.delete(DISTILLATION_JOBS, "default", "one")
+    write = asyncio.create_task(delete)
+    await asyncio.sleep(0.1)
+    leads = False
+    server.goes_on.set()
+    await asked
+    with pytest.raises(NotLeading):
+        await write
+    assert server.methods == ["GET"]
+    leads = True
+    await server.cluster.delete(DISTILLATION_JOBS, "default", "one")
+    assert server.methods == ["GET", "DELETE"]
