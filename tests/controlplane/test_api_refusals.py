@@ -17,10 +17,52 @@ SCORED: dict[str, Any] = {
     "payload": "Sparse",
 }
 TOKENIZED = {"sources": [{"uri": "s3://data/x.jsonl"}], "tokenizer": {"uri": "s3://models/t"}}
+SMALLER: dict[str, Any] = {"structured": {"ffn": 0.5}}
+OWN: dict[str, Any] = {
+    "distill": None,
+    "student": {"fromTeacher": None, "model": {"uri": "s3://models/own"}},
+}
+"""Instead of the job's: a model that is there, and no method."""
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("unknown-field", {"nonsense": 1}, "nonsense"),
     ("two-methods", {"fineTune": {}}, "exactly one method"),
     ("no-teacher", {"teacher": None}, "needs a `teacher`"),
+    ("two-changes", {"distill": None, "prune": SMALLER, "quantize": {}}, "exactly one method"),
+    (
+        "pruned-config",
+        {"distill": None, "prune": SMALLER},
+        "without training the student is a model that is there",
+    ),
+    (
+        "both-prunings",
+        OWN | {"prune": SMALLER | {"unstructured": {"sparsity": 0.5}}},
+        "give either",
+    ),
+    (
+        "nothing-kept",
+        OWN | {"prune": {"structured": {}}},
+        "name what is kept: one or more of layers",
+    ),
+    ("one-head", OWN | {"prune": {"structured": {"heads": 1}}}, "`heads` is a share below 1, or a"),
+    ("half-a-layer", OWN | {"prune": {"structured": {"layers": 1.5}}}, "or a whole number"),
+    ("no-share", OWN | {"prune": {"unstructured": {}}}, "give `sparsity` with `pattern: Any`"),
+    (
+        "too-much-said",
+        OWN | {"prune": {"unstructured": {"pattern": "2:4", "sparsity": 0.4}}},
+        "2:4 is half of all weights",
+    ),
+    ("awq-of-8", OWN | {"quantize": {"scheme": "W8A16", "algorithm": "AWQ"}}, "AWQ is for weights"),
+    (
+        "groups-of-8",
+        OWN | {"quantize": {"scheme": "W8A8", "groupSize": 64}},
+        "leave `groupSize` out",
+    ),
+    ("in-two", OWN | {"quantize": {}, "workers": {"nodes": 2}}, "`quantize` runs in one process"),
+    (
+        "compared-with-text",
+        OWN | {"evaluate": {}, "teacher": SCORED},
+        "without `distill` the teacher is what the student is compared with",
+    ),
     ("itself", {"teacher": {"fromJob": {"name": "itself"}}}, "is this job itself"),
     ("cold", {"distill": {"objective": {"temperature": 0}}}, "temperature"),
     (
