@@ -62,6 +62,22 @@ def test_a_finished_chain_names_its_students(
     assert "Completed" in table
 
 
+def test_each_stage_of_the_smaller_chain_did_its_part(
+    team: Team, applied: dict[str, list[dict[str, Any]]]
+) -> None:
+    team.ends("smaller", "Completed", resource="dchain")
+    reports = {}
+    for stage in ("cut", "sparse", "recovered", "int8"):
+        files = team.objects(team.ends(f"smaller-{stage}", "Completed")["model"]["uri"])
+        reports[stage] = json.loads(files["report.json"])
+    cut = reports["cut"]["pruning"]
+    assert (cut["after"]["ffn"], cut["after"]["heads"]) == (48, 1)
+    assert reports["sparse"]["sparsity"]["share"] == pytest.approx(0.5, abs=0.01)
+    assert reports["recovered"]["sparsity"] == reports["sparse"]["sparsity"]
+    assert reports["int8"]["teacher"]["job"] == "smaller-recovered"
+    assert reports["int8"]["metrics"]["perplexityRatio"] == pytest.approx(1, abs=0.1)
+
+
 def test_two_writers_shared_a_sparse_stream(
     team: Team, applied: dict[str, list[dict[str, Any]]]
 ) -> None:
