@@ -49,6 +49,7 @@ POD_NOT_STARTING = "PodNotStarting"
 CREATION_REFUSED = "CreationRefused"
 NAME_TAKEN = "NameTaken"
 TRAINING = "Training"
+COMPRESSING = "Compressing"
 EVALUATING = "Evaluating"
 RESTARTING = "Restarting"
 IS_SUSPENDED = "Suspended"
@@ -131,6 +132,7 @@ WHAT_TO_DO: dict[str, str] = {
         "on by itself."
     ),
     TRAINING: "Nothing.",
+    COMPRESSING: "Nothing: what is interrupted begins anew, since nothing is committed on the way.",
     EVALUATING: "Nothing.",
     RESTARTING: (
         "Nothing: the next attempt resumes from the newest commit. status.attempts says why "

@@ -91,9 +91,9 @@ class RunSpec(ApiModel):
 class ProgressReport(ApiModel):
     """Rank 0's /progress. Times are Unix seconds."""
 
-    phase: Literal["Starting", "Generating", "Training", "Evaluating", "Exporting", "Done"] = (
-        "Starting"
-    )
+    phase: Literal[
+        "Starting", "Generating", "Training", "Compressing", "Evaluating", "Exporting", "Done"
+    ] = "Starting"
     attempt: int = 0
     step: int = 0
     total_steps: int = 0

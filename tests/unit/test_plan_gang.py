@@ -58,6 +58,16 @@ def test_progress_is_readable() -> None:
     assert plan.requeue_after == 5
 
 
+def test_a_method_that_does_not_train_says_what_it_does_and_commits_nothing() -> None:
+    student = {"model": {"uri": "s3://models/own"}}
+    one = spec(distill=None, teacher=None, quantize={}, student=student)
+    contact = report(phase="Compressing", step=0, total_steps=0, loss=None)
+    plan = settled(started(spec=one, pods=(running("p"),), rank0=contact))
+    assert state(plan) == ("Unknown", reasons.COMPRESSING)
+    assert state(plan, reasons.CHECKPOINT_CURRENT) == ("True", reasons.NOT_NEEDED)
+    assert plan.status.progress is None
+
+
 def test_the_same_report_later_changes_nothing() -> None:
     seen = started(pods=(running("p"),), rank0=report())
     first = plan_job(seen, TIMING)

@@ -49,6 +49,7 @@ def run_untrained(
         product = Product(context.scratch / "export", load.parameter_count(model))
         source = student_folder(context)
         del model, whole, measured, engine
+        board.update(phase="Compressing", last_step_time=time.time())
         changed(context, dataset, source, apart, product.folder, tick)
         dtype = load.dtype_of(spec.training.precision)
         model = load.load_model(product.folder, "the changed student", dtype)
@@ -56,6 +57,7 @@ def run_untrained(
     elif spec.prune is not None and spec.prune.structured is not None:
         initial = measured(tick)
         wanted, field = spec.prune.structured, "spec.prune.structured"
+        board.update(phase="Compressing", last_step_time=time.time())
         model, cut = shrink(context, dataset, model, wanted, field, group, tick)
         engine = _untrained_engine(context, dataset, model, local_rank)
         work = Work(initial_perplexity=initial, cut=cut)

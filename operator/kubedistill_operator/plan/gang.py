@@ -8,6 +8,7 @@ its pods.
 from __future__ import annotations
 
 from kubedistill_api import reasons
+from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.names import ROLE_STUDENT, ROLE_TEACHER
 from kubedistill_api.runspec import Outcome
 from kubedistill_api.status import Attempt
@@ -25,11 +26,16 @@ from kubedistill_operator.plan.ending import (
     wind_down,
 )
 from kubedistill_operator.plan.exits import Verdict, judge, no_pods, pod_trouble
-from kubedistill_operator.plan.reporting import apply_report
+from kubedistill_operator.plan.reporting import Standing, apply_report
 from kubedistill_operator.plan.room import in_vain, shortage
 from kubedistill_operator.plan.stall import PHASES_AFTER_TRAINING, answers, stall, stalled
 from kubedistill_operator.plan.times import format_time, seconds_since
 from kubedistill_operator.plan.views import BatchJobView, PodView
+
+_STATES = {
+    "Compressing": reasons.COMPRESSING,
+    **dict.fromkeys(PHASES_AFTER_TRAINING, reasons.EVALUATING),
+}
 
 
 def run_gang(step: Pass, *, teacher_ready: bool) -> None:
@@ -301,7 +307,7 @@ def _going(step: Pass, attempt: Attempt, batch_job: BatchJobView, pods: list[Pod
         if draft.conditions[reasons.RUNNING].status != "True":
             _starting(draft, attempt, "its pods start")
         return
-    state = reasons.EVALUATING if report.phase in PHASES_AFTER_TRAINING else reasons.TRAINING
+    state = _STATES.get(report.phase, reasons.TRAINING)
     text = f"attempt {attempt.number}"
     if nodes < step.spec.workers.nodes:
         text += f" with {nodes} of {step.spec.workers.nodes} pods (workers.minNodes)"
@@ -311,10 +317,16 @@ def _going(step: Pass, attempt: Attempt, batch_job: BatchJobView, pods: list[Pod
         draft.tell(state, text)
     draft.summary(state, text)
     if draft.conditions[reasons.CHECKPOINT_CURRENT].reason == reasons.PENDING:
-        draft.set(
-            reasons.CHECKPOINT_CURRENT, "Unknown", reasons.NO_CHECKPOINT_YET,
-            f"the first commit comes after {_interval_text(step.spec.checkpoint.interval)}",
-        )  # fmt: skip
+        draft.set(reasons.CHECKPOINT_CURRENT, *_first_commit(step.spec))
+
+
+def _first_commit(spec: DistillationJobSpec) -> Standing:
+    """Of CheckpointCurrent, before there is a commit."""
+    if not spec.trains:
+        text = f"{spec.method} commits nothing on the way: what is interrupted begins anew"
+        return "True", reasons.NOT_NEEDED, text
+    text = f"the first commit comes after {_interval_text(spec.checkpoint.interval)}"
+    return "Unknown", reasons.NO_CHECKPOINT_YET, text
 
 
 def _interval_text(interval: int | str) -> str:
