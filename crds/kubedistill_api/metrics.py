@@ -28,6 +28,15 @@ METRICS: dict[str, Goal | None] = {
 """Every metric, and which way it is better; None for one that says nothing of the training."""
 SELECTABLE = tuple(name for name, goal in METRICS.items() if goal is not None)
 """Those by which students can be told apart."""
+TEACHERS = {
+    "perplexity": "teacherPerplexity",
+    "ece": "teacherEce",
+    "simpleAccuracy": "teacherSimpleAccuracy",
+    "multiStepAccuracy": "teacherMultiStepAccuracy",
+    "questionAccuracy": "teacherQuestionAccuracy",
+    "hallucinationRate": "teacherHallucinationRate",
+}
+"""The student's figures that a teacher has too, and what the teacher's are called."""
 OF_A_TEACHER = frozenset(
     {"teacherPerplexity", "perplexityRatio", "teacherAgreement", "teacherKL", "teacherEce"}
 )

@@ -352,7 +352,7 @@ def test_a_teacher_of_text_may_have_another_tokenizer() -> None:
     bucket = _bucket()
     other = tokenizer().files | {"tokenizer.json": _without_merges()}
     bucket.put("teacher", other)
-    with pytest.raises(InputsRefused, match="learning a teacher's logits needs one tokenizer"):
+    with pytest.raises(InputsRefused, match="a teacher's logits need one tokenizer"):
         _check(bucket, TEXT, **LOGITS)
     _check(bucket, ASKED, **{**LOGITS, "distill": {"signal": "Responses"}})
     bucket.put("student", other)

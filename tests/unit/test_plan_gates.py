@@ -405,3 +405,88 @@ def test_the_status_of_an_older_operator_is_read() -> None:
     status = DistillationJobStatus.model_validate({"metrics": [{"name": "ece", "value": 1}]})
     plan = settled(observed(status=status, now=NOW))
     assert gate(plan) == ("True", reasons.NOT_NEEDED)
+
+
+@pytest.mark.parametrize(
+    ("gate", "figures", "sentence"),
+    [
+        ({"max": 1.2, "relativeTo": "Teacher"}, {"perplexity": 12.0, "teacherPerplexity": 10.0}, ""),
+        ({"max": 1.1, "relativeTo": "Teacher"}, {"perplexity": 12.0, "teacherPerplexity": 10.0},
+         "perplexity ÷ the teacher's 1.2 > 1.1"),
+        ({"max": 1.1, "relativeTo": "Teacher"}, {"perplexity": 12.0},
+         "perplexity ÷ the teacher's was not measured"),
+        ({"max": 1.1, "relativeTo": "Teacher"}, {"perplexity": 12.0, "teacherPerplexity": 0.0},
+         "perplexity ÷ the teacher's was not measured"),
+        ({"max": 2, "relativeTo": "FirstTeacher", "reference": 5.0}, {"perplexity": 12.0},
+         "perplexity ÷ the first teacher's 2.4 > 2"),
+        ({"max": 3, "relativeTo": "FirstTeacher", "reference": 5.0}, {"perplexity": 12.0}, ""),
+    ],
+)  # fmt: skip
+def test_a_gate_relative_to_a_teacher(
+    gate: dict[str, Any], figures: dict[str, float], sentence: str
+) -> None:
+    [result] = judged([Gate.model_validate({"metric": "perplexity"} | gate)], figures)
+    assert result.passed == (sentence == "")
+    assert not sentence or result.sentence() == sentence
+
+
+@pytest.mark.parametrize(
+    ("gate", "parts", "words"),
+    [
+        ({"metric": "perplexity", "relativeTo": "Teacher"}, {}, ""),
+        ({"metric": "teacherKL", "relativeTo": "Teacher"}, {}, "which a teacher does not have"),
+        ({"metric": "perplexity", "relativeTo": "Teacher"}, TUNED | CONFIG, "and the job has none"),
+        ({"metric": "perplexity", "relativeTo": "FirstTeacher"}, {}, "in a stage of a chain"),
+        ({"metric": "perplexity", "relativeTo": "FirstTeacher", "reference": 9}, {}, ""),
+    ],
+)
+def test_a_gate_relative_to_what_is_not_there_is_refused(
+    gate: dict[str, Any], parts: dict[str, Any], words: str
+) -> None:
+    parsed, _ = parse_spec(spec(gates=[gate | {"max": 1.5}], **parts))
+    assert parsed is not None
+    told = "; ".join(problem.sentence() for problem in gates.problems_of(parsed))
+    assert (words in told) if words else not told
+
+
+OVERALL = {"metric": "perplexity", "max": 1.5, "relativeTo": "FirstTeacher"}
+
+
+def test_a_stages_job_gets_the_first_teachers_figure() -> None:
+    stages = ({"name": "m", "gates": [OVERALL]}, {"name": "s", "gates": [OVERALL]})
+    chain = chain_seen()
+    whole = {**chain.spec, "stages": list(stages)}
+    first = chain_settled(replace(chain, spec=whole))
+    made = [action for action in first.actions if isinstance(action, CreateStageJob)]
+    assert made[0].spec["gates"] == [OVERALL | {"relativeTo": "Teacher", "max": 1.5}]
+    done = stage_job(
+        "Completed", "True", model=ModelStatus(uri="s3://m", parameters=5),
+        metrics=[Metric(name="perplexity", value=9.5), Metric(name="teacherPerplexity", value=8.0)],
+    )  # fmt: skip
+    second = chain_settled(
+        replace(chain, spec=whole, jobs={"c-m": replace(done, spec=made[0].spec)})
+    )
+    made = [action for action in second.actions if isinstance(action, CreateStageJob)]
+    assert made[0].spec["gates"] == [OVERALL | {"reference": 8.0}]
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        (
+            ({"name": "t", "fineTune": {}, "student": {"model": {"uri": "s3://models/y"}}, "gates": [OVERALL]},),
+            "no stage so far that distils",
+        ),
+        (
+            ({"name": "m"}, {"name": "s", "gates": [OVERALL], "training": {"seed": 1}}),
+            "which stage m measured on other held-out text",
+        ),
+        (({"name": "m"}, {"name": "s", "gates": [OVERALL]}), ""),
+    ],
+)  # fmt: skip
+def test_a_first_teacher_that_says_nothing_of_a_stage_is_refused(
+    stages: tuple[dict[str, Any], ...], words: str
+) -> None:
+    plan = chain_settled(replace(chain_seen(), spec={**chain_seen().spec, "stages": list(stages)}))
+    [valid] = [c for c in plan.status.conditions if c.type == reasons.VALIDATED]
+    assert (words in valid.message) if words else valid.status == "True"

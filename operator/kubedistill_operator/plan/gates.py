@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 from kubedistill_api import reasons
 from kubedistill_api.evaluation import SIMPLE_TASKS
-from kubedistill_api.gates import GateResult, failures, judged
+from kubedistill_api.gates import Gate, GateResult, failures, judged
 from kubedistill_api.job import DistillationJobSpec
-from kubedistill_api.metrics import METRICS, OF_A_TEACHER
+from kubedistill_api.metrics import METRICS, OF_A_TEACHER, TEACHERS
 from kubedistill_api.runspec import Problem
 
 from kubedistill_operator.plan.draft import Draft, Pass
@@ -72,8 +72,11 @@ def _unasked(metric: str, spec: DistillationJobSpec) -> str:
     return ""
 
 
-def problems_of(spec: DistillationJobSpec) -> Iterator[Problem]:
-    """Gates on figures that nobody knows, or that this job will not have."""
+def problems_of(spec: DistillationJobSpec, *, in_chain: bool = False) -> Iterator[Problem]:
+    """Gates on figures that nobody knows, or that this job will not have.
+
+    `in_chain`: of a stage, whose chain fills in the first teacher's figures (plan/references.py).
+    """
     for index, gate in enumerate(spec.gates):
         field = f"spec.gates[{index}].metric"
         if gate.metric not in METRICS:
@@ -85,6 +88,31 @@ def problems_of(spec: DistillationJobSpec) -> Iterator[Problem]:
         elif why := unmeasured(gate.metric, spec):
             known = [name for name in METRICS if not unmeasured(name, spec)]
             yield Problem(field=field, found=f"{gate.metric}, {why}", expected=one_of(known))
+        elif gate.relative_to is not None:
+            yield from _relative_problems(gate, spec, f"spec.gates[{index}]", in_chain)
+
+
+def _relative_problems(
+    gate: Gate, spec: DistillationJobSpec, field: str, in_chain: bool
+) -> Iterator[Problem]:
+    """Gates on figures that nothing is there to divide by."""
+    taught = TEACHERS.get(gate.metric)
+    if taught is None:
+        yield Problem(
+            field=f"{field}.metric",
+            found=f"{gate.metric}, which a teacher does not have",
+            expected=f"{one_of(tuple(TEACHERS))}, or leave `relativeTo` out",
+        )
+    elif gate.relative_to == "Teacher" and (why := unmeasured(taught, spec)):
+        yield Problem(
+            field=f"{field}.relativeTo", found=f"{taught}, {why}", expected="leave it out"
+        )
+    elif gate.relative_to == "FirstTeacher" and gate.reference is None and not in_chain:
+        yield Problem(
+            field=f"{field}.relativeTo",
+            found="FirstTeacher, whose figure is not known",
+            expected="write it in a stage of a chain, which fills it in, or give `reference`",
+        )
 
 
 def settle(step: Pass) -> None:

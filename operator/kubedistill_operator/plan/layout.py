@@ -9,9 +9,10 @@ from typing import Any
 from kubedistill_api.chain import DistillationChainSpec, Stage, StageStatus
 from kubedistill_api.names import MAX_JOB_NAME_LENGTH, stage_job_name, trial_job_name
 
-from kubedistill_operator.plan import gates
+from kubedistill_operator.plan import gates, references
 from kubedistill_operator.plan.compose import compose
 from kubedistill_operator.plan.inputs import dependency_names, parse_spec
+from kubedistill_operator.plan.references import FirstTeacher, referred
 from kubedistill_operator.plan.stages import Jobs, Part, Standing, standing_of_one
 from kubedistill_operator.plan.sweep import problems_of, standing_of_sweep
 
@@ -42,8 +43,9 @@ def lay_out(
     problems: list[str] = []
     laid: list[Laid] = []
     students: dict[str, str] = {}
+    first: FirstTeacher | None = None
     for index, stage in enumerate(chain.stages):
-        parts, found = _parts(name, chain, index, students)
+        parts, found = _parts(name, chain, index, students, first)
         problems += [f"stage {stage.name}: {problem}" for problem in found]
         if found:
             continue
@@ -53,6 +55,8 @@ def lay_out(
             standing = standing_of_sweep(stage.sweep, parts, jobs, before.get(stage.name))
         taught = not laid or bool(laid[-1].standing.job_name)
         laid.append(Laid(stage, parts, standing, taught))
+        if first is None and parts[0].spec.distill is not None:
+            first = FirstTeacher(stage.name, parts[0].spec, jobs.get(standing.job_name))
         if standing.job_name:
             students[stage.name] = standing.job_name
     return laid, problems + _name_problems(laid, jobs)
@@ -77,18 +81,23 @@ def models_of_chain(raw: Mapping[str, Any]) -> set[str]:
 
 
 def _parts(
-    name: str, chain: DistillationChainSpec, index: int, students: Mapping[str, str]
+    name: str,
+    chain: DistillationChainSpec,
+    index: int,
+    students: Mapping[str, str],
+    first: FirstTeacher | None,
 ) -> tuple[tuple[Part, ...], list[str]]:
     """The jobs of a stage of the chain `name`, or what is wrong with it.
 
-    `students` as for `compose`.
+    `students` as for `compose`; `first`: of the stages before.
     """
     stage = chain.stages[index]
     spec, found = parse_spec(compose(name, chain, index, students=students))
     if spec is not None:
-        found = list(gates.problems_of(spec))
+        found = [*references.problems_of(spec, first), *gates.problems_of(spec, in_chain=True)]
     if spec is None or found:
         return (), [problem.sentence() for problem in found]
+    spec = referred(spec, first)
     if stage.sweep is None:
         return (Part(stage_job_name(name, stage.name), spec),), []
     problems = [problem.sentence() for problem in problems_of(stage.sweep, spec)]
@@ -100,7 +109,8 @@ def _parts(
         trial, found = parse_spec(raw)
         problems += [problem.sentence() for problem in found]
         if trial is not None:
-            parts.append(Part(trial_job_name(name, stage.name, temperature), trial, temperature))
+            job_name = trial_job_name(name, stage.name, temperature)
+            parts.append(Part(job_name, referred(trial, first), temperature))
     return tuple(parts), list(dict.fromkeys(problems))
 
 

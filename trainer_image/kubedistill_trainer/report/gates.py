@@ -45,7 +45,7 @@ def _row(result: GateResult) -> Markup:
     value = "–" if result.value is None else f"{result.value:.4g}"
     return tag(
         "tr",
-        tag("th", result.metric, scope="row"),
+        tag("th", result.name, scope="row"),
         tag("td", value),
         tag("td", " and ".join(bounds)),
         tag("td", tag("span", badge[1], class_=badge[0])),
