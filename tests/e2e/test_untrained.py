@@ -48,7 +48,7 @@ class Bench:
     def made(self, result: Result) -> tuple[dict[str, Any], dict[str, Any]]:
         """config.json and report.json of the model."""
         uri = model_of(result, "any").uri
-        return tuple(json.loads(self.object(uri, name)) for name in ("config.json", "report.json"))  # type: ignore[return-value]
+        return tuple(json.loads(self.object(uri, name)) for name in ("config.json", "report.json"))
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,10 @@ def test_a_quantised_model_is_compared_with_what_it_was_and_measured_again(bench
     assert model is not None and (model.uri, model.digest) == (small.uri, small.digest)
     measured = json.loads(bench.object(model.report, "report.json"))
     assert measured["metrics"]["perplexity"] == pytest.approx(metrics["perplexity"], rel=1e-6)
-    for method in ({"quantize": {}}, {"prune": {"structured": {"layers": 1}}}, {"fineTune": {}}):
+    methods: list[dict[str, Any]] = [
+        {"quantize": {}}, {"prune": {"structured": {"layers": 1}}}, {"fineTune": {}},
+    ]  # fmt: skip
+    for method in methods:
         spec = bench.spec(**method, workers=alone, teacher=online)
         refused = bench.trainer.run(
             "preflight", spec, name=f"twice-{next(iter(method)).lower()}", teacher=bench.large,

@@ -449,6 +449,7 @@ def test_a_gate_relative_to_what_is_not_there_is_refused(
     assert (words in told) if words else not told
 
 
+TUNED_STAGE = {"name": "t", "fineTune": {}, "student": {"model": {"uri": "s3://models/y"}}}
 OVERALL = {"metric": "perplexity", "max": 1.5, "relativeTo": "FirstTeacher"}
 
 
@@ -474,7 +475,7 @@ def test_a_stages_job_gets_the_first_teachers_figure() -> None:
     ("stages", "words"),
     [
         (
-            ({"name": "t", "fineTune": {}, "student": {"model": {"uri": "s3://models/y"}}, "gates": [OVERALL]},),
+            (TUNED_STAGE | {"gates": [OVERALL]},),
             "no stage so far that distils",
         ),
         (

@@ -62,8 +62,8 @@ def run_untrained(
         engine = _untrained_engine(context, dataset, model, local_rank)
         work = Work(initial_perplexity=initial, cut=cut)
     else:
-        source = context.run.student_model
-        product = Product(student_folder(context), load.parameter_count(model), source)
+        parameters = load.parameter_count(model)
+        product = Product(student_folder(context), parameters, context.run.student_model)
     teacher_folder = download_teacher(context)
     teacher = signal_of(context, dataset, teacher_folder, engine.device, None)
     try:

@@ -159,7 +159,7 @@ def main() -> None:
     task = Task.model_validate_json(Path(sys.argv[1]).read_bytes())
     with np.load(task.calibration) as arrays:
         parts = [torch.from_numpy(arrays[name]) for name in ("tokens", "positions", "labels")]
-    batches = list(zip(*(part.split(task.batch_size) for part in parts), strict=True))
+    batches = list(zip(*(torch.split(part, task.batch_size) for part in parts), strict=True))
     model = load_model(task.source, "spec.student", dtype_of(task.precision))
     if task.quantize is not None:
         quantize(model, task.quantize, batches, task.target, "spec.quantize")

@@ -59,7 +59,7 @@ def mask_of(scores_OI: Tensor, wanted: Sparse) -> Tensor:
     `Any`: over the whole matrix. 2:4: of every four of a row.
     """
     if wanted.pattern == "2:4":
-        blocks = scores_OI.unflatten(1, (-1, _BLOCK))
+        blocks = scores_OI.reshape(len(scores_OI), -1, _BLOCK)
         worst = blocks.argsort(dim=-1, stable=True)[..., :_ZEROS]
         keep = torch.ones_like(blocks, dtype=torch.bool)
         return keep.scatter_(-1, worst, False).flatten(1)
@@ -93,7 +93,7 @@ def by_gradient(
         module.weight.requires_grad_(True)
     scores = {n: torch.zeros_like(m.weight, dtype=torch.float32) for n, m in chosen.items()}
     for tokens, positions, labels in batches:
-        loss_of(model, tokens, positions, labels).backward()
+        torch.autograd.backward(loss_of(model, tokens, positions, labels))
         for name, module in chosen.items():
             gradient = module.weight.grad
             if gradient is not None:
