@@ -89,6 +89,7 @@ def chain_values_schema() -> JsonObject:
         "storage": _closed(storage, "uri"),
         "stages": chain["stages"],
         "suspend": chain["suspend"],
+        "onGateFailure": chain["onGateFailure"],
         "control": _closed(
             {"enabled": {"type": "boolean", "description": "Also train without a teacher."}}
         ),

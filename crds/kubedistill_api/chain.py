@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, StringConstraints
 
 from kubedistill_api.base import ApiModel, cel, rules
-from kubedistill_api.references import ModelSource
+from kubedistill_api.references import ModelSource, Preserved
 from kubedistill_api.status import Conditions
 from kubedistill_api.sweep import Sweep, TrialStatus
 from kubedistill_api.teacher import MAX_TEMPERATURES
@@ -18,6 +18,9 @@ StageName = Annotated[
 ]
 PARTIAL_MARK = "x-kubedistill-partial-job-spec"
 STAGE_MARK = "x-kubedistill-stage"
+MAX_RETRIES = 8
+Retry = Annotated[Preserved, Field(description="Part of a job's spec.")]
+GatePolicy = Literal["Stop", "Continue", "Retry"]
 PartialJobSpec = Annotated[dict[str, Any], Field(json_schema_extra={PARTIAL_MARK: True})]
 """Any part of a DistillationJob's spec. It is merged first and checked as a whole afterwards."""
 
@@ -35,6 +38,15 @@ class Stage(ApiModel):
     name: StageName = Field(description="Name of the stage; its job is <chain>-<name>.")
     sweep: Sweep | None = Field(
         None, description="One job a value of what is swept over; the best one's student goes on."
+    )
+    on_gate_failure: GatePolicy | None = Field(
+        None, description="For this stage, in place of the chain's `onGateFailure`."
+    )
+    retries: list[Retry] = Field(
+        [],
+        max_length=MAX_RETRIES,
+        description="For `onGateFailure: Retry`: what the stage is tried with next, one after the "
+        "other, until its gates hold; each merged over the stage, such as {training: {epochs: 6}}.",
     )
 
     def job_part(self) -> dict[str, Any]:
@@ -59,6 +71,12 @@ class DistillationChainSpec(ApiModel):
     )
     template: PartialJobSpec = Field({}, description="What all stages share: part of a job's spec.")
     stages: list[Stage] = Field(min_length=1, max_length=32, description="Stages, in order.")
+    on_gate_failure: GatePolicy = Field(
+        "Stop",
+        description="Where a stage's student breaks a gate. Stop: the chain fails there. Continue: it "
+        "goes on with that student. Retry: the stage is tried with its `retries`, and the chain "
+        "stops where none of them helps, or there are none.",
+    )
     suspend: bool = Field(False, description="True: suspend the running stage, start no other.")
 
 

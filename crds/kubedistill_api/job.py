@@ -332,6 +332,11 @@ class DistillationJobSpec(ApiModel):
         "fails with GateFailed; the model is kept. They may change at any time, and are then held "
         "against the figures that are there, without training anything again.",
     )
+    on_gate_failure: Literal["Fail", "Continue"] = Field(
+        "Fail",
+        description="Where a gate does not hold. Fail: the job fails with GateFailed. Continue: it "
+        "succeeds all the same, and the condition GatesPassed says which gates do not hold.",
+    )
     suspend: bool = Field(
         False, description="True: commit, end the pods, keep the state. False: go on."
     )
@@ -387,7 +392,7 @@ def immutability_rules(started: str) -> list[dict[str, Any]]:
             f"!({started}) || (has(self.spec.{name}) == has(oldSelf.spec.{name}) && "
             f"(!has(self.spec.{name}) || self.spec.{name} == oldSelf.spec.{name}))",
             f"spec.{name} cannot change once the job has started: delete the job, or apply the "
-            "change under another name (gates, suspend, backoffLimit, activeDeadlineSeconds, "
+            "change under another name (gates, onGateFailure, suspend, backoffLimit, activeDeadlineSeconds, "
             "stallTimeoutSeconds and ttlSecondsAfterFinished may change)",
             f".spec.{name}",
         )

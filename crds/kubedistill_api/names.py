@@ -72,6 +72,11 @@ def trial_job_name(chain: str, stage: str, temperature: float) -> str:
     return f"{stage_job_name(chain, stage)}-t{temperature:g}".replace(".", "-")
 
 
+def retry_job_name(chain: str, stage: str, number: int) -> str:
+    """The DistillationJob of a stage's n-th retry, counted from 1."""
+    return f"{stage_job_name(chain, stage)}-r{number}"
+
+
 def report_name(job: str) -> str:
     """The Job that writes a finished sweep into its trials' reports."""
     return f"{job}-report"

@@ -83,8 +83,10 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- with .Values.initialTeacher -}}
 {{- $_ := set $spec "initialTeacher" . -}}
 {{- end -}}
-{{- if hasKey .Values "suspend" -}}
-{{- $_ := set $spec "suspend" .Values.suspend -}}
+{{- range $key := list "suspend" "onGateFailure" -}}
+{{- if hasKey $.Values $key -}}
+{{- $_ := set $spec $key (index $.Values $key) -}}
+{{- end -}}
 {{- end -}}
 {{- toJson $spec -}}
 {{- end -}}
@@ -92,7 +94,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{/* JSON: the last stage's job, without a teacher. */}}
 {{- define "distillation-chain.controlSpec" -}}
 {{- $template := omit (include "distillation-chain.template" . | fromJson) "distill" "teacher" -}}
-{{- $stage := omit (last .Values.stages) "name" "sweep" "gates" "teacher" "distill" "fineTune" "prune" "quantize" "evaluate" -}}
+{{- $stage := omit (last .Values.stages) "name" "sweep" "retries" "onGateFailure" "gates" "teacher" "distill" "fineTune" "prune" "quantize" "evaluate" -}}
 {{- $spec := include "distillation-chain.merge" (list $template $stage) | fromJson -}}
 {{- $_ := set $spec "fineTune" dict -}}
 {{- if hasKey .Values "suspend" -}}

@@ -221,6 +221,8 @@ class _ChainDraft:
             self.actions.append(CreateStageJob(part.name, stage, part.spec.to_wire()))
             if part.temperature is not None:
                 self._tell("TrialStarted", f"stage {place}: trial T = {part.temperature:g} starts")
+            elif part.retry:
+                self._tell("StageRetried", f"stage {place}: {standing.progress}", warning=True)
             else:
                 self._tell("StageStarted", f"stage {place} starts")
         self.conditions.set(reasons.SUSPENDED, "False", reasons.NOT_SUSPENDED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kubedistill_api.chain import DistillationChainSpec
+from kubedistill_api.chain import DistillationChainSpec, GatePolicy
 from kubedistill_api.job import METHODS
 from kubedistill_api.names import stage_job_name
 from kubedistill_api.sweep import Sweep
@@ -38,16 +38,20 @@ def compose(
     *,
     students: Mapping[str, str] | None = None,
     temperature: float | None = None,
+    retry: int = 0,
 ) -> dict[str, Any]:
     """The spec of a stage's job, not yet validated; `suspend` is the chain's.
 
     `students`: stage → the job that makes its student, where that is not <chain>-<stage>.
-    `temperature`: the spec of that trial of the stage's sweep.
+    `temperature`: the spec of that trial of the stage's sweep. `retry`: of that retry, from 1.
     """
     stage = spec.stages[index].job_part()
+    if retry:
+        stage = merge_patch(stage, spec.stages[index].retries[retry - 1])
     base = _put_aside(dict(spec.template), stage)
     merged: dict[str, Any] = merge_patch(base, stage)
     merged.pop("suspend", None)
+    merged["onGateFailure"] = "Continue" if policy_of(spec, index) == "Continue" else "Fail"
     # A stage's job is there for as long as its chain is: it would be made, and run, again.
     merged.pop("ttlSecondsAfterFinished", None)
     previous = None
@@ -75,6 +79,11 @@ def _in_one_process(merged: dict[str, Any], stage: Mapping[str, Any]) -> None:
     if "gpusPerNode" not in own and workers.get("gpusPerNode") != 0:
         workers["gpusPerNode"] = 1
     merged["workers"] = workers
+
+
+def policy_of(spec: DistillationChainSpec, index: int) -> GatePolicy:
+    """What follows where a stage's student breaks a gate."""
+    return spec.stages[index].on_gate_failure or spec.on_gate_failure
 
 
 def _make_trial(merged: dict[str, Any], sweep: Sweep, temperature: float) -> None:

@@ -129,6 +129,9 @@ def settle(step: Pass) -> None:
     if failed := failures(results):
         message = _failure(draft, failed)
         draft.set(reasons.GATES_PASSED, "False", reasons.GATE_FAILED, message)
+        if spec.on_gate_failure == "Continue":
+            _complete(draft, f"gates that do not hold: {message}")
+            return
         draft.fail(reasons.GATE_FAILED, message)
         draft.set(reasons.RUNNING, "False", reasons.COMPLETED)
         return
@@ -139,13 +142,14 @@ def settle(step: Pass) -> None:
     _complete(draft)
 
 
-def _complete(draft: Draft) -> None:
+def _complete(draft: Draft, but: str = "") -> None:
     model = draft.status.model
     assert model is not None
     figures = ", ".join(f"{m.name} {m.value:.4g}" for m in draft.status.metrics[:_FIGURES_SHOWN])
     stream = draft.status.teacher_stream
     learnt = stream.learnt if stream else ""
-    message = "; ".join(filter(None, [f"{model.parameters:,} parameters", learnt, figures]))
+    parts = [f"{model.parameters:,} parameters", learnt, figures, but]
+    message = "; ".join(filter(None, parts))
     if draft.set(reasons.SUCCEEDED, "True", reasons.COMPLETED, message):
         draft.tell(reasons.COMPLETED, f"the student is at {model.uri}: {message}")
 

@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from kubedistill_api.chain import DistillationChainSpec, Stage, StageStatus
-from kubedistill_api.names import MAX_JOB_NAME_LENGTH, stage_job_name, trial_job_name
+from kubedistill_api.names import (
+    MAX_JOB_NAME_LENGTH,
+    retry_job_name,
+    stage_job_name,
+    trial_job_name,
+)
 
 from kubedistill_operator.plan import gates, references
-from kubedistill_operator.plan.compose import compose
+from kubedistill_operator.plan.compose import compose, policy_of
 from kubedistill_operator.plan.inputs import dependency_names, parse_spec
 from kubedistill_operator.plan.references import FirstTeacher, referred
-from kubedistill_operator.plan.stages import Jobs, Part, Standing, standing_of_one
+from kubedistill_operator.plan.stages import Jobs, Part, Standing, standing_of_tries
 from kubedistill_operator.plan.sweep import problems_of, standing_of_sweep
 
 
@@ -50,7 +55,7 @@ def lay_out(
         if found:
             continue
         if stage.sweep is None:
-            standing = standing_of_one(parts[0], jobs)
+            standing = standing_of_tries(parts, jobs)
         else:
             standing = standing_of_sweep(stage.sweep, parts, jobs, before.get(stage.name))
         taught = not laid or bool(laid[-1].standing.job_name)
@@ -70,6 +75,8 @@ def job_names(name: str, raw: Mapping[str, Any]) -> set[str]:
         found.add(stage_job_name(name, stage_name))
         for value in (stage.get("sweep") or {}).get("temperature") or []:
             found.add(trial_job_name(name, stage_name, value))
+        retries = range(1, 1 + len(stage.get("retries") or []))
+        found |= {retry_job_name(name, stage_name, number) for number in retries}
     return found
 
 
@@ -99,7 +106,11 @@ def _parts(
         return (), [problem.sentence() for problem in found]
     spec = referred(spec, first)
     if stage.sweep is None:
-        return (Part(stage_job_name(name, stage.name), spec),), []
+        first_try = Part(stage_job_name(name, stage.name), spec)
+        tries, told = _retries(name, chain, index, students, first)
+        return (() if told else (first_try, *tries)), told
+    if stage.retries:
+        return (), ["retries: found both a sweep and retries; a sweep's trials are its tries"]
     problems = [problem.sentence() for problem in problems_of(stage.sweep, spec)]
     if problems:
         return (), problems
@@ -112,6 +123,32 @@ def _parts(
             job_name = trial_job_name(name, stage.name, temperature)
             parts.append(Part(job_name, referred(trial, first), temperature))
     return tuple(parts), list(dict.fromkeys(problems))
+
+
+def _retries(
+    name: str,
+    chain: DistillationChainSpec,
+    index: int,
+    students: Mapping[str, str],
+    first: FirstTeacher | None,
+) -> tuple[list[Part], list[str]]:
+    """The jobs of a stage's retries, or what is wrong with them; arguments as of `_parts`."""
+    stage, policy = chain.stages[index], policy_of(chain, index)
+    if stage.retries and policy != "Retry":
+        return [], [f"retries: found `onGateFailure: {policy}`; write Retry, or leave them out"]
+    if stage.on_gate_failure == "Retry" and not stage.retries:
+        return [], ["retries: found nothing; give what is tried next, such as training.epochs"]
+    parts: list[Part] = []
+    problems: list[str] = []
+    for number in range(1, len(stage.retries) + 1):
+        spec, found = parse_spec(compose(name, chain, index, students=students, retry=number))
+        if spec is not None:
+            found = [*references.problems_of(spec, first), *gates.problems_of(spec, in_chain=True)]
+        problems += [f"retries[{number - 1}]: {problem.sentence()}" for problem in found]
+        if spec is not None:
+            job_name = retry_job_name(name, stage.name, number)
+            parts.append(Part(job_name, referred(spec, first), retry=number))
+    return parts, problems
 
 
 def _name_problems(laid: Sequence[Laid], jobs: Jobs) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kubedistill_api import reasons
@@ -16,7 +16,13 @@ from kubedistill_operator.plan.inputs import parse_spec
 from kubedistill_operator.plan.views import BatchJobView
 
 GATES = ("gates",)
-HANDED_ON = (*GATES, "backoff_limit", "active_deadline_seconds", "stall_timeout_seconds")
+HANDED_ON = (
+    *GATES,
+    "on_gate_failure",
+    "backoff_limit",
+    "active_deadline_seconds",
+    "stall_timeout_seconds",
+)
 """What a chain keeps of its jobs as its own spec says, whatever they were made with."""
 
 
@@ -77,6 +83,8 @@ class Part:
     name: str
     spec: DistillationJobSpec
     temperature: float | None = None
+    retry: int = 0
+    """Which of the stage's retries it is, counted from 1; 0 for the stage as it is."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,36 @@ class Standing:
     percentage: float = 0.0
     trials: tuple[TrialStatus, ...] = ()
     choice: str = ""
+
+
+def standing_of_tries(parts: Sequence[Part], jobs: Jobs) -> Standing:
+    """A stage that is tried again stands where the first try does that keeps its gates; without one,
+    where the last one does that was started, or has to be."""
+    standings = [standing_of_one(part, jobs) for part in parts]
+    for index, (part, standing) in enumerate(zip(parts, standings, strict=True)):
+        if standing.done:
+            return replace(standing, choice=_taken(index, parts, jobs) if index else "")
+        job = jobs.get(part.name)
+        broke = job is not None and job.succeeded.reason == reasons.GATE_FAILED
+        if not broke or index == len(parts) - 1:
+            tried = _broken(parts[:index], jobs)
+            if standing.failure:
+                return replace(standing, failure="; ".join([standing.failure, *tried]))
+            text = f"try {index + 1} of {len(parts)}: {standing.progress}" if index else ""
+            return replace(
+                standing, progress="; ".join([text, *tried]) if text else standing.progress
+            )
+    raise AssertionError("a stage has a job")
+
+
+def _taken(index: int, parts: Sequence[Part], jobs: Jobs) -> str:
+    told = _broken(parts[:index], jobs)
+    return "; ".join([f"try {index + 1} of {len(parts)} was taken ({parts[index].name})", *told])
+
+
+def _broken(parts: Sequence[Part], jobs: Jobs) -> list[str]:
+    """What the tries before broke."""
+    return [f"{part.name}: {jobs[part.name].succeeded.message}" for part in parts]
 
 
 def standing_of_one(part: Part, jobs: Jobs) -> Standing:
