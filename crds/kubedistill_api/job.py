@@ -167,7 +167,12 @@ class Storage(ApiModel):
         description="URL of an S3-compatible server; empty for AWS.",
     )
     region: str = Field(
-        "us-east-1", min_length=1, max_length=64, description="Region of the bucket."
+        "us-east-1",
+        min_length=1,
+        max_length=63,
+        # As boto3 has it: letters, digits and dashes, not digits alone, no dash at an end.
+        pattern=r"^([a-zA-Z]|[0-9][-0-9]*[a-zA-Z])([-a-zA-Z0-9]*[a-zA-Z0-9])?$",
+        description="Region of the bucket, such as us-east-1.",
     )
     secret_ref: SecretReference | None = Field(
         None,

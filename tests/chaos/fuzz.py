@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,19 +11,17 @@ from functools import partial
 from typing import Any
 
 from devcluster.node.api import ApiError
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
 from operator_kit import ONLINE, chain, job, template
 
+from chaos.draw import BATCH, batches
 from chaos.figures import FUZZ, Family, Run
 from chaos.fuzz_states import State, condition, end, has_verdict, looked_at, stands
 from chaos.operator_bench import OperatorBench, Trouble, World
 from chaos.operator_judge import AT_ONCE, RETRIED, differences, ends
 from chaos.operator_state import GROUP, children
-from chaos.schema import CHAIN, JOB, Schema, edited, edits, spec_schema
+from chaos.schema import CHAIN, JOB, edited
 
 _CASES = 8
-_BATCH = 8
 _SECONDS = 240.0
 _PUTS = 20
 _LEAST_REPAIRED = 1 / 4
@@ -36,13 +32,11 @@ _SLOW = re.compile(r"^([\w.]+\.)?\w*(Timeout\w*|ServerDisconnectedError)\b")
 """Last line of a traceback that tells of a machine with too much to do."""
 _REFUSED = "refused"
 """The API server's answer to a child that a mutated spec asks for: the object's state has it too."""
-_DRAWING = threading.Lock()
-"""Of hypothesis, whose state is the process's."""
 
 
 def fuzz_family(bench: OperatorBench, objects: int) -> Family:
     """So many objects, in cases that run side by side."""
-    cases = min(_CASES, max(1, objects // (2 * _BATCH)))
+    cases = min(_CASES, max(1, objects // (2 * BATCH)))
 
     def run_all(run: Run, draw: Any) -> None:
         share = -(-objects // cases)
@@ -142,7 +136,7 @@ class _Fuzz:
         run.told |= dict.fromkeys(figures, 0)
 
     def go(self, objects: int, number: int) -> None:
-        for batch in _batches(-(-objects // _BATCH), number):
+        for batch in batches(objects, number):
             self._batch(batch)
         left: list[str] = []
 
@@ -342,44 +336,16 @@ class _Fuzz:
 
 
 def _bases(world: World) -> dict[_Way, State]:
-    """The spec that an object's is an edit of."""
+    """The spec that an object's is an edit of. Of writers that fail each retry waits twice as long: with
+    the default limit, longer than anybody looks."""
+    limit = {"backoffLimit": 1}
     times = {"STEPS": "3", "STEP_SECONDS": "0.01", "TEACHER_SECONDS": "0.1"}
     trains = job("x", template(world.book, **times))["spec"]
-    trains["teacher"] = ONLINE
-    ends_soon = job("x", template(world.book, "bad-data"))["spec"]
+    trains |= {"teacher": ONLINE, **limit}
+    ends_soon = job("x", template(world.book, "bad-data"))["spec"] | limit
     stages = chain("x", template(world.book, **times), {"name": "m"}, {"name": "s"})["spec"]
+    stages["template"] |= limit
     return {_SUSPENDED: trains, _MENDED: ends_soon, _ENDED: ends_soon, _CHAIN: stages}
-
-
-def _drawn(schema: Schema) -> st.SearchStrategy[Any]:
-    """What makes an object another one than the base, and edits to choose one from to take back."""
-    # Most of what is hostile is refused at once: of four objects one begins with it. Of some edits
-    # the first that the API server takes is made.
-    fits = edits(schema, fitting=True)
-    first = st.one_of(edits(schema), fits, fits, fits)
-    return st.tuples(first, st.lists(st.one_of(edits(schema), fits), min_size=6, max_size=6))
-
-
-def _batches(count: int, number: int) -> list[list[Any]]:
-    """Of each object in a batch: what is drawn for it, by what its kind may be."""
-    found = list[list[Any]]()
-    one = st.fixed_dictionaries({kind: _drawn(spec_schema(kind)) for kind in (JOB, CHAIN)})
-
-    @seed(number)
-    @settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.lists(one, min_size=_BATCH, max_size=_BATCH))
-    def collect(batch: list[Any]) -> None:
-        found.append(copy.deepcopy(batch))
-
-    with _DRAWING:
-        collect()
-    return found
 
 
 def _until(said: Callable[[], bool]) -> bool:

@@ -102,6 +102,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         'max: got "string", expected "number"',
     ),
     ("no-data", {"data": {"sources": []}}, "sources"),
+    ("no-region", {"storage": {"region": "\x16+í"}}, "spec.storage.region"),
+    ("all-digits", {"storage": {"region": "123"}}, "spec.storage.region"),
     (
         "nothing-learnt",
         {"distill": {"objective": {"softWeight": 0}}},

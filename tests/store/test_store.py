@@ -309,10 +309,20 @@ def test_bad_uris_are_refused(text: str) -> None:
         S3Uri.parse(text)
 
 
-@pytest.mark.parametrize("endpoint", ["store:9000", "ftp://store", "http://", "http://a:b"])
+@pytest.mark.parametrize(
+    "endpoint", ["store:9000", "ftp://store", "http://", "http://a:b", "http://a b"]
+)
 def test_bad_endpoints_are_refused(endpoint: str) -> None:
     with pytest.raises(InvalidStoreUri):
         Store("s3://bucket", endpoint=endpoint)
+
+
+@pytest.mark.parametrize("region", ["\x16+í", "123", "-east", "us_east"])
+def test_bad_regions_are_refused(region: str) -> None:
+    """A teacher's pod failed on one and was tried again for minutes (make chaos SEED=0
+    FAMILY=operator-fuzz CASE=7)."""
+    with pytest.raises(InvalidStoreUri, match="not a region; write one such as us-east-1"):
+        Store("s3://bucket", region=region)
 
 
 @given(parts=st.lists(st.text("abcXYZ09-_.", min_size=1, max_size=8), max_size=5))

@@ -15,10 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from botocore.exceptions import IncompleteReadError
+from botocore.exceptions import IncompleteReadError, InvalidRegionError
 
 from kubedistill_trainer.store.connection import MIB, Connection, Limits
-from kubedistill_trainer.store.errors import NotFound, StoreError
+from kubedistill_trainer.store.errors import InvalidStoreUri, NotFound, StoreError
 from kubedistill_trainer.store.metrics import BYTES
 from kubedistill_trainer.store.translate import BROKEN_BODY, Server, translated
 from kubedistill_trainer.store.uri import S3Uri, check_endpoint, check_key
@@ -93,7 +93,13 @@ class Store:
         """
         self._at = S3Uri.parse(uri)
         server = Server(check_endpoint(endpoint), secret)
-        self._connection = Connection(server, region, limits or Limits())
+        try:
+            self._connection = Connection(server, region, limits or Limits())
+        except InvalidRegionError as error:
+            told = "not a region; write one such as us-east-1"
+            raise InvalidStoreUri("connect", repr(region), told) from error
+        except ValueError as error:  # botocore asks more of a host's name than we do
+            raise InvalidStoreUri("connect", endpoint, str(error)) from error
 
     @property
     def uri(self) -> str:
