@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from kubedistill_trainer.compress.architecture import Architecture, architecture_of
-from kubedistill_trainer.compress.calibration import Batch
+from kubedistill_trainer.compress.calibration import Batch, working_on
 from kubedistill_trainer.compress.choosing import Kept, choose
 from kubedistill_trainer.compress.importance import Scores, Statistics, by_activation, collect
 from kubedistill_trainer.compress.sizes import Shapes, Sizes, sizes_of, tensors_of
@@ -202,3 +202,16 @@ def test_a_tensor_that_is_not_described_is_told() -> None:
     architecture = architecture_of("llama", "spec.student")
     with pytest.raises(InputsRefused, match=r"self_attn\.sinks, which .*llama\.toml"):
         architecture.check(["model.layers.0.self_attn.sinks"], "spec.student")
+
+
+def test_a_model_that_works_elsewhere_a_layer_at_a_time_says_the_same_and_comes_back() -> None:
+    """Without a GPU the other device is the same one under another name."""
+    one = subject("gemma2")
+    before, data = one.logits(one.model), [p.data for p in one.model.parameters()]
+    here = torch.device("cpu", 0)
+    assert here != next(one.model.parameters()).device
+    with working_on(one.model, here):
+        torch.testing.assert_close(one.logits(one.model), before, rtol=0, atol=0)
+    for parameter, was in zip(one.model.parameters(), data, strict=True):
+        assert parameter.data.data_ptr() == was.data_ptr()
+    assert not any(layer._forward_hooks for layer in one.model.model.layers)

@@ -394,6 +394,8 @@ def _check_memory(run: RunSpec, parameters: int) -> None:
     training, workers = run.spec.training, run.spec.workers
     if limit is None or workers.gpus_per_node > 0:
         return
+    if not run.spec.trains:
+        return  # what it takes depends on the method, and is little beside a training's
     ranks = ranks_of(run.spec)
     stage = training.deep_speed.zero_stage
     needed = memory_bytes(parameters, training.precision, stage, ranks) + _OVERHEAD_BYTES

@@ -22,7 +22,7 @@ from kubedistill_trainer.context import (
 from kubedistill_trainer.data.dataset import Dataset, load_dataset
 from kubedistill_trainer.data.order import micro_batch_size
 from kubedistill_trainer.failures import refuse
-from kubedistill_trainer.finishing import finish, tick_of
+from kubedistill_trainer.finishing import finish
 from kubedistill_trainer.imports import tell_late_imports
 from kubedistill_trainer.methods.engine import join_gang, wrap
 from kubedistill_trainer.methods.interruption import Interruption
@@ -31,6 +31,7 @@ from kubedistill_trainer.methods.masks import hold_zeros
 from kubedistill_trainer.methods.signal import NoTeacher
 from kubedistill_trainer.methods.student import StudentWithLoss
 from kubedistill_trainer.methods.train import Loop
+from kubedistill_trainer.methods.untrained import device_of
 from kubedistill_trainer.report.evaluate import heldout_perplexity
 from kubedistill_trainer.report.work import Work
 from kubedistill_trainer.starting import (
@@ -87,8 +88,8 @@ def run_student(
     dataset = load_dataset(run, context.open_store, taught.learnt.conversations if taught else ())
     checkpointer.pin_inputs(_inputs(context, dataset))
     teacher_folder = download_teacher(context)
-    tick = tick_of(board, interruption)
-    model, cut = student_model(context, dataset, teacher_folder, group, tick)
+    device = device_of(local_rank)
+    model, cut = student_model(context, dataset, teacher_folder, group, board.show_life, device)
     objective = spec.distill.objective if spec.distill is not None else None
     features = features_of(objective, model, teacher_folder)
     module = StudentWithLoss(model, objective, dataset.tokenizer.vocab_size, features)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from kubedistill_trainer.compress.smaller import Cut
 from kubedistill_trainer.compress.sparsity import SparsityRecord, read_record
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import Dataset, learns_text
-from kubedistill_trainer.evaluation.speak import Tick
 from kubedistill_trainer.failures import refuse
 from kubedistill_trainer.losses import FeatureMatcher
 from kubedistill_trainer.methods.objective import feature_pairs
@@ -51,9 +51,13 @@ def student_model(
     dataset: Dataset,
     teacher_folder: Path | None,
     group: Any,
-    tick: Tick,
+    tick: Callable[[], None],
+    device: torch.device,
 ) -> tuple[Any, Cut | None]:
-    """The student as it starts, and how it was cut out of its teacher where it was. A collective."""
+    """The student as it starts, and how it was cut out of its teacher where it was. A collective.
+
+    `device`: where a teacher is looked at, a layer at a time.
+    """
     spec = context.run.spec
     dtype = load.dtype_of(spec.training.precision)
     vocab_size, length = dataset.tokenizer.vocab_size, dataset.packed.sequence_length
@@ -64,7 +68,8 @@ def student_model(
     if wanted is None or teacher_folder is None:
         return loaded_student(context), None
     teacher = load.load_model(teacher_folder, "spec.teacher", dtype)
-    return shrink(context, dataset, teacher, wanted, "spec.student.fromTeacher", group, tick)
+    field = "spec.student.fromTeacher"
+    return shrink(context, dataset, teacher, wanted, field, group, tick, device)
 
 
 def loaded_student(context: Context) -> Any:

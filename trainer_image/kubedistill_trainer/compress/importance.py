@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kubedistill_trainer.compress.architecture import Architecture
-from kubedistill_trainer.compress.calibration import Batch
+from kubedistill_trainer.compress.calibration import Batch, working_on
 from kubedistill_trainer.compress.sizes import Sizes
 from kubedistill_trainer.losses.types import IGNORED
 from kubedistill_trainer.models.decoder import final_hidden
@@ -70,22 +70,24 @@ def collect(
     sizes: Sizes,
     batches: Iterable[Batch],
     tick: Callable[[], None] = lambda: None,
+    device: torch.device | None = None,
 ) -> Statistics:
-    """One pass of the model over the batches; it is left as it was."""
-    device = next(model.parameters()).device
+    """One pass of the model over the batches, on `device` (by default the model's); the model is left
+    as it was. The sums are on the CPU."""
+    device = device or next(model.parameters()).device
     found = empty(architecture, sizes, device)
     decoder = model.get_decoder()
     training = model.training
     model.eval()
     counted = _Counted()
-    with _watched(decoder, architecture, sizes, found, counted):
+    with _watched(decoder, architecture, found, counted), working_on(model, device):
         for tokens, positions, labels in batches:
             counted.rows_N = (labels.to(device) != IGNORED).flatten()
             final_hidden(decoder, tokens.to(device), positions.to(device))
             found.tokens.add_(counted.rows_N.sum())
             tick()
     model.train(training)
-    return found
+    return Statistics(*(tensor.cpu() for tensor in found.tensors()))
 
 
 class _Counted:
@@ -100,7 +102,7 @@ class _Counted:
 
 @contextmanager
 def _watched(
-    decoder: Any, architecture: Architecture, sizes: Sizes, into: Statistics, counted: _Counted
+    decoder: Any, architecture: Architecture, into: Statistics, counted: _Counted
 ) -> Iterator[None]:
     with ExitStack() as stack:
         norms: list[nn.Module] = []
@@ -175,13 +177,13 @@ def by_activation(model: Any, architecture: Architecture, found: Statistics) -> 
     tokens = found.tokens.clamp(min=1)
     heads, ffn = [], []
     for index, layer in enumerate(model.get_decoder().layers):
-        out = layer.get_submodule(architecture.attention_output).weight.double()
+        out = layer.get_submodule(architecture.attention_output).weight.double().cpu()
         moments = found.heads[index]
         count, size = moments.shape[:2]
         out_HOD = out.view(out.shape[0], count, size).transpose(0, 1)
         added = torch.einsum("hod,hde,hoe->h", out_HOD, moments, out_HOD)
         heads.append((added.clamp(min=0) / tokens).sqrt())
-        out = layer.get_submodule(architecture.ffn_output).weight.double()
+        out = layer.get_submodule(architecture.ffn_output).weight.double().cpu()
         ffn.append((found.ffn[index] / tokens).sqrt() * out.norm(dim=0))
     hidden = (found.normed / tokens).sqrt().sum(0)
     return Scores(torch.stack(heads), torch.stack(ffn), hidden, found.turned / tokens)

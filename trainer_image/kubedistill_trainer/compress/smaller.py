@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from kubedistill_api.pruning import Smaller
 from torch import Tensor
 
 from kubedistill_trainer.compress.architecture import Architecture
-from kubedistill_trainer.compress.calibration import Batch, loss_of
+from kubedistill_trainer.compress.calibration import Batch, loss_of, working_on
 from kubedistill_trainer.compress.choosing import Kept, choose
 from kubedistill_trainer.compress.importance import (
     Scores,
@@ -88,18 +89,22 @@ def make_smaller(
     seed: int = 0,
     ranks: Ranks | None = None,
     tick: Tick = lambda: None,
+    device: torch.device | None = None,
 ) -> tuple[Any, Cut]:
     """The part of `model` that matters most, as `wanted`; `model` is left as it is.
 
-    `batches`: this rank's calibration data, `field`: what `wanted` stands in. The result is the same
-    on all ranks. InputsRefused for targets that the model cannot have.
+    `batches`: this rank's calibration data, `field`: what `wanted` stands in, `device`: where the
+    calibration is computed, by default the model's. The result is the same on all ranks, and on the
+    model's device. InputsRefused for targets that the model cannot have.
     """
     ranks = ranks or Alone()
+    device = device or next(model.parameters()).device
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     plan = planned(wanted, model.config.to_dict(), shapes, field)
     architecture, sizes, tensors = plan.architecture, plan.sizes, plan.tensors
     open_to = plan.candidates
-    statistics, scores = _judge(model, architecture, sizes, wanted, batches, seed, ranks, tick)
+    measure = partial(collect, model, architecture, sizes, batches, tick, device)
+    statistics, scores = _judge(model, architecture, sizes, wanted, measure, seed, ranks)
     even = wanted.layer_importance == "Even"
 
     def made(target: Sizes) -> tuple[Any, Kept]:
@@ -109,7 +114,7 @@ def make_smaller(
     tried: list[Candidate] = []
     if len(open_to) > 1:
         for target in open_to:
-            loss = _loss(made(target)[0], batches, ranks, tick)
+            loss = _loss(made(target)[0], batches, ranks, tick, device)
             tried.append(Candidate(target, tensors.parameters(target), loss))
             _log.info("candidate", extra=asdict(tried[-1]))
         open_to = [min(tried, key=_order).sizes]
@@ -133,17 +138,16 @@ def _judge(
     architecture: Architecture,
     sizes: Sizes,
     wanted: Smaller,
-    batches: Sequence[Batch],
+    measure: Callable[[], Statistics],
     seed: int,
     ranks: Ranks,
-    tick: Tick,
 ) -> tuple[Statistics | None, Scores]:
     """Statistics, where anything needs them, and scores."""
     layers = wanted.layers is not None or wanted.parameters is not None
     influence = layers and wanted.layer_importance == "BlockInfluence"
     statistics = None
     if wanted.importance == "Activation" or influence or wanted.embedding is not None:
-        statistics = collect(model, architecture, sizes, batches, tick)
+        statistics = measure()
         ranks.sum(statistics.tensors())
     found = None
     if statistics is not None:
@@ -162,15 +166,16 @@ def _judge(
 
 
 @torch.no_grad()
-def _loss(model: Any, batches: Sequence[Batch], ranks: Ranks, tick: Tick) -> float:
+def _loss(
+    model: Any, batches: Sequence[Batch], ranks: Ranks, tick: Tick, device: torch.device
+) -> float:
     """Mean cross-entropy of the next token, in nats, over all ranks' calibration data."""
-    device = next(model.parameters()).device
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for tokens, positions, labels in batches:
-        count = int((labels != IGNORED).sum())
-        loss = loss_of(model, tokens, positions, labels)
-        total += torch.tensor([float(loss), count], dtype=torch.float64, device=device)
-        tick()
+    total = torch.zeros(2, dtype=torch.float64)
+    with working_on(model, device):
+        for tokens, positions, labels in batches:
+            loss = float(loss_of(model, tokens, positions, labels))
+            total += torch.tensor([loss, int((labels != IGNORED).sum())], dtype=torch.float64)
+            tick()
     ranks.sum([total])
     return float(total[0] / total[1].clamp(min=1))

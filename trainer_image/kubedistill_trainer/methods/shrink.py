@@ -48,8 +48,12 @@ def shrink(
     field: str,
     group: Any,
     tick: Callable[[], None],
+    device: torch.device | None = None,
 ) -> tuple[Any, Cut]:
-    """The part of `model` that matters most; the same on all ranks. A collective."""
+    """The part of `model` that matters most; the same on all ranks. A collective.
+
+    `device`: where the calibration is computed, by default the model's.
+    """
     training = context.run.spec.training
     batches = calibration_batches(
         dataset,
@@ -59,7 +63,14 @@ def shrink(
         context.world_size,
     )
     smaller, cut = make_smaller(
-        model, wanted, batches, field=field, seed=training.seed, ranks=Gang(group), tick=tick
+        model,
+        wanted,
+        batches,
+        field=field,
+        seed=training.seed,
+        ranks=Gang(group),
+        tick=tick,
+        device=device,
     )
     _log.info("made smaller", extra=cut.to_dict())
     return smaller, cut
