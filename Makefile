@@ -50,7 +50,7 @@ crds: .venv/.synced  ## Generate crds/*.yaml and the chart's copies
 test: lint control-plane  ## Lint, types, layers; then all tests, real gangs on a real control plane included
 	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
-chaos: .venv/.synced control-plane  ## Faults at every call, and of nodes; about 80 minutes. FAMILY=… CASE=… SEED=… SAMPLE=…
+chaos: .venv/.synced control-plane  ## Faults at every call, and of nodes; about 100 minutes. FAMILY=… CASE=… SEED=… SAMPLE=…
 	$(RUN) python -m chaos --seed $(or $(SEED),0) $(if $(FAMILY),--family $(FAMILY)) \
 		$(if $(CASE),--case $(CASE)) $(if $(SAMPLE),--sample $(SAMPLE))
 
