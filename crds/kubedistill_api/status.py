@@ -65,8 +65,8 @@ class ModelStatus(ApiModel):
     uri: str = Field("", max_length=2048, description="Folder in Hugging Face layout.")
     digest: str = Field("", max_length=128, description="SHA-256 over its files.")
     parameters: int = Field(0, description="Number of parameters.")
-    report: str = Field(
-        "",
+    report: str | None = Field(
+        None,
         max_length=2048,
         description="Folder of its report and card, where they are not in its own.",
     )

@@ -102,8 +102,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         'max: got "string", expected "number"',
     ),
     ("no-data", {"data": {"sources": []}}, "sources"),
-    ("no-region", {"storage": {"region": "\x16+í"}}, "spec.storage.region"),
-    ("all-digits", {"storage": {"region": "123"}}, "spec.storage.region"),
+    ("no-region", {"storage": {"uri": "s3://runs/x", "region": "\x16+í"}}, "spec.storage.region"),
+    ("all-digits", {"storage": {"uri": "s3://runs/x", "region": "123"}}, "spec.storage.region"),
     (
         "nothing-learnt",
         {"distill": {"objective": {"softWeight": 0}}},

@@ -157,7 +157,7 @@ def test_a_quantised_model_is_compared_with_what_it_was_and_measured_again(bench
     assert found.codes == [0], found.log
     model = found.outcomes[0].model
     assert model is not None and (model.uri, model.digest) == (small.uri, small.digest)
-    measured = json.loads(bench.object(model.report, "report.json"))
+    measured = json.loads(bench.object(model.report or "", "report.json"))
     assert measured["metrics"]["perplexity"] == pytest.approx(metrics["perplexity"], rel=1e-6)
     methods: list[dict[str, Any]] = [
         {"quantize": {}}, {"prune": {"structured": {"layers": 1}}}, {"fineTune": {}},
