@@ -214,7 +214,9 @@ def _scored_rules() -> list[dict[str, Any]]:
     ]
 
 
-METHODS = ("distill", "fineTune", "prune", "quantize", "evaluate")
+UNTRAINED = ("prune", "quantize", "evaluate")
+"""Methods that leave the student's weights to what they were trained to."""
+METHODS = ("distill", "fineTune", *UNTRAINED)
 METHODS_TEXT = "one of " + ", ".join(f"`{name}: {{…}}`" for name in METHODS)
 IMMUTABLE_PARTS = (
     *METHODS, "teacher", "student", "data", "training", "workers", "storage", "checkpoint",

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from kubedistill_api.chain import DistillationChainSpec, GatePolicy
-from kubedistill_api.job import METHODS
+from kubedistill_api.job import METHODS, UNTRAINED
 from kubedistill_api.names import stage_job_name
 from kubedistill_api.sweep import Sweep
 
-_UNTRAINED = ("prune", "quantize", "evaluate")
-"""Methods that leave the student's weights to what they were trained to."""
 _EXCLUSIVE = {
     "teacher": ("model", "fromJob", "endpoint"),
     "student": ("model", "fromJob", "fromTeacher", "config"),
@@ -133,6 +131,6 @@ def _pass_down(
             merged["teacher"] = teacher
     elif spec.stages[index].job_part().get("student") is None and previous is not None:
         merged["student"] = {"fromJob": {"name": previous}}
-        untrained = any(merged.get(method) is not None for method in _UNTRAINED)
+        untrained = any(merged.get(method) is not None for method in UNTRAINED)
         if untrained and merged.get("teacher") is None:
             merged["teacher"] = {"fromJob": {"name": previous}, "delivery": "Online"}

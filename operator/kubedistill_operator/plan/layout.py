@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kubedistill_api.chain import DistillationChainSpec, Stage, StageStatus
+from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.names import (
     MAX_JOB_NAME_LENGTH,
     retry_job_name,
@@ -99,12 +100,9 @@ def _parts(
     `students` as for `compose`; `first`: of the stages before.
     """
     stage = chain.stages[index]
-    spec, found = parse_spec(compose(name, chain, index, students=students))
-    if spec is not None:
-        found = [*references.problems_of(spec, first), *gates.problems_of(spec, in_chain=True)]
-    if spec is None or found:
-        return (), [problem.sentence() for problem in found]
-    spec = referred(spec, first)
+    spec, problems = _checked(compose(name, chain, index, students=students), first)
+    if spec is None:
+        return (), problems
     if stage.sweep is None:
         first_try = Part(stage_job_name(name, stage.name), spec)
         tries, told = _retries(name, chain, index, students, first)
@@ -141,14 +139,24 @@ def _retries(
     parts: list[Part] = []
     problems: list[str] = []
     for number in range(1, len(stage.retries) + 1):
-        spec, found = parse_spec(compose(name, chain, index, students=students, retry=number))
+        raw = compose(name, chain, index, students=students, retry=number)
+        spec, found = _checked(raw, first)
+        problems += [f"retries[{number - 1}]: {problem}" for problem in found]
         if spec is not None:
-            found = [*references.problems_of(spec, first), *gates.problems_of(spec, in_chain=True)]
-        problems += [f"retries[{number - 1}]: {problem.sentence()}" for problem in found]
-        if spec is not None:
-            job_name = retry_job_name(name, stage.name, number)
-            parts.append(Part(job_name, referred(spec, first), retry=number))
+            parts.append(Part(retry_job_name(name, stage.name, number), spec, retry=number))
     return parts, problems
+
+
+def _checked(
+    raw: Mapping[str, Any], first: FirstTeacher | None
+) -> tuple[DistillationJobSpec | None, list[str]]:
+    """The spec of a stage's job, with what is known of the first teacher; or all that is wrong."""
+    spec, found = parse_spec(raw)
+    if spec is not None:
+        found = [*references.problems_of(spec, first), *gates.problems_of(spec, in_chain=True)]
+    if spec is None or found:
+        return None, [problem.sentence() for problem in found]
+    return referred(spec, first), []
 
 
 def _name_problems(laid: Sequence[Laid], jobs: Jobs) -> list[str]:

@@ -107,7 +107,7 @@ def _rescale(
             index = _norm_index(name, architecture, kept)
             if index is None:
                 continue
-            raw = statistics.raw[index].cpu()
+            raw = statistics.raw[index]
             ratio = (raw[hidden].mean() / raw.mean().clamp(min=1e-30)).sqrt().item()
             state[name].copy_((state[name] + offset) * ratio - offset)
     if architecture.scaled_embedding:

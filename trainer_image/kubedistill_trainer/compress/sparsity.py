@@ -6,7 +6,7 @@ zero (methods/masks.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,7 @@ def by_magnitude(model: Any) -> dict[str, Tensor]:
     return {name: module.weight.detach().abs() for name, module in matrices(model).items()}
 
 
-def by_gradient(
-    model: Any, batches: Sequence[Batch], tick: Callable[[], None] = lambda: None
-) -> dict[str, Tensor]:
+def by_gradient(model: Any, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Σ over batches of (w · ∂L/∂w)², L being cross-entropy: how much the loss changes to first order
     without the weight (Molchanov et al. 2017, arXiv 1611.06440, per weight)."""
     chosen = matrices(model)
@@ -99,7 +97,6 @@ def by_gradient(
             if gradient is not None:
                 scores[name] += (module.weight.detach().float() * gradient.float()).square()
             module.weight.grad = None
-        tick()
     model.requires_grad_(False)
     return scores
 
