@@ -201,9 +201,14 @@ def exported(access: S3Access, result: Result) -> bytes:
     """The weights that a finished run exported."""
     model = result.outcomes[0].model
     assert model is not None, result.log
-    bucket, _, prefix = model.uri.removeprefix("s3://").partition("/")
-    body = access.client().get_object(Bucket=bucket, Key=f"{prefix}/model.safetensors")["Body"]
-    return bytes(body.read())
+    return stored(access, model.uri, "model.safetensors")
+
+
+def stored(access: S3Access, uri: str, name: str) -> bytes:
+    """A file of the folder `uri`."""
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    got = access.client().get_object(Bucket=bucket, Key=f"{prefix}/{name}")
+    return bytes(got["Body"].read())
 
 
 def committed(access: S3Access, run: str, records: int, seconds: float = 300) -> None:

@@ -18,7 +18,7 @@ from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import ResolvedModel
 from operator_kit import wait_for
 
-from e2e.gang import Trainer, llama, model_of, put_inputs
+from e2e.gang import Trainer, llama, model_of, put_inputs, stored
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 ASKED = {"tasks": ["chain_sum", "gcd"], "examples": 3, "maxAnswerTokens": 6, "latency": True}
@@ -42,9 +42,7 @@ class Bench:
         return self.trainer.spec(**(own | parts))
 
     def object(self, uri: str, name: str) -> bytes:
-        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-        got = self.server.access.client().get_object(Bucket=bucket, Key=f"{prefix}/{name}")
-        return bytes(got["Body"].read())
+        return stored(self.server.access, uri, name)
 
     def evaluations(self) -> dict[str, Any]:
         """What lies below `evaluations/`, with the time of its writing."""

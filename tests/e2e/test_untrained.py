@@ -17,7 +17,7 @@ from kubedistill_api.job import DistillationJobSpec
 from kubedistill_api.runspec import ResolvedModel
 from safetensors.torch import load
 
-from e2e.gang import Result, Trainer, llama, model_of, put_inputs
+from e2e.gang import Result, Trainer, llama, model_of, put_inputs, stored
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
@@ -41,9 +41,7 @@ class Bench:
         return self.trainer.run(role, spec, name=name, teacher=self.large, student=self.large)
 
     def object(self, uri: str, name: str) -> bytes:
-        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-        got = self.server.access.client().get_object(Bucket=bucket, Key=f"{prefix}/{name}")
-        return bytes(got["Body"].read())
+        return stored(self.server.access, uri, name)
 
     def made(self, result: Result) -> tuple[dict[str, Any], dict[str, Any]]:
         """config.json and report.json of the model."""

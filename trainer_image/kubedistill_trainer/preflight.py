@@ -5,17 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from kubedistill_api.metrics import OF_A_TEACHER
-from kubedistill_api.pruning import Smaller
 from kubedistill_api.runspec import Outcome, RunSpec
 from kubedistill_api.status import Resolved
 
-from kubedistill_trainer.compress.planning import Plan, planned
-from kubedistill_trainer.compress.precision import (
-    SPARSITY_RECORD,
-    check_blocks,
-    check_not_quantized,
-    check_quantizable,
-)
+from kubedistill_trainer.compress.preflight import check_change, cut_of
 from kubedistill_trainer.context import Context
 from kubedistill_trainer.data.dataset import (
     Dataset,
@@ -35,8 +28,7 @@ from kubedistill_trainer.methods.check_text import TextChecked, check_text
 from kubedistill_trainer.methods.request import job_request
 from kubedistill_trainer.models.folder import read_config
 from kubedistill_trainer.models.sizes import decoder_parameters, is_plain
-from kubedistill_trainer.models.weights import check_sample, tensors_in, vocabulary_rows
-from kubedistill_trainer.store import Store
+from kubedistill_trainer.models.weights import check_sample, vocabulary_rows
 from kubedistill_trainer.store import preflight as check_store
 from kubedistill_trainer.teacher.endpoint_preflight import check_endpoint
 from kubedistill_trainer.teacher.endpoint_scores import longest_piece
@@ -60,7 +52,7 @@ def run_preflight(context: Context) -> Outcome:
     _check_tokenizers(context, dataset.tokenizer, dataset.template)
     _check_vocabularies(context, dataset.tokenizer, teacher_config)
     _check_weights(context, teacher_config)
-    _check_change(context, teacher_config)
+    check_change(context, teacher_config)
     _check_features(context, dataset, teacher_config)
     _check_split(context, teacher_config)
     parameters = _student_parameters(context, dataset.tokenizer, teacher_config)
@@ -89,7 +81,7 @@ def _text_preflight(context: Context) -> Outcome:
     _check_tokenizers(context, text.tokenizer, None)
     _check_vocabularies(context, text.tokenizer, teacher_config)
     _check_weights(context, teacher_config)
-    _check_change(context, teacher_config)
+    check_change(context, teacher_config)
     _check_split(context, teacher_config)
     parameters = _student_parameters(context, text.tokenizer, teacher_config)
     _check_memory(run, parameters)
@@ -240,24 +232,6 @@ def _check_weights(context: Context, teacher_config: dict[str, Any] | None) -> N
         check_sample(store, read_config(store, "spec.student"), "spec.student")
 
 
-def _check_change(context: Context, teacher_config: dict[str, Any] | None) -> None:
-    """What cannot be made of the student: one that is quantised can be asked, and neither trained nor
-    changed any more."""
-    run = context.run
-    if run.spec.student.from_teacher is not None and teacher_config is not None:
-        check_not_quantized(teacher_config, "spec.teacher")
-    if run.student_model is None or run.spec.evaluate is not None:
-        return
-    store = context.open_store(run.student_model.uri)
-    config = read_config(store, "spec.student")
-    check_not_quantized(config, "spec.student")
-    sparse = run.spec.prune.unstructured if run.spec.prune is not None else None
-    if sparse is not None and sparse.pattern == "2:4":
-        check_blocks(config, "spec.prune.unstructured.pattern")
-    if run.spec.quantize is not None:
-        check_quantizable(run.spec.quantize, config, store.head(SPARSITY_RECORD) is not None)
-
-
 def _check_template(used: ChatTemplate | None, uri: str, known: str | None) -> None:
     """A teacher that was taught conversations in another form says nothing of use about these."""
     if used is None or known is None or known == used.text:
@@ -307,7 +281,7 @@ def _check_split(context: Context, teacher_config: dict[str, Any] | None) -> Non
 def _student_parameters(
     context: Context, tokenizer: TextTokenizer, teacher_config: dict[str, Any] | None
 ) -> int:
-    cut = _cut(context, teacher_config)
+    cut = cut_of(context, teacher_config)
     if cut is not None:
         return cut[1].parameters
     field, keys = _student_config(context, teacher_config)
@@ -332,7 +306,7 @@ def _student_config(
     student = context.run.spec.student
     if student.config is not None:
         return "spec.student.config", student.config
-    cut = _cut(context, teacher_config)
+    cut = cut_of(context, teacher_config)
     if cut is not None:
         field, plan = cut
         assert teacher_config is not None
@@ -342,34 +316,6 @@ def _student_config(
     if model is None:
         raise refuse("spec.student", "no start", "give model, fromJob, fromTeacher or config")
     return "spec.student", read_config(context.open_store(model.uri), "spec.student")
-
-
-def _cut(context: Context, teacher_config: dict[str, Any] | None) -> tuple[str, Plan] | None:
-    """The field that says what is kept of a model, and what that may come to; None for no such."""
-    run, spec = context.run, context.run.spec
-    if (
-        spec.prune is not None
-        and spec.prune.structured is not None
-        and run.student_model is not None
-    ):
-        store = context.open_store(run.student_model.uri)
-        field = "spec.prune.structured"
-        return field, _planned(
-            store, read_config(store, "spec.student"), spec.prune.structured, field
-        )
-    if spec.student.from_teacher is None:
-        return None
-    field = "spec.student.fromTeacher"
-    if teacher_config is None or run.teacher_model is None:
-        raise refuse(field, "no teacher", "give spec.teacher")
-    store = context.open_store(run.teacher_model.uri)
-    return field, _planned(store, teacher_config, spec.student.from_teacher, field)
-
-
-def _planned(store: Store, config: dict[str, Any], wanted: Smaller, field: str) -> Plan:
-    tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
-    shapes = {t.name: t.shape for t in tensors_in(store, field) if t.name not in tied}
-    return planned(wanted, config, shapes, field)
 
 
 def memory_bytes(parameters: int, precision: str, zero_stage: int, ranks: int) -> int:
